@@ -1,0 +1,35 @@
+"""megatron_sead: SEAD, competence-aware on-policy distillation, on Megatron-Core."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-sead",
+    version="0.1.0",
+    description="SEAD, competence-aware on-policy distillation, for large models on Megatron-Core",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["megatron_sead", "megatron_sead.*"]),
+    package_data={"megatron_sead": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "transformers>=5.23",
+        "datasets>=3.0",
+        "safetensors>=0.4.5",
+        "sentencepiece>=0.2",
+        "math-verify>=0.9",
+        "pydantic>=2.10",
+        "typer>=0.15",
+        "rich>=13",
+        "pyyaml>=6",
+        "jinja2>=3.1",
+        "numpy>=1.26",
+        "psutil>=5.9",  # Megatron-Core needs it to save checkpoints and does not declare it
+        "tensorboard>=2.15",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]", "vllm"],
+        "test": ["pytest>=8", "hypothesis>=6"],
+        "dev": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil"],
+    },
+)
