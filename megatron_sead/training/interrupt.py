@@ -1,0 +1,31 @@
+"""Ctrl-C and the scheduler's SIGTERM end a run after the step that is under way, on every rank alike."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+
+class InterruptFlag:
+    """Remembers a signal. Ranks see it at different moments, so they agree on it once a step."""
+
+    def __init__(self) -> None:
+        self._raised = False
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._raised = True
+
+    def agreed(self, control: dist.ProcessGroup) -> bool:
+        """Collective over `control` (a gloo group): has any rank been asked to stop?"""
+        raised = torch.tensor(int(self._raised))
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=control)
+        return bool(raised)
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
