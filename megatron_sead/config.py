@@ -1,21 +1,44 @@
-"""Every setting of a run: typed, validated, from one YAML file and dotted ``key=value`` overrides. No torch here."""
+"""Every setting of a run: typed, validated, from one YAML file and dotted ``key=value`` overrides. No torch here.
+
+What a valid configuration still needs to fit (ranks, output directory) is in ``config_checks``.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_sead.settings_file import dump_settings, load_settings
 
 PolicyName = Literal[
     "sead", "opd", "forward_kl", "annealing", "zones", "eopd", "tip_entropy", "tip_soft_or", "random_half"
 ]
 
 
+ZONE_POLICIES = ("sead", "zones")  # the others weigh tokens without knowing their zones
+
+
 class Settings(BaseModel):
-    """Base of every group of settings: unknown keys are errors, values are checked when assigned."""
+    """Base of every group of settings: unknown keys are errors, values are checked when assigned.
+
+    A group's ``problems`` are mistakes that no single value shows, one line each, naming the keys.
+    """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
+
+    def problems(self) -> Iterator[str]:
+        yield from ()
+
+    @model_validator(mode="after")
+    def _refuse_problems(self) -> Self:
+        found = list(self.problems())
+        if found:
+            raise ValueError("\n".join(found))
+        return self
 
 
 class ModelSettings(Settings):
@@ -31,7 +54,9 @@ class ModelSettings(Settings):
 class TeacherSettings(ModelSettings):
     """The frozen teacher. Its prompt may differ from the student's: only response positions are compared."""
 
-    prompt_field: str | None = Field(None, description="field with the teacher's own prompt, e.g. one with the solution")
+    prompt_field: str | None = Field(
+        None, description="field with the teacher's own prompt, e.g. one with the solution"
+    )
     offload: bool = Field(True, description="keep the teacher's weights off the GPU while it is not scoring")
 
 
@@ -46,7 +71,9 @@ class PromptSettings(Settings):
     id_field: str = Field("id", description="field with a unique id; rows without one are numbered")
     difficulty_field: str = Field("difficulty", description="1 - pass rate of the initial student, in [0, 1]")
     level_field: str = Field("level", description="group under which accuracy is reported")
-    template: Literal["chat", "plain"] = Field("chat", description="chat: apply the chat template; plain: text as it is")
+    template: Literal["chat", "plain"] = Field(
+        "chat", description="chat: apply the chat template; plain: text as it is"
+    )
     instruction: str = Field("", description="text appended to every prompt, e.g. how to mark the answer")
     max_prompt_tokens: int | None = Field(None, gt=0, description="longer prompts are an error; default: the context")
 
@@ -59,6 +86,20 @@ class ParallelSettings(Settings):
     virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
     context_parallel_size: int = Field(1, ge=1)
     sequence_parallel: bool = False
+
+    def problems(self) -> Iterator[str]:
+        if self.context_parallel_size > 1:
+            yield f"parallel.context_parallel_size={self.context_parallel_size}: only 1 works so far"
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            yield (
+                "parallel.sequence_parallel=true: needs parallel.tensor_model_parallel_size of at least 2, not 1: "
+                "it splits the sequence over the tensor-parallel ranks"
+            )
+        if self.virtual_pipeline_model_parallel_size is not None and self.pipeline_model_parallel_size == 1:
+            yield (
+                f"parallel.virtual_pipeline_model_parallel_size={self.virtual_pipeline_model_parallel_size}: "
+                "needs parallel.pipeline_model_parallel_size of at least 2, not 1; or set it to null"
+            )
 
 
 class TrainingSettings(Settings):
@@ -86,6 +127,17 @@ class TrainingSettings(Settings):
     mask_truncated: bool = Field(False, description="rollouts cut at max_new_tokens teach nothing")
     scratch_bytes: int = Field(256 * 2**20, ge=2**20, description="memory for one chunk of logits in the fused loss")
 
+    def problems(self) -> Iterator[str]:
+        if self.global_batch_size % self.micro_batch_size:
+            yield (
+                f"training.global_batch_size={self.global_batch_size}: must be divisible by "
+                f"training.micro_batch_size={self.micro_batch_size}"
+            )
+        if self.lr_warmup_steps > self.steps:
+            yield f"training.lr_warmup_steps={self.lr_warmup_steps}: must be at most training.steps={self.steps}"
+        if self.min_lr > self.lr:
+            yield f"training.min_lr={self.min_lr:g}: must be at most training.lr={self.lr:g}"
+
 
 class RolloutSettings(Settings):
     """How the student writes."""
@@ -97,6 +149,15 @@ class RolloutSettings(Settings):
     max_new_tokens: int = Field(16384, ge=1)
     samples_per_prompt: int = Field(1, ge=1)
     batch_size: int = Field(64, ge=1, description="rollouts generated at once on one rank")
+
+    def problems(self) -> Iterator[str]:
+        if self.engine == "replay" and self.path is None:
+            yield "rollouts.engine='replay': needs rollouts.path, the run directory whose rollouts are read"
+        if self.temperature == 0 and self.samples_per_prompt > 1:
+            yield (
+                f"rollouts.samples_per_prompt={self.samples_per_prompt}: must be 1 when rollouts.temperature is 0: "
+                "greedy samples of a prompt are all the same"
+            )
 
 
 class PolicySettings(Settings):
@@ -123,6 +184,17 @@ class ZoneSettings(Settings):
     )
     teacher_entropy_floor: float = Field(0.01, ge=0, description="warn when zone C starts below this many nats")
 
+    def problems(self) -> Iterator[str]:
+        if min(self.shares) < 0:
+            yield f"zones.shares={list(self.shares)}: must not be negative"
+        elif abs(sum(self.shares) - 100) > 1e-6:
+            yield f"zones.shares={list(self.shares)}: must sum to 100 percent, not {sum(self.shares):g}"
+        if self.scope == "sequence" and self.thresholds != "global_step":
+            yield (
+                f"zones.thresholds='{self.thresholds}': must be 'global_step' when zones.scope is 'sequence': "
+                "quantiles of a sequence are taken anew in each"
+            )
+
 
 class AnnealingSettings(Settings):
     """Phase scale: alpha(u)."""
@@ -133,6 +205,10 @@ class AnnealingSettings(Settings):
     driver: Literal["step", "competence", "larger"] = Field("step", description="what u is: progress, or pass rate")
     target: float = Field(0.9, gt=0, le=1, description="competence: smoothed pass rate at which u = 1")
     smoothing: float = Field(0.9, ge=0, lt=1, description="weight of the past in the smoothed pass rate")
+
+    def problems(self) -> Iterator[str]:
+        if self.shape != "constant" and self.end > self.start:
+            yield f"annealing.end={self.end:g}: must be at most annealing.start={self.start:g}: alpha falls"
 
 
 class CurriculumSettings(Settings):
@@ -147,6 +223,15 @@ class CurriculumSettings(Settings):
     patience: int = Field(50, ge=1, description="mastery: steps after which the next tier opens anyway")
     replay_share: float = Field(0.15, ge=0, lt=1, description="mastery: share of a batch from earlier tiers")
     drop_unsolved: bool = Field(False, description="leave out prompts that the initial student never solved")
+
+    def problems(self) -> Iterator[str]:
+        gate = self.c0 * 2**self.k  # c(t) = c0 * (1 + t/T)^k at t = T
+        if self.mode == "gated" and gate < 1:
+            lowest_k = math.ceil(1000 * math.log2(1 / self.c0)) / 1000
+            yield (
+                f"curriculum.c0={self.c0:g}, curriculum.k={self.k:g}: c0 * 2^k is {gate:g}, under 1: harder prompts "
+                f"would stay locked for ever; with this c0, k must be at least {lowest_k:g}"
+            )
 
 
 class CheckpointSettings(Settings):
@@ -170,7 +255,9 @@ class EvaluationSettings(Settings):
 class GradingSettings(Settings):
     """Is this answer right."""
 
-    timeout_seconds: float = Field(5.0, gt=0, description="a comparison that takes longer is killed and counts as wrong")
+    timeout_seconds: float = Field(
+        5.0, gt=0, description="a comparison that takes longer is killed and counts as wrong"
+    )
 
 
 class ReportingSettings(Settings):
@@ -201,11 +288,37 @@ class RunConfig(Settings):
     grading: GradingSettings = GradingSettings()
     reporting: ReportingSettings = ReportingSettings()
 
+    def problems(self) -> Iterator[str]:
+        batch, samples = self.training.global_batch_size, self.rollouts.samples_per_prompt
+        if batch % samples:
+            yield (
+                f"training.global_batch_size={batch}: must be divisible by rollouts.samples_per_prompt={samples}: "
+                "it counts rollouts, prompts x samples"
+            )
+        if self.zones.thresholds == "running" and self.policy.name not in ZONE_POLICIES:
+            yield (
+                f"zones.thresholds='running': only for policy.name {' or '.join(ZONE_POLICIES)}, not "
+                f"'{self.policy.name}', which needs no zones"
+            )
+        if self.device == "cpu" and self.training.attention_backend == "transformer_engine":
+            yield "training.attention_backend='transformer_engine': needs device cuda, not cpu; use 'torch'"
+        if self.prompts.template == "plain":
+            for role, model in (("student", self.student), ("teacher", self.teacher)):
+                for name in ("system_prompt", "chat_template"):
+                    if getattr(model, name) is not None:
+                        yield f"{role}.{name}: has no effect with prompts.template 'plain'; use 'chat', or null here"
+
 
 def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
-    """Read a YAML file, apply dotted ``key=value`` overrides, validate.
+    """Read a YAML file, apply dotted ``key=value`` overrides (values are YAML: ``a.b=null``), validate.
 
     Raises:
         UserError: one line; names the key, its value and what would be valid (the nearest key for a misspelt one).
+            Of several mistakes it tells the first, and how many more there are.
     """
-    raise NotImplementedError
+    return load_settings(RunConfig, path, overrides)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole configuration as YAML, defaults included; ``load_config`` reads it back to an equal object."""
+    return dump_settings(config)

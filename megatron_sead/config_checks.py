@@ -1,0 +1,98 @@
+"""Does a valid configuration fit: its ranks, its output directory, its purpose? No torch here."""
+
+from __future__ import annotations
+
+from megatron_sead.config import RunConfig, load_config
+from megatron_sead.errors import UserError
+from megatron_sead.settings_file import flatten
+
+# What may change when a run is resumed in its own directory: how it computes and what it writes, not what it computes.
+MAY_CHANGE_ON_RESUME = (
+    "output",
+    "device",
+    "parallel.",
+    "training.micro_batch_size",
+    "training.scratch_bytes",
+    "training.recompute_granularity",
+    "training.attention_backend",
+    "teacher.offload",
+    "rollouts.batch_size",
+    "checkpoints.",
+    "evaluation.",
+    "reporting.",
+)
+
+
+def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Dotted keys whose values differ, in the order of the schema."""
+    before, after = (flatten(config.model_dump(mode="json")) for config in (old, new))
+    return [key for key in before if before[key] != after[key]]
+
+
+def check_output(config: RunConfig) -> None:
+    """Refuse an output directory that holds another run; a run may be resumed with what MAY_CHANGE_ON_RESUME lists.
+
+    Raises:
+        UserError: names the first setting that differs, with both values.
+    """
+    if config.output.exists() and not config.output.is_dir():
+        raise UserError(f"output={config.output}: is a file; must be a directory, or not exist yet")
+    recorded = config.output / "config.yaml"
+    if not recorded.exists():
+        return
+    try:
+        old = load_config(recorded, [])
+    except UserError as error:
+        raise UserError(f"output={config.output}: holds a run whose config.yaml is not valid here: {error}") from None
+    fixed = [key for key in config_differences(old, config) if not key.startswith(MAY_CHANGE_ON_RESUME)]
+    if fixed:
+        there, here = (flatten(c.model_dump(mode="json"))[fixed[0]] for c in (old, config))
+        more = f" (and {len(fixed) - 1} more differ)" if len(fixed) > 1 else ""
+        raise UserError(
+            f"output={config.output}: holds another run: {fixed[0]} is {there!r} there and {here!r} here{more}; "
+            "choose another output, or the same settings to resume it"
+        )
+
+
+def check_world_size(config: RunConfig, world_size: int) -> int:
+    """Data-parallel size of the run on so many ranks.
+
+    Raises:
+        UserError: ranks that the layout does not divide, or a batch that the data-parallel ranks cannot share.
+    """
+    parallel, training = config.parallel, config.training
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    model_ranks = tp * pp * parallel.context_parallel_size
+    if world_size < 1 or world_size % model_ranks:
+        raise UserError(
+            f"{world_size} ranks: must be a multiple of {model_ranks}, which is tensor {tp} x pipeline {pp} "
+            f"x context {parallel.context_parallel_size} (parallel.*)"
+        )
+    data_parallel_size = world_size // model_ranks
+    unit = training.micro_batch_size * data_parallel_size
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if virtual is not None:
+        unit *= pp  # the interleaved schedule runs micro-batches in groups of pp
+    if training.global_batch_size % unit:
+        below = training.global_batch_size // unit * unit
+        valid = f"{below} or {below + unit}" if below else f"{unit}"
+        raise UserError(
+            f"training.global_batch_size={training.global_batch_size}: must be a multiple of {unit}, for example "
+            f"{valid}: micro_batch_size {training.micro_batch_size} x data-parallel size {data_parallel_size}"
+            + (f" x {pp} pipeline stages, since virtual stages need whole groups" if virtual is not None else "")
+        )
+    return data_parallel_size
+
+
+def config_warnings(config: RunConfig) -> list[str]:
+    """Settings that are valid and probably not meant, one line each; for the run's log and the plan."""
+    training, lines = config.training, []
+    half_spacing = 2.0**-14  # of bf16 (8 significant bits) at 0.02, a usual weight: 2^-6 <= 0.02 < 2^-5
+    furthest = training.lr * training.steps  # an Adam step moves a weight by about the learning rate
+    if training.precision == "bf16" and furthest < half_spacing:
+        lines.append(
+            f"training.lr={training.lr:g} is below bf16's resolution: {training.steps} steps move a weight by at most "
+            f"about {furthest:.1e}, and bf16 rounds away what is under {half_spacing:.1e} at a weight of 0.02; "
+            "most weights that write the rollouts will never change"
+        )
+    return lines

@@ -1,0 +1,162 @@
+"""Any pydantic settings from a YAML file and dotted ``key=value`` overrides, with mistakes told in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from megatron_sead.errors import UserError
+
+SettingsT = TypeVar("SettingsT", bound=BaseModel)
+
+
+def load_settings(schema: type[SettingsT], path: Path | None, overrides: list[str]) -> SettingsT:
+    """Read a YAML file, apply overrides such as ``training.lr=1e-5`` (values are YAML), validate.
+
+    Raises:
+        UserError: unreadable file, unknown key (names the nearest valid one), wrong value (names what is valid).
+    """
+    values = read_yaml(path) if path is not None else {}
+    for override in overrides:
+        _apply_override(schema, values, override)
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_first_of(schema, error)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds; {} for an empty file.
+
+    Raises:
+        UserError: missing, unreadable or malformed file, a key given twice, or no mapping at the top.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_yaml_problem(error)}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold 'key: value' lines, not {_shown(values)}")
+    return values
+
+
+def dump_settings(settings: BaseModel) -> str:
+    """YAML that ``load_settings`` reads back to an equal object, defaults included."""
+    values = settings.model_dump(mode="json")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def dotted_keys(schema: type[BaseModel]) -> list[str]:
+    """Every key that a file or an override may set, groups included: ``training``, ``training.steps``, ..."""
+    return [key for key, _ in _fields(schema)]
+
+
+def _fields(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in schema.model_fields.items():
+        yield prefix + name, field
+        group = field.annotation
+        if isinstance(group, type) and issubclass(group, BaseModel):
+            yield from _fields(group, f"{prefix}{name}.")
+
+
+def _apply_override(schema: type[BaseModel], values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"{override!r}: an override is written key=value, for example training.steps=100")
+    if key not in dotted_keys(schema):
+        raise UserError(_unknown_key(schema, key))
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{key}={text}{_yaml_problem(error)}; quote the value as YAML asks for") from None
+    *groups, leaf = key.split(".")
+    for group in groups:
+        inner = values.get(group)
+        if not isinstance(inner, dict):
+            inner = values[group] = {}
+        values = inner
+    values[leaf] = value
+
+
+def _first_of(schema: type[BaseModel], error: ValidationError) -> str:
+    """The first mistake, and how many more there are."""
+    lines = [line for details in error.errors() for line in _describe(schema, details)]
+    return lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
+
+
+def _describe(schema: type[BaseModel], details: ErrorDetails) -> list[str]:
+    key = ".".join(str(part) for part in details["loc"])
+    fields = dict(_fields(schema))
+    field = fields.get(key)
+    kind, given = details["type"], details["input"]
+    if kind == "extra_forbidden":
+        return [_unknown_key(schema, key)]
+    if kind == "missing":
+        required = [k for k in dotted_keys(schema) if k.startswith(f"{key}.") and fields[k].is_required()]
+        meaning = f" ({field.description})" if field is not None and field.description else ""
+        return [f"{k}: missing{meaning}; set it in the file or as {k}=..." for k in required or [key]]
+    if kind == "value_error":  # raised by a validator of ours, one line a mistake, each naming its keys
+        return str(details["ctx"]["error"]).splitlines()
+    if kind in ("model_type", "dict_type"):
+        keys = [k.rpartition(".")[2] for k in dotted_keys(schema) if k.rpartition(".")[0] == key]
+        return [f"{key}={_shown(given)}: must be a group of settings: {', '.join(keys)}"]
+    if kind == "tuple_type" and field is not None:
+        return [f"{key}={_shown(given)}: must be a list, for example {list(field.default)}"]
+    return [f"{key}={_shown(given)}: {details['msg'].replace('Input should be', 'must be')}"]
+
+
+def _unknown_key(schema: type[BaseModel], key: str) -> str:
+    valid = dotted_keys(schema)
+    group, _, leaf = key.rpartition(".")
+    same_leaf = [k for k in valid if k.rpartition(".")[2] == leaf]  # right name, wrong or no group
+    near = same_leaf or difflib.get_close_matches(key, valid, n=1)
+    if near:
+        return f"{key}: unknown setting; did you mean {difflib.get_close_matches(key, near, n=1, cutoff=0.0)[0]}?"
+    siblings = [k for k in valid if k.rpartition(".")[0] == group] or [k for k in valid if "." not in k]
+    return f"{key}: unknown setting; valid are {', '.join(siblings)}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f": {' '.join(str(error).split())}"
+    mark = error.problem_mark
+    return f", line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader keeps the last of two equal keys and says nothing; here it is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
