@@ -1,0 +1,142 @@
+"""One optimizer step: teacher scores, student scores where zones need it, then forward, loss, backward, update."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_sead.distillation import Thresholds, TokenScores, linear_weighted_divergence
+from megatron_sead.models.parallel import ParallelContext
+from megatron_sead.prompts.packing import MicroBatch
+from megatron_sead.training.measure import measure_tokens
+from megatron_sead.training.pipeline import run_schedule
+from megatron_sead.training.scoring import Heads, score_student, teacher_hidden_states
+from megatron_sead.training.supervision import Supervision, Supervisor, gather_tokens
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Learner:
+    """The student that trains, the teacher that scores it, and what updates the student."""
+
+    student: list[torch.nn.Module]  # chunks under Megatron's DDP
+    teacher: list[torch.nn.Module]  # frozen chunks
+    optimizer: Any  # megatron.core MegatronOptimizer
+    scheduler: Any  # megatron.core OptimizerParamScheduler
+    heads: Heads
+    supervisor: Supervisor
+    parallel: ParallelContext
+
+
+@dataclass
+class StepResult:
+    """What a step did. Scores and zones, of this rank's tokens, exist on the last pipeline stage alone."""
+
+    metrics: dict[str, float] = field(default_factory=dict)  # of the whole step, on every rank
+    scores: list[TokenScores] = field(default_factory=list)
+    zones: torch.Tensor | None = None
+
+
+def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, step: int) -> StepResult:
+    """Update the student once on this rank's share of a step's rollouts. Collective over all ranks.
+
+    The loss is Megatron's per-token sum: gradients are divided by the count over all ranks and micro-batches, so
+    that no mean of means arises.
+    """
+    started = time.perf_counter()
+    teacher_hidden = teacher_hidden_states(learner.teacher, micro_batches)
+    decided: list[Supervision] = []
+    scores: list[TokenScores] = []
+    whole_step = learner.supervisor.needs_whole_step()
+    if whole_step:
+        scores = score_student(learner.student, micro_batches, teacher_hidden, learner.heads)
+        if learner.parallel.is_last_stage:
+            decided = learner.supervisor.supervise_step(scores, micro_batches, alpha, step)
+    scored = time.perf_counter()
+
+    def distill(index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        micro_batch, heads = micro_batches[index], learner.heads
+        from_teacher = teacher_hidden[index].to(hidden.device)
+        if whole_step:
+            score, supervision = scores[index], decided[index]
+        else:
+            score = heads.score(hidden, from_teacher, micro_batch.targets)
+            supervision = learner.supervisor.supervise_micro_batch(score, micro_batch, alpha, step)
+        loss = linear_weighted_divergence(
+            hidden,
+            heads.student,
+            from_teacher,
+            heads.teacher,
+            supervision.weights.forward,
+            supervision.weights.reverse,
+            group=heads.group,
+            vocab_size=heads.vocab_size,
+            scratch_bytes=heads.scratch_bytes,
+        ).sum()
+        return loss, supervision.count.int(), (loss.detach(), score, supervision)
+
+    for chunk in learner.student:
+        chunk.zero_grad_buffer()
+    learner.optimizer.zero_grad()
+    outcomes = run_schedule(learner.student, micro_batches, "student", distill, forward_only=False)
+    loss, count = _global_loss(outcomes, learner.parallel)
+    result = StepResult()
+    if learner.parallel.is_last_stage:
+        result = _measure(learner, micro_batches, outcomes)
+    result.metrics |= {"loss": loss, "active_tokens": count} | _update(learner, count, step)
+    result.metrics |= {"score_seconds": scored - started, "train_seconds": time.perf_counter() - scored}
+    result.metrics = _from_last_stage(result.metrics, learner.parallel)
+    learner.supervisor.remember(Thresholds(result.metrics["tau_teacher"], result.metrics["tau_student"]))
+    return result
+
+
+def _from_last_stage(metrics: dict[str, float], parallel: ParallelContext) -> dict[str, float]:
+    """The metrics of the last pipeline stage, which alone saw the tokens, on every rank."""
+    first_of_last_stage = parallel.world_size - parallel.world_size // parallel.pp_size
+    box = [metrics]
+    torch.distributed.broadcast_object_list(box, src=first_of_last_stage, group=parallel.control)
+    return box[0]
+
+
+def _global_loss(outcomes: list[Any], parallel: ParallelContext) -> tuple[float, int]:
+    """The step's loss and what it was divided by, on every rank."""
+    totals = torch.zeros(2, dtype=torch.float64, device=parallel.device)
+    for loss, _, supervision in outcomes:
+        totals += torch.stack([loss.double(), supervision.count.double()])
+    torch.distributed.all_reduce(totals, group=parallel.dp)
+    torch.distributed.broadcast(totals, group_src=parallel.pp_size - 1, group=parallel.pp)
+    total, count = totals.tolist()
+    return total / max(1.0, count), int(count)
+
+
+def _update(learner: Learner, count: int, step: int) -> dict[str, float]:
+    """Clip and apply the gradients; a step in which no token teaches changes nothing, momentum included."""
+    learning_rate = learner.optimizer.param_groups[0]["lr"]
+    grad_norm = 0.0
+    if count > 0:
+        updated, norm, _ = learner.optimizer.step()
+        if not updated:
+            raise FloatingPointError(f"step {step}: the gradients are not finite, nothing was updated")
+        grad_norm = float(norm)
+    else:
+        log.warning("step %d: no token teaches (every weight is zero); the student is left as it is", step)
+    learner.scheduler.step(increment=1)
+    return {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
+
+def _measure(learner: Learner, micro_batches: list[MicroBatch], outcomes: list[Any]) -> StepResult:
+    """Metrics of the tokens that were just trained on."""
+    scores = [score for _, score, _ in outcomes]
+    tokens = gather_tokens(scores, micro_batches)
+    zones = torch.cat([supervision.zones for _, _, supervision in outcomes])
+    if not learner.supervisor.uses_zones:
+        zones = learner.supervisor.global_zones(tokens)
+    thresholds = learner.supervisor.thresholds(tokens)
+    metrics = measure_tokens(tokens, zones, scores, micro_batches, learner.parallel.dp)
+    metrics |= {"tau_teacher": thresholds.teacher, "tau_student": thresholds.student}
+    return StepResult(metrics, scores, zones)
