@@ -1,0 +1,125 @@
+"""``torchrun -m megatron_sead.train --config FILE [key=value ...]``: one training run, on every rank.
+
+``--check`` and ``--dry-run`` need neither torchrun nor torch: they tell what is wrong, and what a run would need.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from megatron_sead.config import RunConfig, load_config
+from megatron_sead.config_checks import check_output, check_world_size, config_warnings
+from megatron_sead.errors import UserError
+
+log = logging.getLogger(__name__)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    config: Annotated[Path, typer.Option(help="YAML file with the run's settings")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value ...", help="settings that win, as training.lr=1e-5")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="only check settings, layout and files; silent if fine")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check, and print parameters and bytes per rank")] = False,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="ranks for --check and --dry-run; default: NNODES x NPROC, if set")
+    ] = None,
+) -> None:
+    """Distil the teacher into the student, or with --dry-run print what that would take."""
+    try:
+        settings = load_config(config, overrides or [])
+        if check or dry_run:
+            _examine(settings, world_size or _planned_world_size(settings), show=dry_run)
+            return
+        _train(settings)
+    except UserError as error:
+        _tell_and_exit(str(error))
+    except Exception:
+        if _told_by_another_rank():  # what broke here is that rank's absence
+            os._exit(2)
+        raise
+
+
+def _examine(config: RunConfig, world_size: int, *, show: bool) -> None:
+    from megatron_sead.training.plan import make_plan, print_plan
+    from megatron_sead.training.preflight import check_inputs
+
+    plan = make_plan(config, world_size)
+    if show:
+        print_plan(plan, config)
+    for line in check_inputs(config, weights_may_come_later=show):
+        print(f"note: {line}")
+    check_output(config)
+
+
+def _planned_world_size(config: RunConfig) -> int:
+    parallel = config.parallel
+    fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if "NPROC" in os.environ:
+        return int(os.environ["NPROC"]) * int(os.environ.get("NNODES", "1"))
+    return fewest
+
+
+def _train(config: RunConfig) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if rank == 0:  # alone: it is the one that writes there
+        check_output(config)
+        for warning in config_warnings(config):
+            log.warning("%s", warning)
+    from megatron_sead.training.loop import run  # torch and Megatron take seconds to import; mistakes are told before
+
+    run(config)
+
+
+def _tell_and_exit(message: str) -> NoReturn:
+    """One line whatever the number of ranks, then exit 2 at once: process groups may be waiting for other ranks."""
+    marker = _marker()
+    if marker is None or _claim(marker):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2)
+
+
+def _marker() -> Path | None:
+    """A file that says: a rank of this node has told the user. In torchrun's own folder of this attempt."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # <attempt>/<local rank>/error.json
+    return Path(error_file).parent.parent / "user_error" if error_file else None
+
+
+def _claim(marker: Path) -> bool:
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _told_by_another_rank() -> bool:
+    marker = _marker()
+    if marker is None:
+        return False
+    time.sleep(0.5)  # a collective may fail while the other rank is still writing
+    return marker.exists()
+
+
+if __name__ == "__main__":
+    app()

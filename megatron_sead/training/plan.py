@@ -1,0 +1,305 @@
+"""What a run will need, from its configuration alone: layout, parameters and bytes per rank. No torch, no GPU.
+
+Sizes come from each model's ``config.json``. Weights, gradients and optimizer state are exact; activations are an
+estimate of what the backward pass keeps (the terms are in `_activation_bytes`), without allocator and library overhead.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_sead.config import ModelSettings, ParallelSettings, RunConfig
+from megatron_sead.config_checks import check_world_size, config_warnings
+from megatron_sead.errors import UserError
+
+ASSUMED_PROMPT_TOKENS = 1024  # where prompts.max_prompt_tokens is not set
+VOCABULARY_MULTIPLE = 128  # times the tensor-parallel size, Megatron's make_vocab_size_divisible_by
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A dense OLMo-3 model: attention with full-width Q/K norms, SwiGLU, post-norms, no biases, untied head."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+    context: int
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def layer_parameters(self, tp: int = 1) -> int:
+        """Of one layer on one of tp ranks: matrices and Q/K norms are split, the two post-norms are on every rank."""
+        attention = self.hidden * (2 * self.query_width + 2 * self.key_width)
+        split = attention + 3 * self.hidden * self.ffn + self.query_width + self.key_width
+        return split // tp + 2 * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Of the Hugging Face checkpoint: true vocabulary, no padding."""
+        return 2 * self.vocabulary * self.hidden + self.layers * self.layer_parameters() + self.hidden
+
+    def rank_parameters(self, stage: int, parallel: ParallelSettings) -> int:
+        """On one tensor-parallel rank of a pipeline stage, padded vocabulary rows included."""
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        embedding = padded_vocabulary(self.vocabulary, tp) // tp * self.hidden
+        count = self.layers // pp * self.layer_parameters(tp)
+        if stage == 0:
+            count += embedding
+        if stage == pp - 1:
+            count += embedding + self.hidden  # head and final norm
+        return count
+
+
+@dataclass(frozen=True)
+class StageBytes:
+    """Bytes on one rank of a pipeline stage; the host fields are in its share of the node's memory."""
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    teacher_parameters: int
+    teacher_weights: int
+    teacher_hidden_host: int  # at most: every response as long as rollouts.max_new_tokens
+    scratch: int
+
+    @property
+    def device_total(self) -> int:
+        """Everything at once: an upper bound where teacher.offload takes the teacher off before training."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.teacher_weights + self.scratch
+
+
+@dataclass(frozen=True)
+class Plan:
+    world_size: int
+    data_parallel_size: int
+    micro_batches: int  # a data-parallel rank and step
+    sequence_length: int
+    student: ModelShape
+    teacher: ModelShape
+    stages: list[StageBytes]
+    notes: list[str]
+
+
+def print_plan(plan: Plan, config: RunConfig) -> None:
+    """A table a model, a table of bytes per rank, and the notes, on stdout."""
+    console = Console(width=None if Console().is_terminal else 120)
+    parallel = config.parallel
+    console.print(
+        f"{plan.world_size} ranks = tensor {parallel.tensor_model_parallel_size} x pipeline "
+        f"{parallel.pipeline_model_parallel_size} x data {plan.data_parallel_size}; a step: "
+        f"{config.training.global_batch_size} rollouts, {plan.micro_batches} micro-batches of "
+        f"{config.training.micro_batch_size} a data-parallel rank, at most {plan.sequence_length:,} tokens a rollout",
+        highlight=False,
+    )
+    models = Table("model", "layers", "hidden", "heads", "KV heads", "MLP", "vocabulary", "parameters")
+    for name, shape in (("student", plan.student), ("teacher", plan.teacher)):
+        sizes = (shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.ffn, shape.vocabulary, shape.parameters)
+        models.add_row(name, *(f"{size:,}" for size in sizes))
+    console.print(models)
+    table = Table("per rank", *(f"stage {i}" for i in range(len(plan.stages))))
+    for label, field in ROWS:
+        values = [getattr(stage, field) for stage in plan.stages]
+        table.add_row(label, *(f"{v:,}" if "parameters" in label else _gib(v) for v in values))
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+ROWS = (
+    ("student parameters", "parameters"),
+    ("weights", "weights"),
+    ("gradients", "gradients"),
+    ("optimizer", "optimizer"),
+    ("activations (estimate)", "activations"),
+    ("loss scratch", "scratch"),
+    ("teacher parameters", "teacher_parameters"),
+    ("teacher weights", "teacher_weights"),
+    ("device, all at once", "device_total"),
+    ("host: teacher hidden states", "teacher_hidden_host"),
+)
+
+
+def _gib(count: int) -> str:
+    if count == 0:
+        return "-"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"
+
+
+def make_plan(config: RunConfig, world_size: int) -> Plan:
+    """Check the layout against both models and count bytes per rank.
+
+    Raises:
+        UserError: unreadable or foreign config.json, sizes that the layout does not divide, vocabularies that
+            differ, sequences longer than a model's context.
+    """
+    data_parallel_size = check_world_size(config, world_size)
+    student = read_shape(config.student, "student")
+    teacher = read_shape(config.teacher, "teacher")
+    _check_layout(student, config.student, "student", config.parallel)
+    _check_layout(teacher, config.teacher, "teacher", config.parallel)
+    if student.vocabulary != teacher.vocabulary:
+        raise UserError(
+            f"teacher.path={config.teacher.path}: vocabulary of {teacher.vocabulary}, the student's has "
+            f"{student.vocabulary}; both must have the same tokenizer"
+        )
+    notes = []
+    prompt_tokens = config.prompts.max_prompt_tokens
+    if prompt_tokens is None:
+        prompt_tokens = max(0, min(ASSUMED_PROMPT_TOKENS, student.context - config.rollouts.max_new_tokens))
+        notes.append(
+            f"prompts are taken as {prompt_tokens} tokens at most; set prompts.max_prompt_tokens to bound them"
+        )
+    length = prompt_tokens + config.rollouts.max_new_tokens
+    for role, shape in (("student", student), ("teacher", teacher)):
+        if length > shape.context:
+            raise UserError(
+                f"rollouts.max_new_tokens={config.rollouts.max_new_tokens}: with prompts of up to {prompt_tokens} "
+                f"tokens a sequence has {length}, more than the {role}'s context of {shape.context}"
+            )
+    micro_batches = config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
+    if config.rollouts.engine == "vllm":
+        notes.append("rollouts.engine=vllm is not there yet: the run stops before its first step")
+    notes += config_warnings(config)
+    stages = [
+        _stage_bytes(config, student, teacher, stage, data_parallel_size, micro_batches, length)
+        for stage in range(config.parallel.pipeline_model_parallel_size)
+    ]
+    return Plan(world_size, data_parallel_size, micro_batches, length, student, teacher, stages, notes)
+
+
+def padded_vocabulary(vocabulary: int, tp: int) -> int:
+    """Rows of embedding and head over all tensor-parallel ranks."""
+    multiple = VOCABULARY_MULTIPLE * tp
+    return -(-vocabulary // multiple) * multiple
+
+
+def read_shape(model: ModelSettings, role: str) -> ModelShape:
+    """Shape of a Hugging Face directory's model.
+
+    Raises:
+        UserError: no such directory, no readable config.json, another architecture than OLMo-3, a missing field.
+    """
+    if not model.path.is_dir():
+        raise UserError(f"{role}.path={model.path}: no such directory; must be a model in Hugging Face format")
+    file = model.path / "config.json"
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{role}.path={model.path}: config.json cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+    if values.get("model_type") != "olmo3":
+        raise UserError(f"{file}: model_type is {values.get('model_type')!r}; only 'olmo3' works")
+    try:
+        return _shape(values)
+    except KeyError as error:
+        raise UserError(f"{file}: has no {error}") from None
+
+
+def _shape(values: dict[str, Any]) -> ModelShape:
+    heads = int(values["num_attention_heads"])
+    return ModelShape(
+        layers=int(values["num_hidden_layers"]),
+        hidden=int(values["hidden_size"]),
+        heads=heads,
+        kv_heads=int(values.get("num_key_value_heads") or heads),
+        head_dim=int(values.get("head_dim") or values["hidden_size"] // heads),
+        ffn=int(values["intermediate_size"]),
+        vocabulary=int(values["vocab_size"]),
+        context=int(values["max_position_embeddings"]),
+    )
+
+
+def _check_layout(shape: ModelShape, model: ModelSettings, role: str, parallel: ParallelSettings) -> None:
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for name, count in (("heads", shape.heads), ("KV heads", shape.kv_heads), ("MLP columns", shape.ffn)):
+        if count % tp:
+            valid = [str(n) for n in range(1, 17) if all(c % n == 0 for c in (shape.heads, shape.kv_heads, shape.ffn))]
+            raise UserError(
+                f"parallel.tensor_model_parallel_size={tp}: does not divide the {role}'s {count} {name} "
+                f"({model.path}); must be one of {', '.join(valid)}"
+            )
+    virtual = parallel.virtual_pipeline_model_parallel_size if role == "student" else None
+    chunks = pp * (virtual or 1)
+    if shape.layers % chunks:
+        setting = f"parallel.pipeline_model_parallel_size={pp}" + (f" x {virtual} virtual stages" if virtual else "")
+        valid = [str(n) for n in range(1, shape.layers + 1) if shape.layers % n == 0]
+        raise UserError(
+            f"{setting}: does not divide the {role}'s {shape.layers} layers ({model.path}); "
+            f"must be one of {', '.join(valid)}"
+        )
+
+
+def _stage_bytes(
+    config: RunConfig,
+    student: ModelShape,
+    teacher: ModelShape,
+    stage: int,
+    data_parallel_size: int,
+    micro_batches: int,
+    length: int,
+) -> StageBytes:
+    training, parallel = config.training, config.parallel
+    width = 2 if training.precision == "bf16" else 4
+    count = student.rank_parameters(stage, parallel)
+    teacher_count = teacher.rank_parameters(stage, parallel)
+    # Adam's two fp32 moments; bf16 adds the fp32 main weights
+    state = count * (12 if training.precision == "bf16" else 8)
+    if training.use_distributed_optimizer:
+        state = -(-state // data_parallel_size)
+    is_last = stage == parallel.pipeline_model_parallel_size - 1
+    response_tokens = training.global_batch_size // data_parallel_size * config.rollouts.max_new_tokens
+    return StageBytes(
+        parameters=count,
+        weights=count * width,
+        gradients=count * 4,  # fp32, whatever the weights are
+        optimizer=state,
+        activations=_activation_bytes(config, student, stage, micro_batches, length, width),
+        teacher_parameters=teacher_count,
+        teacher_weights=teacher_count * width,
+        teacher_hidden_host=response_tokens * teacher.hidden * width if is_last else 0,
+        scratch=training.scratch_bytes if is_last else 0,
+    )
+
+
+def _activation_bytes(
+    config: RunConfig, shape: ModelShape, stage: int, micro_batches: int, length: int, width: int
+) -> int:
+    """What the backward pass keeps on a rank while the most micro-batches are in flight (1F1B: pp - stage).
+
+    Per token and layer, in elements. Split over tp only with sequence parallelism, six hidden-wide: the two inputs, the
+    two block outputs before and after their norms. Split over tp: q, k, v; q and k normalised and rotated; the
+    attention's output; gate, up and their product. Full recompute keeps one layer's input and rebuilds one layer at a
+    time; selective rebuilds the attention core, which flash attention does anyway.
+    """
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tokens = config.training.micro_batch_size * length
+    hidden = shape.hidden // (tp if parallel.sequence_parallel else 1)
+    widths = 4 * (shape.query_width + shape.key_width) + 3 * shape.ffn
+    layer = tokens * (6 * hidden + widths // tp) * width
+    in_flight = float(min(micro_batches, pp - stage))
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if virtual is not None:  # interleaving keeps (pp - 1) / virtual more (Narayanan et al. 2021, section 2.2)
+        in_flight = min(float(micro_batches), pp - stage + (pp - 1) / virtual)
+    layers = shape.layers // pp
+    if config.training.recompute_granularity == "full":
+        return int(in_flight * layers * tokens * hidden * width) + layer
+    return int(in_flight * layers * layer)

@@ -1,0 +1,29 @@
+"""What a run would need, without a GPU: ``python tools/plan.py --config FILE [--world-size N] [key=value ...]``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_sead.cli import one_line_errors
+from megatron_sead.config import load_config
+from megatron_sead.training.plan import make_plan, print_plan
+
+
+def main(
+    config: Annotated[Path, typer.Option(help="YAML file with the run's settings")],
+    world_size: Annotated[int, typer.Option(min=1, help="ranks of the run, over all nodes")] = 32,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value ...")] = None,
+) -> None:
+    """Print layout, parameters and bytes per rank. Needs both models' config.json and nothing else of them."""
+    with one_line_errors():
+        settings = load_config(config, overrides or [])
+        print_plan(make_plan(settings, world_size), settings)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()
