@@ -9,16 +9,28 @@ from __future__ import annotations
 import logging
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+from torch.distributed.run import get_args_parser, parse_args, run
+
+GRACE = "--shutdown-timeout=600"  # seconds to finish a step and save after Ctrl-C; torchrun's own 30 are too few
 
 
 def main(arguments: list[str]) -> int:
-    """Run the ranks; the exit code is 0, 2 for a user's mistake, or 1 after torchrun's account of what failed."""
-    # What it would log of a failing rank is in ChildFailedError too
+    """Run the ranks.
+
+    Returns:
+        0 when all is done or a signal ended the run early (saved, to be continued), 2 for a user's mistake, 1 after
+        torchrun's account of any other failure.
+    """
+    # What it would log about a failing rank is in ChildFailedError too
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if GRACE.partition("=")[0] in get_args_parser().format_help():  # newer torch only
+        arguments = [GRACE, *arguments]
     try:
         run(parse_args(arguments))
+    except SignalException:
+        return 0
     except ChildFailedError as error:
         if any(failure.exitcode == 2 for failure in error.failures.values()):
             return 2

@@ -15,10 +15,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from megatron_sead.config import RunConfig, load_config
-from megatron_sead.config_checks import check_output, check_world_size, config_warnings
+from megatron_sead.config_checks import check_output
 from megatron_sead.errors import UserError
 
-log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -80,11 +79,6 @@ def _train(config: RunConfig) -> None:
         format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s",
         datefmt="%H:%M:%S",
     )
-    check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
-    if rank == 0:  # alone: it is the one that writes there
-        check_output(config)
-        for warning in config_warnings(config):
-            log.warning("%s", warning)
     from megatron_sead.training.loop import run  # torch and Megatron take seconds to import; mistakes are told before
 
     run(config)
