@@ -1,0 +1,46 @@
+# Sourced from the repository's root by every script: makes or reuses .venv with this package in it, and sets $VENV_PYTHON.
+# PYTHON picks the interpreter (3.11, 3.12 or 3.13). Nothing is done when setup.py and the interpreter are unchanged.
+
+VENV="${VENV:-.venv}"
+VENV_PYTHON="$VENV/bin/python"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # several ranks share the cores
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.11, 3.12 or 3.13 with its venv module found; set PYTHON=/path/to/python" >&2
+    return 2
+}
+
+install_torch() {
+    "$VENV_PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' && return
+    # Without a GPU the CPU build is enough, and several gigabytes smaller, where the package index offers it
+    if ! nvidia-smi -L > /dev/null 2>&1; then
+        "$VENV_PYTHON" -m pip install --quiet "torch==2.13.0+cpu" 2> /dev/null && return
+    fi
+    "$VENV_PYTHON" -m pip install --quiet "torch==2.13.0"
+}
+
+setup_environment() {
+    local stamp="$VENV/.megatron_sead_installed" interpreter wanted
+    if [ ! -x "$VENV_PYTHON" ]; then
+        interpreter="$(find_python)" || return
+        echo "Making $VENV with $("$interpreter" --version); this takes some minutes the first time."
+        "$interpreter" -m venv "$VENV"
+    fi
+    wanted="$("$VENV_PYTHON" -c 'import hashlib, os, sys
+print(hashlib.sha256(open("setup.py", "rb").read()).hexdigest(), sys.version.split()[0], os.getcwd())')"
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+        return
+    fi
+    install_torch
+    "$VENV_PYTHON" -m pip install --quiet --editable ".[test,dev]"
+    echo "$wanted" > "$stamp"
+}
+
+setup_environment
