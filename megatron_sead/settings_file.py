@@ -113,8 +113,10 @@ def _describe(schema: type[BaseModel], details: ErrorDetails) -> list[str]:
         return [_unknown_key(schema, key)]
     if kind == "missing":
         required = [k for k in dotted_keys(schema) if k.startswith(f"{key}.") and fields[k].is_required()]
-        meaning = f" ({field.description})" if field is not None and field.description else ""
-        return [f"{k}: missing{meaning}; set it in the file or as {k}=..." for k in required or [key]]
+        return [
+            f"{k}: missing; set it in the file or as {k}=... ({fields[k].description or 'no default'})"
+            for k in required or [key]
+        ]
     if kind == "value_error":  # raised by a validator of ours, one line a mistake, each naming its keys
         return str(details["ctx"]["error"]).splitlines()
     if kind in ("model_type", "dict_type"):

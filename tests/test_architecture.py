@@ -1,0 +1,133 @@
+"""The arrows between the parts, and sizes that keep files and functions readable."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "megatron_sead"
+LEAVES = {"errors", "config", "config_checks", "settings_file"}  # anyone may import them, distillation excepted
+COMMANDS = {"train", "launch", "cli"}
+PARTS = {"distillation", "models", "checkpoints", "rollouts", "prompts", "grading", "reporting"}
+
+# What a part may import of the package, beside itself and the leaves
+ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS} | {
+    "checkpoints": {"models"},
+    "evaluation": {"rollouts", "grading", "prompts"},
+    "training": PARTS | {"evaluation"},
+    "errors": set(),
+    "settings_file": set(),
+    "config": set(),
+    "config_checks": set(),
+    "cli": set(),
+    "train": {"training"},
+    "launch": set(),
+}
+MOST_LINES_OF_A_FILE = 400
+MOST_LINES_OF_A_FUNCTION = 70
+
+
+def imports(tree: ast.Module, module: str) -> Iterator[str]:
+    """Full names of all modules that a file imports, wherever in the file; relative ones resolved."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = module.split(".")[: -node.level] if node.level else []
+            base = ".".join([*parent, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def faults(part: str, imported: set[str]) -> set[str]:
+    """Names among `imported` that `part` may not import."""
+    wrong = set()
+    for name in imported:
+        package, _, inner = name.partition(".")
+        if package == "tools" or package == "tests":
+            wrong.add(name)
+        if package == "megatron_sead" and inner:
+            target = inner.split(".")[0]
+            leaves = set() if part == "distillation" else LEAVES
+            if target != part and target not in ALLOWED[part] | leaves | {"__version__"}:
+                wrong.add(name)
+        if part == "distillation" and package in ("megatron", "transformers", "datasets", "pydantic"):
+            wrong.add(name)
+        if part in LEAVES and package in ("torch", "megatron", "transformers"):
+            wrong.add(name)
+    return wrong
+
+
+def sources(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows_go_downward_only(path: Path) -> None:
+    if path == PACKAGE / "__init__.py":
+        return
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    assert not faults(part_of(path), set(imports(ast.parse(path.read_text()), module)))
+
+
+@pytest.mark.parametrize(
+    ("part", "code"),
+    [
+        ("distillation", "from megatron_sead.errors import UserError"),
+        ("distillation", "import megatron.core"),
+        ("models", "from ..training import loop"),
+        ("rollouts", "def f():\n    import megatron_sead.grading"),
+        ("reporting", "from megatron_sead import training"),
+        ("config", "import torch"),
+        ("checkpoints", "from megatron_sead.rollouts.engine import Rollout"),
+        ("prompts", "from tools import plan"),
+    ],
+)
+def test_a_wrong_arrow_is_seen(part: str, code: str) -> None:
+    assert faults(part, set(imports(ast.parse(code), f"megatron_sead.{part}.module")))
+
+
+@pytest.mark.parametrize(
+    ("part", "code"),
+    [
+        ("checkpoints", "from megatron_sead.models import build_model"),
+        ("training", "from megatron_sead.distillation.zones import assign_zones"),
+        ("models", "from megatron_sead.errors import UserError\nfrom .parallel import ParallelContext\nimport torch"),
+    ],
+)
+def test_a_right_arrow_passes(part: str, code: str) -> None:
+    assert not faults(part, set(imports(ast.parse(code), f"megatron_sead.{part}.module")))
+
+
+def test_every_part_has_its_arrows_declared() -> None:
+    assert {part_of(path) for path in sources(PACKAGE)} - {"__init__"} <= ALLOWED.keys()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*sources(PACKAGE), *sources(ROOT / "tools"), *sources(ROOT / "tests")],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) < MOST_LINES_OF_A_FILE
+    long = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno + 1 >= MOST_LINES_OF_A_FUNCTION
+    }
+    assert not long
+
+
+def test_nothing_is_kept_in_a_utils_file() -> None:
+    assert not [path for path in sources(PACKAGE) if path.stem in ("utils", "util", "helpers", "common")]

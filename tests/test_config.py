@@ -1,0 +1,243 @@
+"""Every mistake in a configuration is one line that names the key, its value and what would be valid."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sead.config import RunConfig, dump_config, load_config
+from megatron_sead.config_checks import check_output, check_world_size, config_differences, config_warnings
+from megatron_sead.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.yaml"))
+BASE = (
+    "output=runs/x",
+    "student.path=student",
+    "teacher.path=teacher",
+    "prompts.path=prompts.jsonl",
+    "training.steps=10",
+    "training.global_batch_size=8",
+)
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_config(None, [*BASE, *overrides])
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        config(*overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    loaded = load_config(path, [])
+    (tmp_path / "config.yaml").write_text(dump_config(loaded))
+    assert load_config(tmp_path / "config.yaml", []) == loaded
+
+
+def test_there_are_shipped_configurations() -> None:
+    assert {"sead_tiny", "sead_7b", "sead_32b", "gsm8k_smoke"} <= {path.stem for path in CONFIGS}
+
+
+def test_values_that_yaml_could_change_survive_a_round_trip(tmp_path: Path) -> None:
+    loaded = config("prompts.instruction=\"a: b # c\\n'é' \"", "training.lr=5e-9", "student.stop_token_ids=[1, 2]")
+    assert loaded.prompts.instruction == "a: b # c\n'é' "
+    (tmp_path / "config.yaml").write_text(dump_config(loaded), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml", []) == loaded
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(dump_config(config("training.lr=1e-3", "zones.rescue_threshold=2")))
+    loaded = load_config(tmp_path / "run.yaml", ["training.lr=2e-3", "zones.rescue_threshold=null", "seed=7"])
+    assert (loaded.training.lr, loaded.zones.rescue_threshold, loaded.seed) == (2e-3, None, 7)
+    assert loaded.training.steps == 10
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("training.stepz", "training.steps"),
+        ("tarining.lr", "training.lr"),
+        ("steps", "training.steps"),
+        ("zones.share", "zones.shares"),
+        ("training.tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_nearest_one(key: str, nearest: str) -> None:
+    assert refusal(f"{key}=1") == f"{key}: unknown setting; did you mean {nearest}?"
+
+
+def test_an_unknown_key_in_a_file_is_told_the_same_way(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("zones: {share: 1}\n")
+    with pytest.raises(UserError, match=r"^zones.share: unknown setting; did you mean zones.shares\?$"):
+        load_config(tmp_path / "run.yaml", list(BASE))
+
+
+# What is given, and what the line must contain: key, value, what is valid
+REFUSALS = [
+    (["training.lr=fast"], ["training.lr='fast'", "valid number"]),
+    (["training.steps=0"], ["training.steps=0", "greater than or equal to 1"]),
+    (["training.steps=1.5"], ["training.steps=1.5", "integer"]),
+    (["training.precision=fp16"], ["training.precision='fp16'", "'fp32' or 'bf16'"]),
+    (["policy.name=saed"], ["policy.name='saed'", "'sead'"]),
+    (["parallel=5"], ["parallel=5", "tensor_model_parallel_size"]),
+    (["zones.shares=50"], ["zones.shares=50", "[50, 40, 10]"]),
+    (["zones.shares=[50, 40, 11]"], ["zones.shares=[50.0, 40.0, 11.0]", "sum to 100", "not 101"]),
+    (["zones.shares=[60, 50, -10]"], ["zones.shares", "negative"]),
+    (["zones.scope=sequence", "zones.thresholds=running"], ["zones.thresholds='running'", "global_step"]),
+    (["zones.thresholds=running", "policy.name=opd"], ["zones.thresholds='running'", "sead or zones", "'opd'"]),
+    (["curriculum.c0=0.15"], ["curriculum.c0=0.15", "0.6", "locked", "2.737"]),
+    (["training.micro_batch_size=3"], ["global_batch_size=8", "micro_batch_size=3"]),
+    (["rollouts.samples_per_prompt=3"], ["global_batch_size=8", "samples_per_prompt=3"]),
+    (["rollouts.samples_per_prompt=2", "rollouts.temperature=0"], ["samples_per_prompt=2", "greedy"]),
+    (["rollouts.engine=replay"], ["rollouts.engine='replay'", "rollouts.path"]),
+    (["parallel.sequence_parallel=true"], ["sequence_parallel", "at least 2, not 1"]),
+    (["parallel.virtual_pipeline_model_parallel_size=2"], ["pipeline_model_parallel_size", "not 1"]),
+    (["parallel.context_parallel_size=2"], ["context_parallel_size=2", "only 1"]),
+    (["training.lr_warmup_steps=11"], ["lr_warmup_steps=11", "training.steps=10"]),
+    (["training.min_lr=1"], ["training.min_lr=1", "training.lr=1e-06"]),
+    (["annealing.end=0.9"], ["annealing.end=0.9", "annealing.start=0.8"]),
+    (["device=cpu", "training.attention_backend=transformer_engine"], ["attention_backend", "cuda"]),
+    (["prompts.template=plain", "student.system_prompt=hi"], ["student.system_prompt", "'plain'"]),
+    (["training.lr"], ["'training.lr'", "key=value"]),
+    (["training.lr=[1"], ["training.lr=[1", "line 1"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"), REFUSALS, ids=lambda value: value[0] if isinstance(value, list) else ""
+)
+def test_a_wrong_value_or_combination_is_refused(overrides: list[str], parts: list[str]) -> None:
+    message = refusal(*overrides)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["curriculum.c0=0.25", "curriculum.k=2"],  # c0 * 2^k is exactly 1
+        ["curriculum.c0=0.1", "curriculum.mode=none"],
+        ["annealing.end=0.9", "annealing.shape=constant"],
+        ["zones.thresholds=running", "policy.name=zones"],
+        ["training.lr_warmup_steps=10"],
+        ["zones.shares=[33.3, 33.3, 33.4]"],
+        ["rollouts.engine=replay", "rollouts.path=runs/other"],
+    ],
+    ids=lambda value: value[0],
+)
+def test_what_lies_just_inside_is_accepted(overrides: list[str]) -> None:
+    config(*overrides)
+
+
+def test_k_that_the_refusal_names_is_accepted() -> None:
+    for c0 in (0.05, 0.15, 0.3, 0.7):
+        message = refusal(f"curriculum.c0={c0}", "curriculum.k=0.1")
+        config(f"curriculum.c0={c0}", f"curriculum.k={message.rpartition(' ')[2]}")
+
+
+def test_of_several_mistakes_the_first_is_told_and_the_others_counted() -> None:
+    assert refusal("training.steps=0", "training.lr=x", "zones.shares=[1, 1, 1]").endswith("(and 2 more)")
+    assert refusal("training.micro_batch_size=3", "training.min_lr=1").endswith("(and 1 more)")
+
+
+def test_missing_settings_are_told_by_their_whole_key() -> None:
+    with pytest.raises(UserError, match=r"^student.path: missing; .*Hugging Face directory.*\(and 4 more\)$"):
+        load_config(None, ["output=x"])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("training:\n  steps: 1\n bad: [\n", ["run.yaml, line 3"]),
+        ("seed: 1\nseed: 2\n", ["run.yaml, line 2", "'seed' is given twice"]),
+        ("- a\n- b\n", ["run.yaml: must hold"]),
+    ],
+)
+def test_a_malformed_file_is_told_with_its_line(text: str, parts: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(file, [])
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_a_missing_file_is_told() -> None:
+    with pytest.raises(UserError, match=r"absent.yaml: cannot be read: No such file"):
+        load_config(Path("absent.yaml"), [])
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(2, 1), (4, 2), (8, 4)])
+def test_data_parallel_size_is_what_is_left(world_size: int, expected: int) -> None:
+    assert check_world_size(config("parallel.tensor_model_parallel_size=2"), world_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "parts"),
+    [
+        (["parallel.tensor_model_parallel_size=2"], 3, ["3 ranks", "multiple of 2"]),
+        ([], 3, ["global_batch_size=8", "multiple of 3", "6 or 9"]),
+        ([], 16, ["global_batch_size=8", "multiple of 16", "example 16:"]),
+        (
+            [
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+                "training.micro_batch_size=8",
+            ],
+            2,
+            ["multiple of 16", "2 pipeline stages"],
+        ),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused(overrides: list[str], world_size: int, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        check_world_size(config(*overrides), world_size)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_differences_are_dotted_keys() -> None:
+    old, new = config(), config("seed=1", "zones.shares=[60, 30, 10]", "student.stop_token_ids=[3]")
+    assert config_differences(old, new) == ["seed", "student.stop_token_ids", "zones.shares"]
+    assert config_differences(old, config()) == []
+
+
+def test_an_output_directory_takes_the_same_run_in_another_layout_and_no_other_run(tmp_path: Path) -> None:
+    here = f"output={tmp_path}"
+    check_output(config(here))  # empty
+    (tmp_path / "config.yaml").write_text(dump_config(config(here)))
+    check_output(config(here, "parallel.tensor_model_parallel_size=2", "training.micro_batch_size=4", "device=cpu"))
+    with pytest.raises(UserError, match=r"another run: seed is 0 there and 1 here \(and 1 more differ\)"):
+        check_output(config(here, "seed=1", "training.steps=11"))
+
+
+def test_an_output_that_is_a_file_or_holds_an_unreadable_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        check_output(config(f"output={tmp_path / 'file'}"))
+    (tmp_path / "config.yaml").write_text("stepz: 1\n")
+    with pytest.raises(UserError, match="not valid here"):
+        check_output(config(f"output={tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (["training.lr=5e-9", "training.steps=181"], True),  # the paper's literal value
+        (["training.lr=1e-6", "training.steps=181"], False),
+        (["training.lr=5e-9", "training.precision=fp32"], False),
+    ],
+)
+def test_a_learning_rate_below_bf16_resolution_warns(overrides: list[str], warned: bool) -> None:
+    assert any("resolution" in line for line in config_warnings(config(*overrides))) == warned
+
+
+def test_a_configuration_is_read_without_torch() -> None:
+    code = "import sys, megatron_sead.train; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,251 @@
+"""Plans: exact parameter counts, bytes that add up over ranks, layouts and files refused before anything is built."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_sead.config import ModelSettings, ParallelSettings, RunConfig, load_config
+from megatron_sead.errors import UserError
+from megatron_sead.training.plan import make_plan, padded_vocabulary, read_shape
+from megatron_sead.training.preflight import check_inputs
+
+ROOT = Path(__file__).parents[2]
+SHAPES = ROOT / "examples" / "shapes"
+GIB = 2**30
+
+
+def plan_7b(*overrides: str) -> RunConfig:
+    shapes = [f"student.path={SHAPES / 'olmo3-7b'}", f"teacher.path={SHAPES / 'olmo3-32b'}"]
+    return load_config(ROOT / "examples/configs/sead_7b.yaml", [*shapes, *overrides])
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("olmo3-7b", 7_298_011_136), ("olmo3-32b", 32_233_522_176)])
+def test_parameters_are_those_of_the_released_checkpoints(name: str, parameters: int) -> None:
+    assert read_shape(ModelSettings(path=SHAPES / name), "student").parameters == parameters
+
+
+@pytest.mark.parametrize("size", [(3, 96, 3, 1, 160), (4, 64, 4, 2, 128)], ids=str)
+def test_parameters_are_those_that_transformers_makes(size: tuple[int, ...], tmp_path: Path) -> None:
+    from transformers import Olmo3Config, Olmo3ForCausalLM
+
+    layers, hidden, heads, kv_heads, ffn = size
+    config = Olmo3Config(
+        vocab_size=50,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=ffn,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        expected = sum(p.numel() for p in Olmo3ForCausalLM(config).parameters())
+    assert read_shape(ModelSettings(path=tmp_path), "student").parameters == expected
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (4, 4), (8, 2)])
+def test_ranks_hold_the_model_once_and_replicas_only_of_norms(tp: int, pp: int) -> None:
+    shape = read_shape(ModelSettings(path=SHAPES / "olmo3-32b"), "student")
+    parallel = ParallelSettings(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    held = tp * sum(shape.rank_parameters(stage, parallel) for stage in range(pp))
+    padding = 2 * (padded_vocabulary(shape.vocabulary, tp) - shape.vocabulary) * shape.hidden
+    replicas = (tp - 1) * (2 * shape.layers + 1) * shape.hidden
+    assert held == shape.parameters + padding + replicas
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
+def test_olmo_vocabulary_is_padded_the_same_for_every_power_of_two(tp: int) -> None:
+    assert padded_vocabulary(100_278, tp) == 100_352
+
+
+def test_bytes_follow_precision_and_sharding() -> None:
+    stage = make_plan(plan_7b(), 32).stages[0]
+    assert (stage.weights, stage.gradients) == (2 * stage.parameters, 4 * stage.parameters)
+    assert stage.optimizer == 12 * stage.parameters // 4  # over four data-parallel ranks
+    whole = make_plan(plan_7b("training.use_distributed_optimizer=false"), 32).stages[0]
+    assert whole.optimizer == 12 * stage.parameters
+    fp32 = make_plan(plan_7b("training.precision=fp32"), 8).stages[0]
+    assert (fp32.weights, fp32.gradients, fp32.optimizer) == tuple(n * stage.parameters for n in (4, 4, 8))
+    assert stage.teacher_hidden_host == 24 * 16384 * 5120 * 2
+
+
+def test_stages_differ_by_embedding_head_and_loss() -> None:
+    first, middle, last = (
+        make_plan(plan_7b("parallel.pipeline_model_parallel_size=4"), 32).stages[i] for i in (0, 1, 3)
+    )
+    embedding = 100_352 // 8 * 4096
+    assert first.parameters - middle.parameters == embedding
+    assert last.parameters - middle.parameters == embedding + 4096
+    assert (first.scratch, middle.teacher_hidden_host) == (0, 0)
+    assert last.scratch == 256 * 2**20
+    assert first.activations > middle.activations > last.activations  # micro-batches in flight
+
+
+def test_recompute_keeps_less() -> None:
+    full, none = (make_plan(plan_7b(f"training.recompute_granularity={g}"), 32).stages[0] for g in ("full", "null"))
+    assert full.activations < 2 * GIB < none.activations
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "parts"),
+    [
+        (["parallel.tensor_model_parallel_size=16"], 32, ["teacher's 40 heads", "1, 2, 4, 8"]),
+        (["parallel.pipeline_model_parallel_size=3"], 24, ["student's 32 layers", "1, 2, 4, 8, 16, 32"]),
+        (
+            ["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=3"],
+            32,
+            ["4 x 3 virtual stages", "32 layers"],
+        ),
+        (["rollouts.max_new_tokens=65536"], 32, ["rollouts.max_new_tokens=65536", "65536"]),
+        ([], 20, ["20 ranks"]),
+        ([], 40, ["global_batch_size=96", "multiple of 5"]),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(overrides: list[str], world_size: int, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        make_plan(plan_7b(*overrides), world_size)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"model_type": "olmo_hybrid"}, "'olmo_hybrid'; only 'olmo3'"),
+        ({"hidden_size": None}, "has no 'hidden_size'"),
+        ({"vocab_size": 100_000}, "vocabulary of"),
+    ],
+)
+def test_a_foreign_model_is_refused(change: dict[str, Any], part: str, tmp_path: Path) -> None:
+    values = json.loads((SHAPES / "olmo3-7b" / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    with pytest.raises(UserError, match=part):
+        make_plan(plan_7b(f"student.path={tmp_path}"), 32)
+
+
+@pytest.fixture
+def run_inputs(tmp_path: Path) -> Path:
+    """All files of a run, whole: two models with the same tokenizer, and prompts."""
+    tokenizer = {"model": {"vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": [{"id": 2, "content": "<eos>"}]}
+    for role in ("student", "teacher"):
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "config.json").write_text((SHAPES / "olmo3-7b" / "config.json").read_text())
+        (tmp_path / role / "tokenizer.json").write_text(json.dumps(tokenizer))
+        save_file({"weight": torch.zeros(4, 4)}, tmp_path / role / "model.safetensors")
+    row = {"prompt": "1+1=", "answer": "2", "difficulty": 0.5}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    return tmp_path
+
+
+def inputs_config(folder: Path, *overrides: str) -> RunConfig:
+    paths = [f"student.path={folder / 'student'}", f"teacher.path={folder / 'teacher'}"]
+    return plan_7b(*paths, f"prompts.path={folder / 'prompts.jsonl'}", f"output={folder / 'run'}", *overrides)
+
+
+def test_whole_inputs_pass(run_inputs: Path) -> None:
+    assert check_inputs(inputs_config(run_inputs)) == []
+
+
+def truncate(path: Path, size: int) -> None:
+    with path.open("r+b") as stream:
+        stream.truncate(size)
+
+
+def damage(folder: Path, what: str) -> None:
+    student, prompts = folder / "student", folder / "prompts.jsonl"
+    match what:
+        case "truncated weights":
+            truncate(student / "model.safetensors", (student / "model.safetensors").stat().st_size - 3)
+        case "truncated header":
+            truncate(student / "model.safetensors", 20)
+        case "missing weights":
+            (student / "model.safetensors").unlink()
+        case "missing shard":
+            index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+            (student / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "no tokenizer":
+            (student / "tokenizer.json").unlink()
+        case "other tokenizer":
+            text = (student / "tokenizer.json").read_text()
+            (student / "tokenizer.json").write_text(text.replace('"b": 1', '"c": 1'))
+        case "empty prompts":
+            prompts.write_text("\n")
+        case "malformed prompt":
+            prompts.write_text(prompts.read_text() + '{"prompt": \n')
+        case "no answer":
+            prompts.write_text('{"prompt": "1+1="}\n')
+        case "no difficulty":
+            prompts.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+        case "no prompts":
+            prompts.unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "part"),
+    [
+        ("truncated weights", r"student/model.safetensors: truncated: \d+ bytes, its header says \d+"),
+        ("truncated header", "student/model.safetensors: truncated"),
+        ("missing weights", "student.path=.*: model.safetensors not found"),
+        ("missing shard", "student.path=.*: model-2.safetensors not found"),
+        ("no tokenizer", "student.path=.*: no tokenizer"),
+        ("other tokenizer", "different tokenizers"),
+        ("empty prompts", "prompts.jsonl: holds no prompts"),
+        ("malformed prompt", "prompts.jsonl, line 3: not valid JSON"),
+        ("no answer", "line 1: has no 'answer', which prompts.answer_field names; it has 'prompt'"),
+        ("no difficulty", "line 1: has no 'difficulty'.*curriculum.mode=none"),
+        ("no prompts", "prompts.path=.*: no such file"),
+    ],
+)
+def test_a_missing_or_damaged_file_is_told(what: str, part: str, run_inputs: Path) -> None:
+    damage(run_inputs, what)
+    with pytest.raises(UserError, match=part) as caught:
+        check_inputs(inputs_config(run_inputs))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_may_come_before_the_weights(run_inputs: Path) -> None:
+    damage(run_inputs, "missing weights")
+    assert len(check_inputs(inputs_config(run_inputs), weights_may_come_later=True)) == 1
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("NPROC", "NNODES", "WORLD_SIZE", "RANK")}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_dry_run_prints_the_plan(run_inputs: Path) -> None:
+    overrides = [f"{role}.path={run_inputs / role}" for role in ("student", "teacher")]
+    overrides += [f"prompts.path={run_inputs / 'prompts.jsonl'}", f"output={run_inputs / 'run'}"]
+    config = "examples/configs/sead_7b.yaml"
+    done = command("-m", "megatron_sead.train", "--config", config, "--dry-run", "--world-size", "32", *overrides)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "7,298,011,136" in done.stdout
+    assert "vllm is not there yet" in done.stdout
+
+
+@pytest.mark.parametrize("flags", [["--check"], ["--dry-run"], []], ids=str)
+def test_a_mistake_is_one_line_and_exit_code_2(flags: list[str]) -> None:
+    done = command("-m", "megatron_sead.train", "--config", "examples/configs/sead_7b.yaml", *flags, "training.stepz=1")
+    assert done.returncode == 2
+    assert done.stderr == "error: training.stepz: unknown setting; did you mean training.steps?\n"
+
+
+def test_the_tool_needs_only_config_json() -> None:
+    paths = [f"student.path={SHAPES / 'olmo3-7b'}", f"teacher.path={SHAPES / 'olmo3-32b'}"]
+    done = command("tools/plan.py", "--config", "examples/configs/sead_7b.yaml", "--world-size", "32", *paths)
+    assert done.returncode == 0, done.stderr
+    assert "32,233,522,176" in done.stdout
+    done = command("tools/plan.py", "--config", "absent.yaml")
+    assert (done.returncode, done.stderr) == (2, "error: absent.yaml: cannot be read: No such file or directory\n")
