@@ -30,11 +30,26 @@ class Rollout:
     log_probs: tuple[float, ...] | None  # the engine's own, of each response token, at temperature 1
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Temperature 0 is greedy; top_p keeps the smallest set of tokens with that probability."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+
+
 class RolloutEngine(Protocol):
     """Writes a step's responses with the weights it was last given."""
 
-    def generate(self, requests: list[GenerationRequest], step: int) -> list[Rollout]:
-        """Collective over all ranks: each passes the same requests and receives all rollouts, in request order."""
+    def generate(
+        self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None
+    ) -> list[Rollout]:
+        """Collective over all ranks: each passes the same requests and receives all rollouts, in request order.
+
+        Args:
+            sampling: how to choose tokens this time, for evaluation; None: as the run's settings say.
+        """
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

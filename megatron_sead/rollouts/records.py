@@ -1,0 +1,88 @@
+"""Rollouts on disk: ``rollouts/step-N.jsonl``, one JSON object a rollout. Written and read here alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sead.errors import UserError
+from megatron_sead.rollouts.engine import Rollout
+
+FOLDER = "rollouts"
+
+
+def record_path(run_directory: Path, step: int) -> Path:
+    """Where a step's rollouts are, in a run directory."""
+    return run_directory / FOLDER / f"step-{step}.jsonl"
+
+
+def write_records(path: Path, rollouts: Sequence[Rollout], extras: Sequence[dict[str, Any]] | None = None) -> None:
+    """Write all rollouts of a step, whole or not at all.
+
+    Args:
+        extras: more keys for each rollout, for people and plots: text, correct, zones as a string like "ABCA".
+            Reading leaves them out. They must not be named as a field of `Rollout`.
+    """
+    lines = []
+    for rollout, extra in zip(rollouts, extras or [{}] * len(rollouts), strict=True):
+        record = {
+            "prompt_id": rollout.prompt_id,
+            "sample": rollout.sample,
+            "finished": rollout.finished,
+            "prompt_token_ids": rollout.prompt_token_ids,
+            "response_token_ids": rollout.response_token_ids,
+            "log_probs": rollout.log_probs,
+        }
+        if clash := record.keys() & extra.keys():
+            raise ValueError(f"extras must not be named as fields of a rollout: {', '.join(sorted(clash))}")
+        lines.append(json.dumps(record | extra, ensure_ascii=False, allow_nan=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".jsonl.partial")
+    partial.write_text("".join(lines), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_records(path: Path) -> list[Rollout]:
+    """All rollouts of a file, in its order.
+
+    Raises:
+        UserError: the file is missing or empty, or a line is not a rollout (names the line).
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: recorded rollouts cannot be read: {reason}") from None
+    if not lines:
+        raise UserError(f"{path}: holds no rollouts")
+    return [_read_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _read_line(line: str, place: str) -> Rollout:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not valid JSON: {error}") from None
+    try:
+        log_probs = record["log_probs"]
+        rollout = Rollout(
+            prompt_id=str(record["prompt_id"]),
+            sample=int(record["sample"]),
+            prompt_token_ids=tuple(int(token) for token in record["prompt_token_ids"]),
+            response_token_ids=tuple(int(token) for token in record["response_token_ids"]),
+            finished=bool(record["finished"]),
+            log_probs=None if log_probs is None else tuple(float(value) for value in log_probs),
+        )
+    except KeyError as error:
+        raise UserError(f"{place}: not a rollout: has no {error}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{place}: not a rollout: {error}") from None
+    if not rollout.prompt_token_ids or not rollout.response_token_ids:
+        raise UserError(f"{place}: not a rollout: prompt and response must hold at least one token each")
+    if rollout.log_probs is not None and len(rollout.log_probs) != len(rollout.response_token_ids):
+        counts = f"{len(rollout.log_probs)} log_probs for {len(rollout.response_token_ids)} response tokens"
+        raise UserError(f"{place}: not a rollout: {counts}")
+    return rollout

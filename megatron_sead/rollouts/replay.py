@@ -1,0 +1,52 @@
+"""Rollouts read from an earlier run: the same tokens whatever the layout, which makes layouts comparable."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from megatron_sead.errors import UserError
+from megatron_sead.rollouts.engine import GenerationRequest, Rollout, Sampling
+from megatron_sead.rollouts.records import FOLDER, read_records
+
+log = logging.getLogger(__name__)
+
+
+class ReplayEngine:
+    """Returns what was recorded for a step: all of it, in file order. The file is the truth, not the requests.
+
+    Args:
+        path: a run directory, or its rollouts folder.
+
+    Raises:
+        UserError: there is no such folder, later a step's file is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._folder = path / FOLDER if (path / FOLDER).is_dir() else path
+        if not self._folder.is_dir():
+            raise UserError(f"rollouts.path={path}: must be a run directory or its {FOLDER} folder")
+        self._warned = False
+
+    def generate(
+        self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None
+    ) -> list[Rollout]:
+        """Every rank reads the same file. ValueError when `sampling` asks for something that was not recorded."""
+        if sampling is not None:
+            raise ValueError("recorded rollouts cannot be sampled anew")
+        rollouts = read_records(self._folder / f"step-{step}.jsonl")
+        asked = sorted((request.prompt_id, request.sample) for request in requests)
+        if not self._warned and asked != sorted((rollout.prompt_id, rollout.sample) for rollout in rollouts):
+            log.warning(
+                "step %d: the recorded rollouts are of other prompts than this run would ask; the record is used", step
+            )
+            self._warned = True
+        return rollouts
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Consumes and drops them: making them is collective, and other ranks wait for this one."""
+        deque(weights, maxlen=0)
