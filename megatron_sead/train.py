@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from megatron_sead.cli import one_line_errors_on_ranks
 from megatron_sead.config import RunConfig, load_config
 from megatron_sead.config_checks import check_output
-from megatron_sead.errors import UserError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -36,18 +34,12 @@ def main(
     ] = None,
 ) -> None:
     """Distil the teacher into the student, or with --dry-run print what that would take."""
-    try:
+    with one_line_errors_on_ranks():
         settings = load_config(config, overrides or [])
         if check or dry_run:
             _examine(settings, world_size or _planned_world_size(settings), show=dry_run)
-            return
-        _train(settings)
-    except UserError as error:
-        _tell_and_exit(str(error))
-    except Exception:
-        if _told_by_another_rank():  # what broke here is that rank's absence
-            os._exit(2)
-        raise
+        else:
+            _train(settings)
 
 
 def _examine(config: RunConfig, world_size: int, *, show: bool) -> None:
@@ -82,37 +74,6 @@ def _train(config: RunConfig) -> None:
     from megatron_sead.training.loop import run  # torch and Megatron take seconds to import; mistakes are told before
 
     run(config)
-
-
-def _tell_and_exit(message: str) -> NoReturn:
-    """One line whatever the number of ranks, then exit 2 at once: process groups may be waiting for other ranks."""
-    marker = _marker()
-    if marker is None or _claim(marker):
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(2)
-
-
-def _marker() -> Path | None:
-    """A file that says: a rank of this node has told the user. In torchrun's own folder of this attempt."""
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # <attempt>/<local rank>/error.json
-    return Path(error_file).parent.parent / "user_error" if error_file else None
-
-
-def _claim(marker: Path) -> bool:
-    try:
-        marker.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _told_by_another_rank() -> bool:
-    marker = _marker()
-    if marker is None:
-        return False
-    time.sleep(0.5)  # a collective may fail while the other rank is still writing
-    return marker.exists()
 
 
 if __name__ == "__main__":

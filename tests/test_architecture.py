@@ -11,7 +11,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_sead"
 LEAVES = {"errors", "config", "config_checks", "settings_file"}  # anyone may import them, distillation excepted
-COMMANDS = {"train", "launch", "cli"}
 PARTS = {"distillation", "models", "checkpoints", "rollouts", "prompts", "grading", "reporting"}
 
 # What a part may import of the package, beside itself and the leaves
@@ -24,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS} | {
     "config": set(),
     "config_checks": set(),
     "cli": set(),
-    "train": {"training"},
+    "train": {"training", "cli"},
     "launch": set(),
 }
 MOST_LINES_OF_A_FILE = 400
