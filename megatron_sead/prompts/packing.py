@@ -42,5 +42,72 @@ def pack(
     pad_token_id: int,
     device: torch.device,
 ) -> list[MicroBatch]:
-    """This rank's micro-batches of the global step. All arguments are the global step's, equal on every rank."""
-    raise NotImplementedError
+    """This rank's micro-batches of the global step. All arguments are the global step's, equal on every rank.
+
+    Args:
+        responses: with the stop token, which is a response token like any other; prompt and padding are not.
+        valid: one a rollout.
+        length_multiple: each view is padded to its own longest row, rounded up to this.
+
+    Raises:
+        ValueError: an empty prompt or response, or rollouts that the ranks' micro-batches cannot share evenly.
+    """
+    unit = micro_batch_size * data_parallel_size
+    if not responses or len(responses) % unit:
+        raise ValueError(
+            f"{len(responses)} rollouts cannot be shared by {data_parallel_size} data-parallel ranks in micro-batches "
+            f"of {micro_batch_size}: must be a multiple of {unit}"
+        )
+    if not all(prompts_student) or not all(prompts_teacher) or not all(responses):
+        raise ValueError("a prompt or response holds no token: nothing would predict its first token")
+    lengths = [
+        len(student) + len(teacher) + 2 * len(response)
+        for student, teacher, response in zip(prompts_student, prompts_teacher, responses, strict=True)
+    ]
+    mine = deal(lengths, data_parallel_rank, data_parallel_size)
+    micro_batches = []
+    for start in range(0, len(mine), micro_batch_size):
+        rows = mine[start : start + micro_batch_size]
+        written = [responses[i] for i in rows]
+        counts = torch.tensor([len(response) for response in written])
+        micro_batches.append(
+            MicroBatch(
+                student=_view([prompts_student[i] for i in rows], written, length_multiple, pad_token_id, device),
+                teacher=_view([prompts_teacher[i] for i in rows], written, length_multiple, pad_token_id, device),
+                targets=torch.tensor([token for response in written for token in response], device=device),
+                rollout_index=torch.tensor(rows).repeat_interleave(counts).to(device),
+                position=torch.cat([torch.arange(len(response)) for response in written]).to(device),
+                valid=torch.tensor([valid[i] for i in rows]).repeat_interleave(counts).to(device),
+            )
+        )
+    return micro_batches
+
+
+def deal(lengths: list[int], rank: int, ranks: int) -> list[int]:
+    """Which items a rank gets, longest first: as many as every other rank, and about as much length in all.
+
+    Items sorted by length (equal ones in their order) are dealt like cards to and fro: 0 1 2, 2 1 0, 0 1 2, ...
+    Micro-batches then hold rows of like length, and those that ranks run at the same time are alike too.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    rounds = [order[start : start + ranks] for start in range(0, len(order), ranks)]
+    return [cards[rank if i % 2 == 0 else ranks - 1 - rank] for i, cards in enumerate(rounds)]
+
+
+def _view(
+    prompts: list[tuple[int, ...]],
+    responses: list[tuple[int, ...]],
+    length_multiple: int,
+    pad_token_id: int,
+    device: torch.device,
+) -> TokenView:
+    rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    longest = max(len(row) for row in rows)
+    padded = -(-longest // length_multiple) * length_multiple
+    tokens = torch.tensor([[*row, *[pad_token_id] * (padded - len(row))] for row in rows], device=device)
+    # The logits at a position predict the token after it: the last prompt position predicts response token 0.
+    predictors = [
+        torch.arange(len(response)) + (b * padded + len(prompt) - 1)
+        for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
+    return TokenView(tokens, torch.cat(predictors).to(device))

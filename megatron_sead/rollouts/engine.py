@@ -42,9 +42,7 @@ class Sampling:
 class RolloutEngine(Protocol):
     """Writes a step's responses with the weights it was last given."""
 
-    def generate(
-        self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None
-    ) -> list[Rollout]:
+    def generate(self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None) -> list[Rollout]:
         """Collective over all ranks: each passes the same requests and receives all rollouts, in request order.
 
         Args:

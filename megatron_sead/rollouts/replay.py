@@ -32,9 +32,7 @@ class ReplayEngine:
             raise UserError(f"rollouts.path={path}: must be a run directory or its {FOLDER} folder")
         self._warned = False
 
-    def generate(
-        self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None
-    ) -> list[Rollout]:
+    def generate(self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None) -> list[Rollout]:
         """Every rank reads the same file. ValueError when `sampling` asks for something that was not recorded."""
         if sampling is not None:
             raise ValueError("recorded rollouts cannot be sampled anew")

@@ -59,9 +59,7 @@ class TransformersEngine:
         self.group = group
         self._stop = torch.tensor(sorted(stop_token_ids), device=self.device)
 
-    def generate(
-        self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None
-    ) -> list[Rollout]:
+    def generate(self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None) -> list[Rollout]:
         """Collective over the group: each rank passes the same requests and receives all rollouts, in their order."""
         rank, size = (0, 1) if self.group is None else (self.group.rank(), self.group.size())
         # Prompts of like length share a batch; dealing them out in turns gives every rank like work.

@@ -1,0 +1,157 @@
+"""The pair is checked before it trains: same tokens, and no unnoticed difference in how the two models are spoken to.
+
+Student and teacher are compared position by position over one vocabulary, so other tokens make nonsense of every
+divergence. Models that stop on different tokens are the commonest cause of responses that grow without end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Literal
+
+from rich.table import Table
+
+from megatron_sead.config import ModelSettings
+from megatron_sead.errors import UserError
+from megatron_sead.prompts.tokenizer import ModelTokenizer
+
+PROBE = "What is 1+1?"
+
+
+@dataclass(frozen=True)
+class PairAspect:
+    """One thing that was compared."""
+
+    name: str
+    student: str
+    teacher: str
+    verdict: Literal["same", "mapped by config", "same prompt", "not used"]
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What both models are, side by side. Rich prints it as a table."""
+
+    aspects: tuple[PairAspect, ...]
+
+    def __rich__(self) -> Table:
+        table = Table("", "student", "teacher", "", title="The pair")
+        for aspect in self.aspects:
+            table.add_row(aspect.name, aspect.student, aspect.teacher, aspect.verdict)
+        return table
+
+
+def check_pair(
+    student: ModelTokenizer,
+    teacher: ModelTokenizer,
+    student_settings: ModelSettings,
+    teacher_settings: ModelSettings,
+    template: Literal["chat", "plain"],
+) -> PairReport:
+    """Compare both models' tokenizers, stop tokens, chat templates and system prompts.
+
+    Different tokenizers are always refused. Different stop tokens or prompts are refused unless a setting of either
+    model says that they are meant: stop_token_ids, chat_template, system_prompt.
+
+    Raises:
+        UserError: the first difference that nothing maps, and the settings that would.
+    """
+    _require_same_tokenizer(student, teacher)
+    return PairReport(
+        (
+            PairAspect("tokenizer", _size(student), _size(teacher), "same"),
+            _compare_stop(student, teacher, student_settings, teacher_settings),
+            *_compare_prompts(student, teacher, student_settings, teacher_settings, template),
+        )
+    )
+
+
+def _require_same_tokenizer(student: ModelTokenizer, teacher: ModelTokenizer) -> None:
+    where = f"student {student.path} and teacher {teacher.path} have different tokenizers"
+    ours, theirs = student.token_names, teacher.token_names
+    for token in sorted(ours.keys() | theirs.keys()):
+        if ours.get(token) != theirs.get(token):
+            raise UserError(
+                f"{where}: token {token} is {_shown(ours.get(token))} for the student and "
+                f"{_shown(theirs.get(token))} for the teacher ({len(ours)} and {len(theirs)} tokens)"
+            )
+    merges = zip_longest(student.codec.merges(), teacher.codec.merges())
+    for rank, (our_merge, their_merge) in enumerate(merges):
+        if our_merge != their_merge:
+            raise UserError(
+                f"{where}: merge {rank} is {_shown(our_merge)} for the student and {_shown(their_merge)} "
+                "for the teacher"
+            )
+    our_rules, their_rules = student.codec.rules(), teacher.codec.rules()
+    for name in our_rules.keys() | their_rules.keys():
+        if our_rules.get(name) != their_rules.get(name):
+            raise UserError(f"{where}: same tokens and merges, but not the same {name}, so text is split differently")
+
+
+def _compare_stop(
+    student: ModelTokenizer, teacher: ModelTokenizer, student_settings: ModelSettings, teacher_settings: ModelSettings
+) -> PairAspect:
+    ours, theirs = set(student.stop_token_ids), set(teacher.stop_token_ids)
+    verdict: Literal["same", "mapped by config"] = "same"
+    if ours != theirs:
+        if student_settings.stop_token_ids is None and teacher_settings.stop_token_ids is None:
+            lists = f"{_tokens(student, student.stop_token_ids)} and {_tokens(teacher, teacher.stop_token_ids)}"
+            raise UserError(
+                f"student and teacher stop on different tokens: {lists}, from {student.stop_source} and "
+                f"{teacher.stop_source}; say which are meant with student.stop_token_ids or teacher.stop_token_ids, "
+                f"for example student.stop_token_ids={sorted(ours | theirs)}"
+            )
+        verdict = "mapped by config"
+    return PairAspect(
+        "stops on", _tokens(student, student.stop_token_ids), _tokens(teacher, teacher.stop_token_ids), verdict
+    )
+
+
+def _compare_prompts(
+    student: ModelTokenizer,
+    teacher: ModelTokenizer,
+    student_settings: ModelSettings,
+    teacher_settings: ModelSettings,
+    template: Literal["chat", "plain"],
+) -> tuple[PairAspect, ...]:
+    if template == "plain":
+        return (PairAspect("chat template", "", "", "not used"),)
+    ours, theirs = student.render(PROBE), teacher.render(PROBE)
+    verdict: Literal["same", "mapped by config", "same prompt"] = "same"
+    if ours != theirs:
+        settings = (student_settings, teacher_settings)
+        if all(s.chat_template is None and s.system_prompt is None for s in settings):
+            place = next(i for i, pair in enumerate(zip_longest(ours, theirs)) if pair[0] != pair[1])
+            raise UserError(
+                "student and teacher would see different prompts: their chat templates differ from character "
+                f"{place} of the prompt on, {_shown(ours[place : place + 40])} and "
+                f"{_shown(theirs[place : place + 40])}; set student.chat_template or teacher.chat_template to a Jinja "
+                "file, or student.system_prompt or teacher.system_prompt"
+            )
+        verdict = "mapped by config"
+    elif student.chat_template != teacher.chat_template:
+        verdict = "same prompt"
+    same_system = student.system_prompt == teacher.system_prompt
+    return (
+        PairAspect("chat template", student.template_source, teacher.template_source, verdict),
+        PairAspect(
+            "system prompt",
+            "none" if student.system_prompt is None else student.system_prompt,
+            "none" if teacher.system_prompt is None else teacher.system_prompt,
+            "same" if same_system else "mapped by config",
+        ),
+        PairAspect("a prompt", ours, theirs, "same" if ours == theirs else verdict),
+    )
+
+
+def _size(tokenizer: ModelTokenizer) -> str:
+    return f"{len(tokenizer.token_names):,} tokens, {tokenizer.path}"
+
+
+def _tokens(tokenizer: ModelTokenizer, ids: tuple[int, ...]) -> str:
+    return ", ".join(f"{token} {tokenizer.token_names.get(token, '?')}" for token in ids)
+
+
+def _shown(value: str | None) -> str:
+    return "nothing" if value is None else repr(value)
