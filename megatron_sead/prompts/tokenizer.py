@@ -41,7 +41,7 @@ class Codec(Protocol):
 
 
 class HuggingFaceCodec:
-    """A tokenizer of the ``tokenizers`` library. It adds no special tokens: what a prompt begins with is in its text."""
+    """A tokenizer of the ``tokenizers`` library. Adds no special tokens: what a prompt begins with is in its text."""
 
     def __init__(self, backend: PreTrainedTokenizerFast) -> None:
         self._backend = backend

@@ -52,11 +52,12 @@ def read_records(path: Path) -> list[Rollout]:
         UserError: the file is missing or empty, or a line is not a rollout (names the line).
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a response may hold line separators such as U+2028, which end no line of the file
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{path}: recorded rollouts cannot be read: {reason}") from None
-    if not lines:
+    if lines == [""]:
         raise UserError(f"{path}: holds no rollouts")
     return [_read_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 

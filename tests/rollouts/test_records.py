@@ -1,0 +1,119 @@
+"""Rollouts survive the way to disk and back, and the replay engine returns just them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sead.config import RolloutSettings
+from megatron_sead.errors import UserError
+from megatron_sead.rollouts import (
+    GenerationRequest,
+    ReplayEngine,
+    Rollout,
+    Sampling,
+    make_engine,
+    read_records,
+    record_path,
+    write_records,
+)
+
+ROLLOUTS = [
+    Rollout("b\u2028", 0, (5, 6), (7, 8, 1), True, (-0.1, -1 / 3, -2.5e-7)),
+    Rollout("a", 1, (5,), (9,), False, None),
+]
+REQUESTS = [GenerationRequest(r.prompt_id, r.sample, r.prompt_token_ids) for r in ROLLOUTS]
+
+
+def test_round_trip_with_extras(tmp_path: Path) -> None:
+    path = record_path(tmp_path, 3)
+    write_records(path, ROLLOUTS, [{"text": "x", "zones": "ABC"}, {"correct": True}])
+    assert path == tmp_path / "rollouts" / "step-3.jsonl"
+    assert read_records(path) == ROLLOUTS
+    first = json.loads(path.read_text(encoding="utf-8").split("\n")[0])
+    assert first["zones"] == "ABC"
+    assert list(path.parent.iterdir()) == [path]  # nothing partial stays
+
+
+def test_an_extra_may_not_replace_a_field(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="finished"):
+        write_records(tmp_path / "step-0.jsonl", ROLLOUTS[:1], [{"finished": False}])
+
+
+@pytest.mark.parametrize("folder", ["", "rollouts"])
+def test_replay_returns_the_file(tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture) -> None:
+    write_records(record_path(tmp_path, 0), ROLLOUTS)
+    engine = ReplayEngine(tmp_path / folder)
+    with caplog.at_level(logging.WARNING):
+        assert engine.generate(REQUESTS[::-1], 0) == ROLLOUTS
+        assert not caplog.messages
+        assert engine.generate(REQUESTS[:1], 0) == ROLLOUTS
+        assert engine.generate(REQUESTS[:1], 0) == ROLLOUTS
+    assert len(caplog.messages) == 1
+
+
+def test_replay_consumes_weights(tmp_path: Path) -> None:
+    weights = iter([("a", torch.ones(1)), ("b", torch.ones(1))])
+    ReplayEngine(tmp_path).load_weights(weights)
+    assert next(weights, None) is None
+
+
+def test_replay_cannot_sample(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be sampled"):
+        ReplayEngine(tmp_path).generate([], 0, Sampling(1.0, 1.0, 5))
+
+
+def record(**changes: object) -> str:
+    values = {
+        "prompt_id": "a",
+        "sample": 0,
+        "finished": True,
+        "prompt_token_ids": [1],
+        "response_token_ids": [2, 3],
+        "log_probs": [-1.0, -1.0],
+    }
+    return json.dumps(values | changes)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"line 2: not valid JSON"),
+        ("[]", r"line 2: not a rollout"),
+        ("{}", r"line 2: not a rollout: has no 'log_probs'"),
+        (record(sample="x"), r"line 2: not a rollout"),
+        (record(response_token_ids=[]), r"line 2: not a rollout: prompt and response"),
+        (record(log_probs=[-1.0]), r"line 2: not a rollout: 1 log_probs for 2 response tokens"),
+    ],
+)
+def test_damaged_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "step-0.jsonl").write_text(record() + "\n" + line + "\n")
+    with pytest.raises(UserError, match=message):
+        ReplayEngine(tmp_path).generate([], 0)
+
+
+def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step-4\.jsonl: recorded rollouts cannot be read"):
+        ReplayEngine(tmp_path).generate([], 4)
+    (tmp_path / "step-4.jsonl").touch()
+    with pytest.raises(UserError, match="holds no rollouts"):
+        ReplayEngine(tmp_path).generate([], 4)
+    with pytest.raises(UserError, match=r"rollouts\.path="):
+        ReplayEngine(tmp_path / "nowhere")
+
+
+def test_vllm_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="vllm is not supported by this version"):
+        make_engine(
+            RolloutSettings(engine="vllm"),
+            tmp_path,
+            stop_token_ids=(1,),
+            pad_token_id=0,
+            seed=0,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )

@@ -1,0 +1,167 @@
+"""The engine against transformers itself: its generate, its full forward pass, its softmax."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Olmo3ForCausalLM
+
+from megatron_sead.errors import UserError
+from megatron_sead.rollouts import GenerationRequest, Rollout, Sampling
+from megatron_sead.rollouts.transformers_engine import TransformersEngine
+
+STOP = (1, 3)
+
+
+def make_engine(directory: Path, **changes: object) -> TransformersEngine:
+    values: dict[str, object] = {
+        "sampling": Sampling(temperature=1.0, top_p=1.0, max_new_tokens=20),
+        "stop_token_ids": STOP,
+        "pad_token_id": 0,
+        "seed": 5,
+    }
+    return TransformersEngine(directory, **(values | changes))  # type: ignore[arg-type]
+
+
+def make_requests(count: int, vocab_size: int = 60) -> list[GenerationRequest]:
+    """Prompts of 2 to 14 tokens: shorter and longer than the sliding window of 6."""
+    draw = random.Random(0)
+    prompts = [tuple(draw.randrange(4, vocab_size) for _ in range(draw.randrange(2, 15))) for _ in range(count)]
+    return [GenerationRequest(f"p{i}", i % 3, prompt) for i, prompt in enumerate(prompts)]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_olmo3: Path) -> TransformersEngine:
+    return make_engine(tiny_olmo3)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_olmo3: Path) -> Olmo3ForCausalLM:
+    return Olmo3ForCausalLM.from_pretrained(tiny_olmo3, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def rollouts(engine: TransformersEngine) -> list[Rollout]:
+    return engine.generate(make_requests(24), step=2)
+
+
+def test_greedy_is_transformers_generate(engine: TransformersEngine, reference: Olmo3ForCausalLM) -> None:
+    greedy = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=20)
+    for rollout in engine.generate(make_requests(12), step=0, sampling=greedy):
+        prompt = torch.tensor([rollout.prompt_token_ids])
+        expected = reference.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20, eos_token_id=list(STOP)
+        )
+        assert rollout.response_token_ids == tuple(expected[0, prompt.shape[1] :].tolist())
+
+
+def test_log_probs_are_those_of_a_full_forward_pass(rollouts: list[Rollout], reference: Olmo3ForCausalLM) -> None:
+    assert max(len(r.response_token_ids) for r in rollouts) > 10
+    for rollout in rollouts:
+        ids = torch.tensor([[*rollout.prompt_token_ids, *rollout.response_token_ids]])
+        logits = reference(ids, use_cache=False).logits[0].double()
+        start = len(rollout.prompt_token_ids)
+        expected = logits.log_softmax(-1)[start - 1 : -1].gather(-1, ids[0, start:, None]).squeeze(1)
+        # fp32 sums in another order; a window or position that is off by one shows as 1e-1
+        torch.testing.assert_close(torch.tensor(rollout.log_probs, dtype=torch.float64), expected, atol=2e-5, rtol=0)
+
+
+def test_log_probs_do_not_follow_the_sampling(engine: TransformersEngine) -> None:
+    cold = engine.generate(make_requests(4), 0, Sampling(temperature=0.5, top_p=0.6, max_new_tokens=8))
+    for rollout in cold:
+        scored = engine.score([*rollout.prompt_token_ids, *rollout.response_token_ids])
+        expected = scored[len(rollout.prompt_token_ids) - 1 :]
+        torch.testing.assert_close(torch.tensor(rollout.log_probs), expected, atol=2e-5, rtol=0)
+
+
+def test_score_is_the_full_forward_pass(engine: TransformersEngine, reference: Olmo3ForCausalLM) -> None:
+    ids = [token % 56 + 4 for token in range(70)]
+    logits = reference(torch.tensor([ids]), use_cache=False).logits[0, :-1]
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+    torch.testing.assert_close(engine.score(ids), expected, atol=1e-5, rtol=0)
+
+
+def test_a_rollout_does_not_depend_on_its_batch(tiny_olmo3: Path, rollouts: list[Rollout]) -> None:
+    requests = make_requests(24)
+    by_key = {(r.prompt_id, r.sample): r for r in rollouts}
+    small = make_engine(tiny_olmo3, batch_size=5)
+    for other in (small.generate(requests, 2), small.generate(requests[::-1], 2), small.generate(requests[7:8], 2)):
+        for rollout in other:
+            assert rollout.response_token_ids == by_key[rollout.prompt_id, rollout.sample].response_token_ids
+
+
+def test_rollouts_come_in_the_order_of_the_requests(rollouts: list[Rollout]) -> None:
+    assert [(r.prompt_id, r.sample, r.prompt_token_ids) for r in rollouts] == [
+        (r.prompt_id, r.sample, r.prompt_token_ids) for r in make_requests(24)
+    ]
+
+
+@pytest.mark.parametrize("change", ["seed", "step", "prompt_id", "sample"])
+def test_seed_step_prompt_and_sample_each_change_the_draw(
+    tiny_olmo3: Path, rollouts: list[Rollout], change: str
+) -> None:
+    requests = make_requests(24)
+    if change in ("prompt_id", "sample"):
+        value = {"prompt_id": "other", "sample": 99}[change]
+        requests = [GenerationRequest(**(vars(r) | {change: value})) for r in requests]
+    engine = make_engine(tiny_olmo3, seed=6 if change == "seed" else 5)
+    others = engine.generate(requests, 3 if change == "step" else 2)
+    same = [a.response_token_ids == b.response_token_ids for a, b in zip(rollouts, others, strict=True)]
+    assert sum(same) < len(same) / 2
+
+
+def test_stop_tokens_end_a_response_and_belong_to_it(rollouts: list[Rollout]) -> None:
+    assert {rollout.finished for rollout in rollouts} == {True, False}
+    for rollout in rollouts:
+        *before, last = rollout.response_token_ids
+        assert not set(before) & set(STOP)
+        assert (last in STOP) == rollout.finished
+        assert rollout.finished or len(rollout.response_token_ids) == 20
+        assert rollout.log_probs is not None
+        assert len(rollout.log_probs) == len(rollout.response_token_ids)
+
+
+def test_padded_vocabulary_is_never_sampled(tiny_olmo3: Path) -> None:
+    engine = make_engine(tiny_olmo3, vocab_size=12, stop_token_ids=())
+    hot = Sampling(temperature=50.0, top_p=1.0, max_new_tokens=20)
+    written = engine.generate(make_requests(20, vocab_size=12), 0, hot)
+    tokens = [token for rollout in written for token in rollout.response_token_ids]
+    assert max(tokens) == 11  # all of the true columns come up among 400 draws, and none beyond
+    assert set(tokens) == set(range(12))
+
+
+def test_new_weights_are_used(tiny_olmo3: Path, reference: Olmo3ForCausalLM) -> None:
+    engine = make_engine(tiny_olmo3)
+    ids = list(range(4, 40))
+    before = engine.score(ids)
+    changed = Olmo3ForCausalLM(reference.config)
+    engine.load_weights((name, weight.detach()) for name, weight in changed.state_dict().items())
+    logits = changed(torch.tensor([ids]), use_cache=False).logits[0, :-1]
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+    torch.testing.assert_close(engine.score(ids), expected, atol=1e-5, rtol=0)
+    assert (engine.score(ids) - before).abs().max() > 0.1
+
+
+def test_wrong_weights_are_refused_after_all_were_consumed(
+    engine: TransformersEngine, reference: Olmo3ForCausalLM
+) -> None:
+    good = dict(reference.state_dict())
+    missing = {name: weight for name, weight in good.items() if name != "model.norm.weight"}
+    cases = {
+        "model.norm.weight: no new value": missing,
+        "rotor.weight: the rollout model has no such weight": {"rotor.weight": torch.ones(1)} | good,
+        r"lm_head.weight: shape \[2, 2\]": good | {"lm_head.weight": torch.ones(2, 2)},
+    }
+    for message, weights in cases.items():
+        iterator = iter(weights.items())
+        with pytest.raises(ValueError, match=message):
+            engine.load_weights(iterator)
+        assert next(iterator, None) is None
+
+
+def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no config\.json"):
+        make_engine(tmp_path)
