@@ -1,0 +1,157 @@
+"""From a Hugging Face directory to this rank's model chunks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_sead.errors import UserError
+from megatron_sead.models.huggingface import load_huggingface_weights
+from megatron_sead.models.olmo3.config import MODEL_TYPES, Olmo3Config, olmo3_fields
+from megatron_sead.models.olmo3.layers import AttentionBackend
+from megatron_sead.models.olmo3.model import Olmo3Model
+from megatron_sead.models.parallel import ParallelContext
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_model(
+    hf_dir: Path,
+    parallel: ParallelContext,
+    *,
+    precision: Literal["fp32", "bf16"],
+    sequence_parallel: bool = False,
+    recompute_granularity: Literal["full", "selective"] | None = None,
+    attention_backend: AttentionBackend = "torch",
+    load_weights: bool = True,
+) -> list[Olmo3Model]:
+    """This rank's chunks of the model in `hf_dir`, one but for virtual pipeline stages. Collective.
+
+    Parameters are made in the precision asked for: no Float16Module is needed, and final hidden states come out in
+    that precision.
+
+    Args:
+        hf_dir: ``config.json`` and safetensors.
+        load_weights: False leaves Megatron's random initial weights.
+
+    Raises:
+        UserError: another architecture, a layout that does not divide it, or a damaged directory.
+    """
+    config = model_config(
+        hf_dir,
+        parallel,
+        precision=precision,
+        sequence_parallel=sequence_parallel,
+        recompute_granularity=recompute_granularity,
+    )
+    chunks = []
+    for stage in range(parallel.chunks):
+        vp_stage = stage if parallel.vpp_size is not None else None
+        model = Olmo3Model(config, parallel, attention_backend, vp_stage)
+        chunks.append(model.to(parallel.device))
+    if load_weights:
+        load_huggingface_weights(list(chunks), hf_dir, parallel)
+    return chunks
+
+
+def model_config(
+    hf_dir: Path,
+    parallel: ParallelContext,
+    *,
+    precision: Literal["fp32", "bf16"],
+    sequence_parallel: bool = False,
+    recompute_granularity: Literal["full", "selective"] | None = None,
+) -> Olmo3Config:
+    """The model's configuration under this layout. Raises UserError as `build_model` does."""
+    source = hf_dir / "config.json"
+    fields = olmo3_fields(read_hf_config(hf_dir), source)
+    check_layout(fields, parallel, source)
+    dtype = DTYPES[precision]
+    recompute: dict[str, Any] = {"recompute_granularity": recompute_granularity}
+    if recompute_granularity == "full":
+        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    return Olmo3Config(
+        **fields,
+        **recompute,
+        tensor_model_parallel_size=parallel.tp_size,
+        pipeline_model_parallel_size=parallel.pp_size,
+        virtual_pipeline_model_parallel_size=parallel.vpp_size,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        variable_seq_lengths=parallel.pp_size > 1,  # micro-batches are padded to their own longest rollout
+        moe_token_dispatcher_type="alltoall",  # no experts here, but Megatron refuses variable lengths without it
+        # With two stages the previous and the next are one peer, whose batched messages would be mixed up.
+        batch_p2p_comm=False,
+        overlap_p2p_comm=False,
+        calculate_per_token_loss=True,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        qk_layernorm=False,  # True would sum the gradients of our sharded Q/K norms over ranks, by their names
+        # Fused kernels need CUDA extensions, and numbers that do not depend on them compare across machines.
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+    )
+
+
+def read_hf_config(hf_dir: Path) -> dict[str, Any]:
+    """``config.json``, of a supported model_type.
+
+    Raises:
+        UserError: no such file, not JSON, or another architecture.
+    """
+    source = hf_dir / "config.json"
+    try:
+        hf = json.loads(source.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{hf_dir}: holds no config.json; must be a Hugging Face model directory") from None
+    except ValueError as error:
+        raise UserError(f"{source}: not JSON ({error})") from None
+    model_type = hf.get("model_type") if isinstance(hf, dict) else None
+    if model_type not in MODEL_TYPES:
+        raise UserError(f"{source}: model_type={model_type!r} is not supported; must be {' or '.join(MODEL_TYPES)}")
+    return hf
+
+
+def check_layout(fields: dict[str, Any], parallel: ParallelContext, source: Path) -> None:
+    """Does the layout divide the model?
+
+    Raises:
+        UserError: names the setting and which values are valid.
+    """
+    tp = parallel.tp_size
+    divided = {
+        "attention heads": fields["num_attention_heads"],
+        "key/value heads": fields["num_query_groups"],
+        "feed-forward rows": fields["ffn_hidden_size"],
+        "padded vocabulary rows": fields["padded_vocab_size"],
+    }
+    for what, count in divided.items():
+        if count % tp:
+            valid = [n for n in range(1, min(divided.values()) + 1) if all(c % n == 0 for c in divided.values())]
+            raise UserError(
+                f"parallel.tensor_model_parallel_size={tp}: does not divide the {count} {what} of {source}; "
+                f"valid are {', '.join(map(str, valid))}"
+            )
+    layers, stages = fields["num_layers"], parallel.pp_size * parallel.chunks
+    if layers % stages:
+        valid = [n for n in range(1, layers + 1) if layers % n == 0]
+        setting = f"parallel.pipeline_model_parallel_size={parallel.pp_size}"
+        if parallel.vpp_size is not None:
+            setting += f" x virtual_pipeline_model_parallel_size={parallel.vpp_size}"
+        raise UserError(
+            f"{setting}: {stages} stages do not divide the {layers} layers of {source}; valid are "
+            f"{', '.join(map(str, valid))} stages in all"
+        )

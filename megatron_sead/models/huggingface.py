@@ -1,0 +1,222 @@
+"""Weights from a Hugging Face directory into model chunks, and back out of any layout, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+
+from megatron_sead.errors import UserError
+from megatron_sead.models.olmo3.config import Olmo3Config
+from megatron_sead.models.olmo3.model import Olmo3Model
+from megatron_sead.models.olmo3.weights import Weight, first_stage_weights, last_stage_weights, layer_weights
+from megatron_sead.models.parallel import ParallelContext
+
+IGNORED_SUFFIX = "rotary_emb.inv_freq"  # buffers that old transformers saved
+
+
+@dataclass(frozen=True)
+class PlacedWeight:
+    """A `Weight` of the whole model with full names, and the chunk that holds it."""
+
+    weight: Weight
+    parameter: str  # within its chunk
+    names: tuple[str, ...]  # Hugging Face
+    pp_rank: int
+    chunk: int
+
+
+def placed_weights(config: Olmo3Config, parallel: ParallelContext) -> Iterator[PlacedWeight]:
+    """Every weight of the model, in Hugging Face's order: embedding, layers, final norm, head."""
+    for weight in first_stage_weights(config):
+        yield PlacedWeight(weight, weight.megatron, weight.huggingface, 0, 0)
+    per_chunk = config.num_layers // (parallel.pp_size * parallel.chunks)
+    for layer in range(config.num_layers):
+        chunk, pp_rank = divmod(layer // per_chunk, parallel.pp_size)  # Megatron deals chunks out round robin
+        for weight in layer_weights(config):
+            names = tuple(f"model.layers.{layer}.{name}" for name in weight.huggingface)
+            yield PlacedWeight(weight, f"decoder.layers.{layer % per_chunk}.{weight.megatron}", names, pp_rank, chunk)
+    for weight in last_stage_weights(config):
+        yield PlacedWeight(weight, weight.megatron, weight.huggingface, parallel.pp_size - 1, parallel.chunks - 1)
+
+
+def unwrap(chunk: torch.nn.Module) -> Olmo3Model:
+    """The model inside Megatron's wrappers (DistributedDataParallel, Float16Module)."""
+    while not isinstance(chunk, Olmo3Model):
+        chunk = chunk.module
+    return chunk
+
+
+# --- In --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def load_huggingface_weights(chunks: list[torch.nn.Module], hf_dir: Path, parallel: ParallelContext) -> None:
+    """Fill this rank's chunks, reading only this rank's slices. Every rank checks every tensor's name and shape.
+
+    Args:
+        chunks: this rank's model chunks, wrapped or not.
+        hf_dir: ``model.safetensors``, or ``model.safetensors.index.json`` and its files; any floating dtype.
+
+    Raises:
+        UserError: a file is missing or truncated; a tensor is missing, unknown or has another shape.
+    """
+    models = [unwrap(chunk) for chunk in chunks]
+    config = models[0].config
+    with _Files(hf_dir) as files:
+        weights = list(placed_weights(config, parallel))
+        _check_names(files, weights)
+        _check_shapes(files, weights)
+        parameters = [dict(model.named_parameters()) for model in models]
+        for placed in weights:
+            if placed.pp_rank == parallel.pp_rank:
+                parameter = parameters[placed.chunk].pop(placed.parameter)
+                parts = [_read_share(files, name, placed.weight, parallel) for name in placed.names]
+                parameter.copy_(placed.weight.join(parts))
+        left = [name for rest in parameters for name in rest]
+        assert not left, f"no Hugging Face tensor for {left}"
+
+
+class _Files:
+    """The safetensors files of a directory, opened once, by tensor name."""
+
+    def __init__(self, hf_dir: Path) -> None:
+        self.hf_dir = hf_dir
+        self.file_of = self._locate()
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> _Files:
+        for path in sorted(set(self.file_of.values())):
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except FileNotFoundError:
+                raise UserError(
+                    f"{path}: missing, but {self.hf_dir / 'model.safetensors.index.json'} names it"
+                ) from None
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._open.clear()
+
+    def _locate(self) -> dict[str, Path]:
+        index, single = self.hf_dir / "model.safetensors.index.json", self.hf_dir / "model.safetensors"
+        if index.exists():
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+                return {name: self.hf_dir / file for name, file in weight_map.items()}
+            except (ValueError, KeyError, AttributeError):
+                raise UserError(f"{index}: not a safetensors index; copy or download it again") from None
+        if not single.exists():
+            raise UserError(f"{self.hf_dir}: holds neither model.safetensors nor model.safetensors.index.json")
+        try:
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{single}: not a whole safetensors file ({error}); copy or download it again") from None
+
+    def slice(self, name: str) -> Any:
+        path = self.file_of[name]
+        try:
+            return self._open[path].get_slice(name)
+        except SafetensorError:
+            raise UserError(f"{path}: tensor {name} is missing, but the index places it there") from None
+
+
+def _check_names(files: _Files, weights: list[PlacedWeight]) -> None:
+    expected = {name for placed in weights for name in placed.names}
+    present = {name for name in files.file_of if not name.endswith(IGNORED_SUFFIX)}
+    if missing := sorted(expected - present):
+        raise UserError(f"{files.hf_dir}: tensors are missing: {_some(missing)}")
+    if unknown := sorted(present - expected):
+        raise UserError(f"{files.hf_dir}: tensors that its config.json does not call for: {_some(unknown)}")
+
+
+def _check_shapes(files: _Files, weights: list[PlacedWeight]) -> None:
+    for placed in weights:
+        for name, expected in zip(placed.names, placed.weight.shapes, strict=True):
+            found = tuple(files.slice(name).get_shape())
+            if found != expected:
+                raise UserError(
+                    f"{files.file_of[name]}: {name} has shape {list(found)}; its config.json calls for {list(expected)}"
+                )
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _read_share(files: _Files, name: str, weight: Weight, parallel: ParallelContext) -> torch.Tensor:
+    """This tensor-parallel rank's part of one Hugging Face tensor, zero rows in place of padding."""
+    tensor = files.slice(name)
+    if weight.tp_dim is None:
+        return tensor[:]
+    rows = weight.padded_rows or tensor.get_shape()[weight.tp_dim]
+    share = rows // parallel.tp_size
+    first, last = parallel.tp_rank * share, (parallel.tp_rank + 1) * share
+    if weight.tp_dim == 1:
+        return tensor[:, first:last]
+    true_rows = tensor.get_shape()[0]
+    part = tensor[min(first, true_rows) : min(last, true_rows)]
+    if part.shape[0] == share:
+        return part
+    padding = part.new_zeros(share - part.shape[0], *part.shape[1:])
+    return torch.cat([part, padding])
+
+
+# --- Out -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def iterate_huggingface_weights(
+    chunks: list[torch.nn.Module], parallel: ParallelContext
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(Hugging Face name, whole tensor) of every weight, on every rank, whatever the layout.
+
+    Collective over tensor- and pipeline-parallel groups: every rank must consume it to the end, in step. One
+    parameter is whole at a time. The tensors are the caller's own, in the model's dtype, on its device.
+    """
+    models = [unwrap(chunk) for chunk in chunks]
+    parameters = [dict(model.named_parameters()) for model in models]
+    for placed in placed_weights(models[0].config, parallel):
+        shard = None
+        if placed.pp_rank == parallel.pp_rank:
+            shard = parameters[placed.chunk][placed.parameter].detach()
+        yield from zip(placed.names, whole_tensors(placed, shard, models[0].config.params_dtype, parallel), strict=True)
+
+
+def whole_tensors(
+    placed: PlacedWeight, shard: torch.Tensor | None, dtype: torch.dtype, parallel: ParallelContext
+) -> list[torch.Tensor]:
+    """Hugging Face tensors of one weight, from the shard of each rank that holds it. Collective.
+
+    Args:
+        shard: this rank's share, or anything of its shape (a gradient); None on other pipeline stages.
+    """
+    if shard is not None:
+        parts = _gather(placed.weight, shard, parallel)
+    else:
+        parts = [torch.empty(shape, dtype=dtype, device=parallel.device) for shape in placed.weight.shapes]
+    if parallel.pp_size > 1:
+        for part in parts:
+            dist.broadcast(part, group=parallel.pp, group_src=placed.pp_rank)
+    return parts
+
+
+def _gather(weight: Weight, shard: torch.Tensor, parallel: ParallelContext) -> list[torch.Tensor]:
+    shards = [shard]
+    if weight.tp_dim is not None and parallel.tp_size > 1:
+        shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(parallel.tp_size)]
+        dist.all_gather(shards, shard.contiguous(), group=parallel.tp)
+    by_rank = [weight.split(s) for s in shards]
+    whole = [torch.cat(parts, dim=weight.tp_dim or 0) for parts in zip(*by_rank, strict=True)]
+    # cat of several shards or of one: a tensor of its own either way, never a view of the parameter
+    return [part[: shape[0]].contiguous() for part, shape in zip(whole, weight.shapes, strict=True)]

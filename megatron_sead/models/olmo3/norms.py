@@ -1,0 +1,112 @@
+"""RMSNorms: over the hidden size, and over the full width of a projection that is sharded over tensor-parallel ranks.
+
+Both compute in fp32 (in fp64 where the input is), multiply by the weight there, and cast last, as transformers does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch.distributed import ProcessGroup
+
+# Shapes: s sequence, b batch, h hidden size, w width of a projection, tp tensor-parallel ranks
+
+
+class RMSNorm(torch.nn.Module):
+    """Over the last dimension of [s, b, h]; the weight is the same on every tensor-parallel rank.
+
+    Under sequence parallelism each rank normalises its part of the sequence, so the weight's gradients must be
+    summed: the mark on the weight makes Megatron do so.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **kwargs: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = _widen(x)
+        return _scale(x, wide, wide.square().mean(-1, keepdim=True), self.eps, self.weight)
+
+
+class ProjectionRMSNorm(torch.nn.Module):
+    """OLMo's Q or K norm: its mean runs over all heads, of which this rank has only some.
+
+    Weight [w/tp], sharded as the projection's rows. Not marked sequence_parallel: the projection has gathered the
+    sequence, so each rank sees every token, and its weight's gradient is whole.
+    """
+
+    def __init__(self, config: TransformerConfig, width: int, group: ProcessGroup) -> None:
+        super().__init__()
+        self.eps = config.layernorm_epsilon
+        self.width = width
+        self.tp_group = group
+        self.weight = torch.nn.Parameter(
+            torch.ones(width // group.size(), dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: torch.Tensor, sum_of_squares: torch.Tensor) -> torch.Tensor:
+        """x [s, b, w/tp] with the sum [s, b, 1] over the whole width, from `sums_of_squares`."""
+        return _scale(x, _widen(x), sum_of_squares / self.width, self.eps, self.weight)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """For Megatron's distributed checkpoints: sharded along axis 0."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+
+
+def sums_of_squares(tensors: list[torch.Tensor], group: ProcessGroup) -> tuple[torch.Tensor, ...]:
+    """Of each [s, b, w/tp], over the whole width w: [s, b, 1]. One all-reduce for all of them."""
+    sums = torch.stack([_widen(x).square().sum(-1, keepdim=True) for x in tensors])
+    return SumOverRanks.apply(sums, group).unbind(0)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """All-reduce, in backward too: every rank's output depends on every rank's input through the sum.
+
+    Without the backward one, values are exact and gradients are off by several percent.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _all_reduce(grad, ctx.group), None
+
+
+def _all_reduce(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    if group.size() == 1:
+        return x
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _widen(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _scale(
+    x: torch.Tensor, wide: torch.Tensor, mean_square: torch.Tensor, eps: float, weight: torch.Tensor
+) -> torch.Tensor:
+    return (weight * (wide * torch.rsqrt(mean_square + eps))).to(x.dtype)

@@ -1,0 +1,49 @@
+"""Where a rank stands: its sizes, ranks and process groups, as a value that is handed to whoever needs it.
+
+It lives here, below training, because models are built and read by it; training/parallel.py makes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """The layout, as this rank sees it. Student and teacher share it, whatever their depth and width."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    vpp_size: int | None  # model chunks on each rank; None: pipeline stages are not interleaved
+    dp_rank: int
+    dp_size: int
+    tp: ProcessGroup
+    pp: ProcessGroup
+    dp: ProcessGroup
+    dp_with_cp: ProcessGroup
+    control: ProcessGroup  # all ranks, gloo whatever the device: for objects, flags, and what lives in host memory
+    megatron: ProcessGroupCollection  # the same groups and the rest, as Megatron's own classes take them
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks on this rank."""
+        return self.vpp_size or 1
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Does this rank hold the embedding?"""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Does this rank hold the head, and see final hidden states?"""
+        return self.pp_rank == self.pp_size - 1
