@@ -21,9 +21,9 @@ install_torch() {
     "$VENV_PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' && return
     # Without a GPU the CPU build is enough, and several gigabytes smaller, where the package index offers it
     if ! nvidia-smi -L > /dev/null 2>&1; then
-        "$VENV_PYTHON" -m pip install --quiet "torch==2.13.0+cpu" 2> /dev/null && return
+        "$VENV_PYTHON" -m pip install -qq "torch==2.13.0+cpu" 2> /dev/null && return
     fi
-    "$VENV_PYTHON" -m pip install --quiet "torch==2.13.0"
+    "$VENV_PYTHON" -m pip install -qq "torch==2.13.0"
 }
 
 setup_environment() {
@@ -39,7 +39,7 @@ print(hashlib.sha256(open("setup.py", "rb").read()).hexdigest(), sys.version.spl
         return
     fi
     install_torch
-    "$VENV_PYTHON" -m pip install --quiet --editable ".[test,dev]"
+    "$VENV_PYTHON" -m pip install -qq --editable ".[test,dev]"
     echo "$wanted" > "$stamp"
 }
 

@@ -17,7 +17,7 @@ if [ "$python_version" = 3.11 ]; then
     lane="$VENV-mcore-0.19"
     if [ ! -f "$lane/.complete" ]; then
         "$VENV_PYTHON" -m venv "$lane" --without-pip
-        "$VENV_PYTHON" -m pip --python "$lane/bin/python" install --quiet --no-deps --ignore-requires-python megatron-core==0.19.2
+        "$VENV_PYTHON" -m pip --python "$lane/bin/python" install -qq --no-deps --ignore-requires-python megatron-core==0.19.2
         realpath "$VENV/lib/python3.11/site-packages" > "$lane/lib/python3.11/site-packages/base.pth"
         touch "$lane/.complete"
     fi
