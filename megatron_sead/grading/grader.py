@@ -1,0 +1,147 @@
+"""Is this answer right? Exact for integers and equal texts; Math-Verify, in a process of its own, for the rest."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from megatron_sead.grading.answers import final_answers, integer, normalized, split_answers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+GRADER_VERSION = "1"  # goes up when a change of code or of Math-Verify changes verdicts: difficulties depend on it
+LONGEST_ANSWER = 1000  # characters; no benchmark's answer comes near, and a repeating model's box can
+
+
+class Grader:
+    """Grades responses. The worker process starts when an answer first needs it; close it, or use `with`.
+
+    It is a fresh interpreter, not a fork, so that threads, process groups and devices of this one do not matter.
+
+    Args:
+        timeout_seconds: a comparison that takes longer counts as wrong, and its process is replaced.
+    """
+
+    def __init__(self, timeout_seconds: float = 5.0) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._worker: subprocess.Popen[str] | None = None
+        self._verdicts: dict[tuple[str, str], bool] = {}
+
+    def grade(self, response: str, answers: Sequence[str]) -> bool:
+        """Whether a response's final answer is the reference's: all of `answers`, in any order, and no other."""
+        if not answers:
+            raise ValueError("no reference answer to grade against")
+        given = final_answers(response, count=len(answers))
+        if not given:
+            return False
+        if len(answers) == 1:
+            return self._same(answers[0], given[0])
+        parts = [part for answer in given for part in split_answers(answer)]
+        if len(parts) == len(answers):
+            return self._same_set(list(answers), parts)
+        return self._same(", ".join(answers), given[-1])
+
+    def grade_all(
+        self, responses: Sequence[str], answers: Sequence[Sequence[str]], group: ProcessGroup | None = None
+    ) -> list[bool]:
+        """`grade` for each response with its own reference.
+
+        Args:
+            group: gloo group whose ranks share the work; each passes all responses and receives all verdicts. They
+                agree even where a comparison runs into the time limit on one machine and not on another.
+        """
+        pairs = list(zip(responses, answers, strict=True))
+        rank, size = (0, 1) if group is None else (group.rank(), group.size())
+        mine = [self.grade(response, reference) for response, reference in pairs[rank::size]]
+        if group is None:
+            return mine
+        import torch.distributed as dist  # here: the worker process imports this package and needs no torch
+
+        shares: list[list[bool]] = [[] for _ in range(size)]
+        dist.all_gather_object(shares, mine, group=group)
+        return [shares[i % size][i // size] for i in range(len(pairs))]
+
+    def close(self) -> None:
+        """End the worker process, if there is one."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.wait()
+            for stream in (self._worker.stdin, self._worker.stdout):
+                if stream is not None:
+                    stream.close()
+            self._worker = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _same_set(self, references: list[str], given: list[str]) -> bool:
+        for reference in references:
+            match = next((part for part in given if self._same(reference, part)), None)
+            if match is None:
+                return False
+            given.remove(match)
+        return True
+
+    def _same(self, reference: str, given: str) -> bool:
+        left, right = integer(reference), integer(given)
+        if left is not None and right is not None:
+            return left == right
+        left_text, right_text = normalized(reference), normalized(given)
+        if left_text == right_text:
+            return bool(left_text)
+        if not left_text or not right_text or len(given) > LONGEST_ANSWER:
+            return False
+        pair = (left_text, right_text)
+        if pair not in self._verdicts:
+            self._verdicts[pair] = self._ask_worker(reference, given)
+        return self._verdicts[pair]
+
+    def _ask_worker(self, reference: str, given: str) -> bool:
+        if self._worker is None:
+            self._worker = _start_worker()
+        stdin, stdout = self._worker.stdin, self._worker.stdout
+        assert stdin is not None
+        assert stdout is not None
+        request = {"reference": _bare(reference), "given": _bare(given), "seconds": self._timeout_seconds}
+        try:
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
+            verdict = stdout.readline()
+        except BrokenPipeError:
+            verdict = ""
+        if verdict not in ("true\n", "false\n"):  # the alarm struck, or sympy ran out of stack or memory
+            self.close()
+            return False
+        return verdict == "true\n"
+
+
+def _bare(answer: str) -> str:
+    """Without the dollar signs around it: inside of a box, Math-Verify would see them as text."""
+    return answer.strip().strip("$").strip()
+
+
+def _start_worker() -> subprocess.Popen[str]:
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "megatron_sead.grading.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+        start_new_session=True,  # Ctrl-C is for this process; the worker ends when its input does
+    )
+    assert worker.stdout is not None
+    if worker.stdout.readline() != "ready\n":
+        worker.kill()
+        raise RuntimeError("the grading process did not start: python -m megatron_sead.grading.worker fails")
+    return worker

@@ -1,0 +1,41 @@
+"""The process that compares answers with Math-Verify: ``python -m megatron_sead.grading.worker``.
+
+Reads a JSON object ``{"reference": ..., "given": ..., "seconds": ...}`` a line, writes ``true`` or ``false`` a line,
+and ends with its input. A comparison that takes longer than its seconds ends the process: the kernel's alarm strikes
+even inside of a power of integers that Python could not leave.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import signal
+import sys
+
+MEMORY_BYTES = 4 * 2**30  # no answer needs more; a tower of powers would take the whole machine
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    logging.disable(logging.CRITICAL)  # it warns that it is without a time limit, at every call
+    sys.set_int_max_str_digits(0)
+    from math_verify import parse, verify
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, request["seconds"])  # no handler: the alarm ends the process
+        try:
+            reference = parse(rf"\boxed{{{request['reference']}}}", parsing_timeout=None)
+            given = parse(rf"\boxed{{{request['given']}}}", parsing_timeout=None)
+            same = bool(verify(reference, given, timeout_seconds=None))
+        except Exception:  # sympy raises anything at odd input: what cannot be compared is not the same
+            same = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(same), flush=True)
+
+
+if __name__ == "__main__":
+    main()
