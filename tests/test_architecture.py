@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_sead"
-LEAVES = {"errors", "config", "config_checks", "settings_file"}  # anyone may import them, distillation excepted
+LEAVES = {
+    "errors",
+    "boxed",
+    "config",
+    "config_checks",
+    "settings_file",
+}  # anyone may import them, distillation excepted
 PARTS = {"distillation", "models", "checkpoints", "rollouts", "prompts", "grading", "reporting"}
 
 # What a part may import of the package, beside itself and the leaves
@@ -19,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS} | {
     "evaluation": {"rollouts", "grading", "prompts"},
     "training": PARTS | {"evaluation"},
     "errors": set(),
+    "boxed": set(),
     "settings_file": set(),
     "config": set(),
     "config_checks": set(),
@@ -130,3 +139,12 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
 
 def test_nothing_is_kept_in_a_utils_file() -> None:
     assert not [path for path in sources(PACKAGE) if path.stem in ("utils", "util", "helpers", "common")]
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("examples/*.sh"), ROOT / "tests/run.sh", ROOT / ".ci/run"]), ids=str
+)
+def test_scripts_are_valid_and_executable_unless_sourced(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    is_command = path.read_text().startswith("#!")
+    assert os.access(path, os.X_OK) == is_command

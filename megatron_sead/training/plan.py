@@ -18,7 +18,8 @@ from megatron_sead.config_checks import check_world_size, config_warnings
 from megatron_sead.errors import UserError
 
 ASSUMED_PROMPT_TOKENS = 1024  # where prompts.max_prompt_tokens is not set
-VOCABULARY_MULTIPLE = 128  # times the tensor-parallel size, Megatron's make_vocab_size_divisible_by
+VOCABULARY_MULTIPLE = 128  # rows of the padded vocabulary, whatever the tensor-parallel size
+MODEL_TYPES = ("olmo3", "olmo2")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class ModelShape:
     def rank_parameters(self, stage: int, parallel: ParallelSettings) -> int:
         """On one tensor-parallel rank of a pipeline stage, padded vocabulary rows included."""
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        embedding = padded_vocabulary(self.vocabulary, tp) // tp * self.hidden
+        embedding = padded_vocabulary(self.vocabulary) // tp * self.hidden
         count = self.layers // pp * self.layer_parameters(tp)
         if stage == 0:
             count += embedding
@@ -184,10 +185,9 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     return Plan(world_size, data_parallel_size, micro_batches, length, student, teacher, stages, notes)
 
 
-def padded_vocabulary(vocabulary: int, tp: int) -> int:
+def padded_vocabulary(vocabulary: int) -> int:
     """Rows of embedding and head over all tensor-parallel ranks."""
-    multiple = VOCABULARY_MULTIPLE * tp
-    return -(-vocabulary // multiple) * multiple
+    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def read_shape(model: ModelSettings, role: str) -> ModelShape:
@@ -205,8 +205,9 @@ def read_shape(model: ModelSettings, role: str) -> ModelShape:
         raise UserError(f"{role}.path={model.path}: config.json cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON: {error}") from None
-    if values.get("model_type") != "olmo3":
-        raise UserError(f"{file}: model_type is {values.get('model_type')!r}; only 'olmo3' works")
+    if values.get("model_type") not in MODEL_TYPES:
+        valid = " and ".join(map(repr, MODEL_TYPES))
+        raise UserError(f"{file}: model_type is {values.get('model_type')!r}; only {valid} work")
     try:
         return _shape(values)
     except KeyError as error:
@@ -229,21 +230,27 @@ def _shape(values: dict[str, Any]) -> ModelShape:
 
 def _check_layout(shape: ModelShape, model: ModelSettings, role: str, parallel: ParallelSettings) -> None:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for name, count in (("heads", shape.heads), ("KV heads", shape.kv_heads), ("MLP columns", shape.ffn)):
+    split = {
+        "heads": shape.heads,
+        "KV heads": shape.kv_heads,
+        "MLP columns": shape.ffn,
+        "padded vocabulary rows": padded_vocabulary(shape.vocabulary),
+    }
+    for name, count in split.items():
         if count % tp:
-            valid = [str(n) for n in range(1, 17) if all(c % n == 0 for c in (shape.heads, shape.kv_heads, shape.ffn))]
+            valid = [str(n) for n in range(1, min(split.values()) + 1) if all(c % n == 0 for c in split.values())]
             raise UserError(
                 f"parallel.tensor_model_parallel_size={tp}: does not divide the {role}'s {count} {name} "
                 f"({model.path}); must be one of {', '.join(valid)}"
             )
-    virtual = parallel.virtual_pipeline_model_parallel_size if role == "student" else None
+    virtual = parallel.virtual_pipeline_model_parallel_size
     chunks = pp * (virtual or 1)
     if shape.layers % chunks:
         setting = f"parallel.pipeline_model_parallel_size={pp}" + (f" x {virtual} virtual stages" if virtual else "")
         valid = [str(n) for n in range(1, shape.layers + 1) if shape.layers % n == 0]
         raise UserError(
             f"{setting}: does not divide the {role}'s {shape.layers} layers ({model.path}); "
-            f"must be one of {', '.join(valid)}"
+            f"valid are {', '.join(valid)} stages in all"
         )
 
 

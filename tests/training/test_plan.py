@@ -59,14 +59,21 @@ def test_ranks_hold_the_model_once_and_replicas_only_of_norms(tp: int, pp: int) 
     shape = read_shape(ModelSettings(path=SHAPES / "olmo3-32b"), "student")
     parallel = ParallelSettings(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     held = tp * sum(shape.rank_parameters(stage, parallel) for stage in range(pp))
-    padding = 2 * (padded_vocabulary(shape.vocabulary, tp) - shape.vocabulary) * shape.hidden
+    padding = 2 * (padded_vocabulary(shape.vocabulary) - shape.vocabulary) * shape.hidden
     replicas = (tp - 1) * (2 * shape.layers + 1) * shape.hidden
     assert held == shape.parameters + padding + replicas
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
-def test_olmo_vocabulary_is_padded_the_same_for_every_power_of_two(tp: int) -> None:
-    assert padded_vocabulary(100_278, tp) == 100_352
+def test_olmo_vocabulary_is_padded_to_a_size_that_every_power_of_two_divides() -> None:
+    assert padded_vocabulary(100_278) == 100_352 == 49 * 2048
+
+
+def test_the_model_is_padded_as_planned() -> None:
+    from megatron_sead.models.olmo3 import config as built
+    from megatron_sead.training import plan
+
+    assert built.VOCABULARY_MULTIPLE == plan.VOCABULARY_MULTIPLE
+    assert built.MODEL_TYPES == plan.MODEL_TYPES
 
 
 def test_bytes_follow_precision_and_sharding() -> None:
@@ -121,7 +128,7 @@ def test_a_layout_that_does_not_fit_is_refused(overrides: list[str], world_size:
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"model_type": "olmo_hybrid"}, "'olmo_hybrid'; only 'olmo3'"),
+        ({"model_type": "olmo_hybrid"}, "'olmo_hybrid'; only 'olmo3' and"),
         ({"hidden_size": None}, "has no 'hidden_size'"),
         ({"vocab_size": 100_000}, "vocabulary of"),
     ],
