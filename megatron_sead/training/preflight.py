@@ -99,11 +99,16 @@ def _tokenizer_problems(config: RunConfig) -> list[str]:
 
 
 def _tokens_of(file: Path) -> object:
+    """What must be equal. Versions of tokenizers write merges as "a b" or ["a", "b"], and added tokens once or twice."""
     if file.suffix != ".json":
         return file.read_bytes()
     values = json.loads(file.read_text(encoding="utf-8"))
-    added = [(token["id"], token["content"]) for token in values.get("added_tokens", [])]
-    return values["model"]["vocab"], values["model"].get("merges"), sorted(added)
+    tokens = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
+    vocabulary = values["model"]["vocab"]
+    if isinstance(vocabulary, list):  # a unigram model: [token, score], the place is the id
+        return tokens, vocabulary
+    merges = values["model"].get("merges") or []
+    return tokens | vocabulary, [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
 
 
 def _prompt_problems(path: str, setting: str, fields: PromptSettings, needs_difficulty: bool) -> list[str]:

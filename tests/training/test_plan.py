@@ -143,7 +143,10 @@ def test_a_foreign_model_is_refused(change: dict[str, Any], part: str, tmp_path:
 @pytest.fixture
 def run_inputs(tmp_path: Path) -> Path:
     """All files of a run, whole: two models with the same tokenizer, and prompts."""
-    tokenizer = {"model": {"vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": [{"id": 2, "content": "<eos>"}]}
+    tokenizer = {
+        "model": {"vocab": {"a": 0, "b": 1}, "merges": ["a b"]},
+        "added_tokens": [{"id": 2, "content": "<eos>"}],
+    }
     for role in ("student", "teacher"):
         (tmp_path / role).mkdir()
         (tmp_path / role / "config.json").write_text((SHAPES / "olmo3-7b" / "config.json").read_text())
@@ -160,6 +163,14 @@ def inputs_config(folder: Path, *overrides: str) -> RunConfig:
 
 
 def test_whole_inputs_pass(run_inputs: Path) -> None:
+    assert check_inputs(inputs_config(run_inputs)) == []
+
+
+def test_the_same_tokenizer_written_by_another_version_passes(run_inputs: Path) -> None:
+    file = run_inputs / "teacher" / "tokenizer.json"
+    values = json.loads(file.read_text())
+    values["model"] = {"vocab": values["model"]["vocab"] | {"<eos>": 2}, "merges": [["a", "b"]]}
+    file.write_text(json.dumps(values))
     assert check_inputs(inputs_config(run_inputs)) == []
 
 
@@ -185,6 +196,9 @@ def damage(folder: Path, what: str) -> None:
         case "other tokenizer":
             text = (student / "tokenizer.json").read_text()
             (student / "tokenizer.json").write_text(text.replace('"b": 1', '"c": 1'))
+        case "other merges":
+            text = (student / "tokenizer.json").read_text()
+            (student / "tokenizer.json").write_text(text.replace('"a b"', '"b a"'))
         case "empty prompts":
             prompts.write_text("\n")
         case "malformed prompt":
@@ -206,6 +220,7 @@ def damage(folder: Path, what: str) -> None:
         ("missing shard", "student.path=.*: model-2.safetensors not found"),
         ("no tokenizer", "student.path=.*: no tokenizer"),
         ("other tokenizer", "different tokenizers"),
+        ("other merges", "different tokenizers"),
         ("empty prompts", "prompts.jsonl: holds no prompts"),
         ("malformed prompt", "prompts.jsonl, line 3: not valid JSON"),
         ("no answer", "line 1: has no 'answer', which prompts.answer_field names; it has 'prompt'"),
