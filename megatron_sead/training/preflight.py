@@ -99,7 +99,7 @@ def _tokenizer_problems(config: RunConfig) -> list[str]:
 
 
 def _tokens_of(file: Path) -> object:
-    """What must be equal. Versions of tokenizers write merges as "a b" or ["a", "b"], and added tokens once or twice."""
+    """What must be equal. Versions write merges as "a b" or ["a", "b"], and added tokens in one place or in two."""
     if file.suffix != ".json":
         return file.read_bytes()
     values = json.loads(file.read_text(encoding="utf-8"))
@@ -119,15 +119,20 @@ def _prompt_problems(path: str, setting: str, fields: PromptSettings, needs_diff
         return [f"{setting}={path}: no such file"]
     if file.suffix == ".parquet":
         return []
-    rows = 0
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(islice(lines, FIRST_LINES), 1):
-            if line.strip():
-                rows += 1
-                problem = _row_problem(line, fields, needs_difficulty)
-                if problem is not None:
-                    return [f"{setting}={path}, line {number}: {problem}"]
-    return [] if rows else [f"{setting}={path}: holds no prompts"]
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            lines = [(number, line) for number, line in enumerate(islice(stream, FIRST_LINES), 1) if line.strip()]
+    except UnicodeDecodeError as error:
+        return [f"{setting}={path}: not UTF-8 text at byte {error.start}"]
+    if not lines:
+        return [f"{setting}={path}: holds no prompts"]
+    if lines[0][1].lstrip().startswith("["):
+        return []  # one JSON array, which the run reads whole
+    for number, line in lines:
+        problem = _row_problem(line, fields, needs_difficulty)
+        if problem is not None:
+            return [f"{setting}={path}, line {number}: {problem}"]
+    return []
 
 
 def _row_problem(line: str, fields: PromptSettings, needs_difficulty: bool) -> str | None:

@@ -203,6 +203,8 @@ def damage(folder: Path, what: str) -> None:
             prompts.write_text("\n")
         case "malformed prompt":
             prompts.write_text(prompts.read_text() + '{"prompt": \n')
+        case "binary prompts":
+            prompts.write_bytes(b"\xff\xfe")
         case "no answer":
             prompts.write_text('{"prompt": "1+1="}\n')
         case "no difficulty":
@@ -223,6 +225,7 @@ def damage(folder: Path, what: str) -> None:
         ("other merges", "different tokenizers"),
         ("empty prompts", "prompts.jsonl: holds no prompts"),
         ("malformed prompt", "prompts.jsonl, line 3: not valid JSON"),
+        ("binary prompts", "prompts.jsonl: not UTF-8 text at byte 0"),
         ("no answer", "line 1: has no 'answer', which prompts.answer_field names; it has 'prompt'"),
         ("no difficulty", "line 1: has no 'difficulty'.*curriculum.mode=none"),
         ("no prompts", "prompts.path=.*: no such file"),
@@ -233,6 +236,11 @@ def test_a_missing_or_damaged_file_is_told(what: str, part: str, run_inputs: Pat
     with pytest.raises(UserError, match=part) as caught:
         check_inputs(inputs_config(run_inputs))
     assert "\n" not in str(caught.value)
+
+
+def test_one_json_array_is_left_to_the_run(run_inputs: Path) -> None:
+    (run_inputs / "prompts.jsonl").write_text('[\n{"prompt": "1+1=", "answer": "2"}\n]\n')
+    assert check_inputs(inputs_config(run_inputs)) == []
 
 
 def test_a_plan_may_come_before_the_weights(run_inputs: Path) -> None:
