@@ -9,7 +9,8 @@ def last_boxed(text: str) -> str | None:
 
 def boxed(text: str) -> list[str]:
     r"""What every outermost ``\boxed{...}`` or ``\fbox{...}`` that closes holds, in order."""
-    contents, place = [], 0
+    contents: list[str] = []
+    place = 0
     while True:
         starts = [start for mark in (r"\boxed{", r"\fbox{") if (start := text.find(mark, place)) >= 0]
         if not starts:

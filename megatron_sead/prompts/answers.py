@@ -10,7 +10,7 @@ from megatron_sead.boxed import last_boxed
 def reference_answers(value: Any) -> tuple[str, ...]:
     r"""What must be given, one string an answer; () when the value holds none.
 
-    27.0 is "27"; "... #### 72" (GSM8K) is "72"; of a text with ``\boxed{...}`` it is the last box; a list holds several.
+    27.0 is "27"; "... #### 72" (GSM8K) is "72"; a text with ``\boxed{...}`` is its last box; a list holds several.
     """
     if isinstance(value, list | tuple):
         return tuple(answer for item in value for answer in reference_answers(item))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_sead.errors import UserError
 from megatron_sead.rollouts.engine import GenerationRequest, Rollout, Sampling
@@ -198,6 +199,7 @@ def _log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def _load_model(directory: Path, dtype: torch.dtype) -> Any:
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory}: no config.json there; must be a Hugging Face model directory")
+    disable_progress_bar()  # of loading weights: one a rank, in the midst of the run's own
     try:
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, RuntimeError) as error:
