@@ -7,6 +7,7 @@ in one line what to change; that line should be the last, and the code should ar
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
     """
     # What it would log about a failing rank is in ChildFailedError too
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun sets it as well, after a paragraph about it
     if GRACE.partition("=")[0] in get_args_parser().format_help():  # newer torch only
         arguments = [GRACE, *arguments]
     try:
