@@ -12,18 +12,23 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from megatron_sead.config import RunConfig
 from megatron_sead.errors import UserError
-from megatron_sead.models.parallel import ParallelContext
-from megatron_sead.prompts.packing import MicroBatch, TokenView
-from megatron_sead.training.scoring import Heads, score_student, teacher_hidden_states
+from megatron_sead.prompts import MicroBatch, TokenView
+from megatron_sead.rollouts import Sampling
+from megatron_sead.rollouts.transformers_engine import TransformersEngine
+from megatron_sead.training.run import Run
+from megatron_sead.training.scoring import score_student, teacher_hidden_states
 
 log = logging.getLogger(__name__)
 
-# Mean absolute difference of a token's log-probability, in nats. fp32: a hundred times what summation order alone
-# gives on random models (1e-6). bf16: logits carry three significant digits.
+# Mean absolute difference of a token's log-probability in nats, over the worst BLOCK tokens in a row: a wrong window
+# shows only behind the window. fp32: a hundred times what summation order alone gives on random models (1e-6).
+# bf16: logits carry three significant digits.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+BLOCK = 64
 
 
 def probe_tokens(directory: Path, texts: list[tuple[int, ...]], limit: int = 16384) -> list[int]:
@@ -33,46 +38,68 @@ def probe_tokens(directory: Path, texts: list[tuple[int, ...]], limit: int = 163
     rope = getattr(config, "rope_parameters", None) or {}
     dictionaries = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     original = max((d.get("original_max_position_embeddings") or 0 for d in dictionaries), default=0)
-    needed = max(getattr(config, "sliding_window", None) or 0, original) + 16
+    needed = max(getattr(config, "sliding_window", None) or 0, original) + BLOCK
     length = min(needed, config.max_position_embeddings, limit)
     tokens = [token for text in texts for token in text]
     return (tokens * (length // len(tokens) + 1))[:length]
 
 
-@torch.inference_mode()
-def reference_log_probs(directory: Path, tokens: list[int], precision: str, device: torch.device) -> torch.Tensor:
-    """What transformers makes of the directory: [len(tokens) - 1] log-probabilities of each next token, fp32."""
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
-    ids = torch.tensor([tokens], device=device)
-    hidden = model.model(ids).last_hidden_state[0, :-1]
-    rows = [
-        model.lm_head(chunk).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-        for chunk, targets in zip(hidden.split(512), ids[0, 1:].split(512), strict=True)
-    ]
-    return torch.cat(rows).cpu()
+def check_models(run: Run, *, fresh: bool) -> None:
+    """Both Megatron models against their directories; a resumed student against itself as it was saved. Collective.
+
+    Raises:
+        UserError: a model is not the one that its directory, or checkpoint, holds.
+    """
+    student, teacher = trained_log_probs(run)
+    config = run.config
+    require_same("teacher and " + str(config.teacher.path), teacher, _reference(run, config.teacher.path), config)
+    if fresh:
+        require_same("student and " + str(config.student.path), student, _reference(run, config.student.path), config)
+    else:
+        require_same("student and its checkpoint", student, torch.tensor(run.state.probe_log_probs), config)
 
 
-def reference_on_all_ranks(
-    directory: Path, tokens: list[int], precision: str, parallel: ParallelContext
-) -> torch.Tensor:
-    """`reference_log_probs`, computed by the first rank, on every rank. Collective."""
-    box = [reference_log_probs(directory, tokens, precision, parallel.device) if parallel.rank == 0 else None]
-    dist.broadcast_object_list(box, src=0, group=parallel.control)
+def check_engine(run: Run) -> None:
+    """The rollout engine against the student that trains, whose weights it was just given. Collective.
+
+    Raises:
+        UserError: the engine would write with another model than the one that learns.
+    """
+    if isinstance(run.engine, TransformersEngine):
+        student, _ = trained_log_probs(run)
+        require_same("rollout engine and student", run.engine.score(run.probe), student, run.config)
+
+
+def check_export(run: Run, directory: Path) -> None:
+    """A written Hugging Face directory, as transformers reads it, against the trained student. Collective."""
+    student, _ = trained_log_probs(run)
+    require_same(f"{directory} and the trained student", _reference(run, directory), student, run.config)
+
+
+def _reference(run: Run, directory: Path) -> torch.Tensor:
+    """What transformers makes of a directory: [len(probe) - 1] log-probabilities, by the first rank, for all."""
+    box: list[torch.Tensor | None] = [None]
+    if run.parallel.rank == 0:
+        engine = TransformersEngine(
+            directory,
+            sampling=Sampling(0.0, 1.0, 1),
+            stop_token_ids=run.tokenizer.stop_token_ids,
+            pad_token_id=run.tokenizer.pad_token_id,
+            seed=0,
+            device=run.parallel.device,
+            dtype=run.student_chunks[0].config.params_dtype,
+            vocab_size=run.learner.heads.vocab_size,
+        )
+        box[0] = engine.score(run.probe)
+    dist.broadcast_object_list(box, src=0, group=run.parallel.control)
     assert box[0] is not None
     return box[0]
 
 
-def trained_log_probs(
-    student: list[torch.nn.Module],
-    teacher: list[torch.nn.Module],
-    heads: Heads,
-    tokens: list[int],
-    parallel: ParallelContext,
-    length_multiple: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both Megatron models' log-probabilities [len(tokens) - 1] of the probe, on every rank. Collective."""
-    padded = -(-len(tokens) // length_multiple) * length_multiple
+def trained_log_probs(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """Student's and teacher's log-probabilities [len(probe) - 1] under Megatron, on every rank. Collective."""
+    parallel, learner, tokens = run.parallel, run.learner, run.probe
+    padded = -(-len(tokens) // run.length_multiple) * run.length_multiple
     ids = torch.zeros(1, padded, dtype=torch.long, device=parallel.device)
     ids[0, : len(tokens)] = torch.tensor(tokens)
     count = len(tokens) - 1
@@ -80,7 +107,8 @@ def trained_log_probs(
     view = TokenView(ids, index)
     probe = MicroBatch(view, view, ids[0, 1 : count + 1], torch.zeros_like(index), index, torch.ones_like(index).bool())
     copies = [probe] * parallel.pp_size  # virtual pipeline stages want a multiple of the pipeline size
-    scores = score_student(student, copies, teacher_hidden_states(teacher, copies), heads)
+    teacher_hidden = teacher_hidden_states(learner.teacher, copies)
+    scores = score_student(learner.student, copies, teacher_hidden, learner.heads)
     both = torch.zeros(2, count, device=parallel.device)
     if parallel.is_last_stage:
         both = torch.stack([scores[0].student_log_prob, scores[0].teacher_log_prob])
@@ -88,16 +116,18 @@ def trained_log_probs(
     return both[0].cpu(), both[1].cpu()
 
 
-def require_same(what: str, found: torch.Tensor, reference: torch.Tensor, precision: str) -> None:
+def require_same(what: str, found: torch.Tensor, reference: torch.Tensor, config: RunConfig) -> None:
     """Raise unless two log-probability vectors [n] are the same model's.
 
     Raises:
         UserError: their mean absolute difference is over the tolerance of the precision.
     """
-    difference = (found - reference).abs().mean().item()
-    log.info("%s: log-probabilities differ by %.1e nats on %d tokens", what, difference, len(reference))
+    precision = config.training.precision
+    blocks = (found - reference).abs().flip(0).split(BLOCK)  # from the end, where windows and rotary lengths show
+    difference = max(block.mean().item() for block in blocks)
+    log.info("%s: log-probabilities differ by %.1e nats over %d tokens", what, difference, len(reference))
     if not difference <= TOLERANCE[precision]:
         raise UserError(
-            f"{what} do not agree: mean log-probability difference {difference:.2e} nats over {len(reference)} tokens, "
-            f"at most {TOLERANCE[precision]:.0e} in training.precision={precision}"
+            f"{what} do not agree: log-probabilities differ by {difference:.2e} nats a token, "
+            f"at most {TOLERANCE[precision]:.0e} are allowed with training.precision={precision}"
         )

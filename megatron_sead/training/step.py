@@ -40,6 +40,7 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)  # of the whole step, on every rank
     scores: list[TokenScores] = field(default_factory=list)
     zones: torch.Tensor | None = None
+    rollout_index: torch.Tensor | None = None
 
 
 def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, step: int) -> StepResult:
@@ -139,4 +140,4 @@ def _measure(learner: Learner, micro_batches: list[MicroBatch], outcomes: list[A
     thresholds = learner.supervisor.thresholds(tokens)
     metrics = measure_tokens(tokens, zones, scores, micro_batches, learner.parallel.dp)
     metrics |= {"tau_teacher": thresholds.teacher, "tau_student": thresholds.student}
-    return StepResult(metrics, scores, zones)
+    return StepResult(metrics, scores, zones, tokens.rollout_index)

@@ -199,9 +199,7 @@ class Supervisor:
 
     def _weights(self, tokens: StepTokens, zones: torch.Tensor, alpha: float, step: int) -> TokenWeights:
         seed = self._seed * 1_000_003 + step
-        return self._policy(
-            PolicyInput(tokens.statistics, zones, tokens.rollout_index, tokens.position, alpha, seed)
-        )
+        return self._policy(PolicyInput(tokens.statistics, zones, tokens.rollout_index, tokens.position, alpha, seed))
 
     def _normalized(self, weights: TokenWeights, zones: torch.Tensor, micro_batch: MicroBatch) -> Supervision:
         if self.uses_zones:

@@ -1,0 +1,70 @@
+"""The end of a run: the student as a Hugging Face directory, proven to be the trained one, and how good it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch.distributed as dist
+from rich.table import Table
+
+from megatron_sead.checkpoints import verify_huggingface_directory, write_huggingface_directory
+from megatron_sead.prompts import load_tokenizer
+from megatron_sead.training.heldout import evaluate_directory
+from megatron_sead.training.identity import check_export
+from megatron_sead.training.run import Run
+
+
+def conclude(run: Run) -> None:
+    """Write and prove ``student-hf/``, evaluate it and the teacher, write ``summary.json``. Collective."""
+    directory = run.config.output / "student-hf"
+    write_huggingface_directory(directory, run.weights(), source=run.config.student.path, group=run.parallel.control)
+    verify_huggingface_directory(directory, run.weights(), group=run.parallel.control)
+    check_export(run, directory)
+    before = run.state.accuracy_before
+    after = evaluate_directory(run, directory, run.tokenizer)
+    teacher = None
+    if run.config.evaluation.teacher:
+        teacher = evaluate_directory(run, run.config.teacher.path, load_tokenizer(run.config.teacher, "teacher"))
+    if run.parallel.rank == 0:
+        results = {"before": before, "after": after, "teacher": teacher}
+        _write_summary(run, results)
+        _print_results(run, results)
+    dist.barrier(run.parallel.control)
+
+
+def _write_summary(run: Run, results: dict[str, dict[str, Any] | None]) -> None:
+    """Greedy accuracies by name, and everything measured beside them."""
+    summary: dict[str, Any] = {
+        f"accuracy_{name}": None if result is None else result["greedy"]["mean"] for name, result in results.items()
+    }
+    summary |= {
+        f"sampled_accuracy_{name}": result["sampled"]["mean"]
+        for name, result in results.items()
+        if result is not None and result["sampled"] is not None
+    }
+    summary |= {"steps": run.state.step, "seconds": run.seconds(), "evaluation": results}
+    path = run.config.output / "summary.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _print_results(run: Run, results: dict[str, dict[str, Any] | None]) -> None:
+    measured = {name: result for name, result in results.items() if result is not None}
+    if measured:
+        table = Table(title="accuracy on held-out prompts, +- standard error", title_justify="left")
+        for column in ("", *measured):
+            table.add_column(column, justify="right" if column else "left")
+        first = next(iter(measured.values()))
+        for kind in ("greedy", "sampled"):
+            if first[kind] is None:
+                continue
+            cells = [f"{r[kind]['mean']:.3f} +- {r[kind]['standard_error']:.3f}" for r in measured.values()]
+            table.add_row(kind, *cells)
+            for level in first[f"{kind}_by_level"]:
+                cells = [f"{r[f'{kind}_by_level'][level]['mean']:.3f}" for r in measured.values()]
+                table.add_row(f"  level {level}", *cells)
+        run.console.print(table)
+    run.console.print(f"run directory: {run.config.output}", soft_wrap=True, highlight=False)

@@ -1,0 +1,45 @@
+"""Held-out accuracy of any model of a run: the student before and after, and the teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_sead.evaluation import evaluate
+from megatron_sead.prompts import ModelTokenizer, load_prompts
+from megatron_sead.rollouts import make_engine
+from megatron_sead.training.run import Run
+
+
+def evaluate_directory(run: Run, directory: Path, tokenizer: ModelTokenizer) -> dict[str, Any] | None:
+    """Held-out accuracy of a model as its Hugging Face directory holds it; None without evaluation.path. Collective.
+
+    The transformers engine answers, whatever engine the run uses: replayed rollouts cannot.
+    """
+    config = run.config
+    if config.evaluation.path is None:
+        return None
+    settings = config.prompts.model_copy(update={"path": config.evaluation.path})
+    prompts = load_prompts(settings, tokenizer, limit=config.evaluation.limit)
+    engine = make_engine(
+        config.rollouts.model_copy(update={"engine": "transformers"}),
+        directory,
+        stop_token_ids=tokenizer.stop_token_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=config.seed,
+        device=run.parallel.device,
+        dtype=run.student_chunks[0].config.params_dtype,
+        vocab_size=run.learner.heads.vocab_size,
+        group=run.parallel.control,
+    )
+    result = evaluate(
+        engine,
+        tokenizer,
+        prompts,
+        run.grader,
+        max_new_tokens=config.evaluation.max_new_tokens or config.rollouts.max_new_tokens,
+        samples=config.evaluation.samples,
+        temperature=config.evaluation.temperature,
+        group=run.parallel.control,
+    )
+    return result.as_dict()

@@ -1,0 +1,56 @@
+"""SEAD's Algorithm 1."""
+
+from __future__ import annotations
+
+import time
+
+from megatron_sead.config import RunConfig
+from megatron_sead.training.conclude import conclude
+from megatron_sead.training.record import record_step, save
+from megatron_sead.training.run import Run
+from megatron_sead.training.setup import prepare
+from megatron_sead.training.step import train_step
+
+
+def run(config: RunConfig) -> bool:
+    """Distill as the config says, from the newest checkpoint of its output directory if there is one.
+
+    Returns:
+        True when all steps are done and ``student-hf/`` is written, False when a signal ended the run early: the
+        same command continues it.
+
+    Raises:
+        UserError: a setting, file or layout must change; nothing was overwritten.
+    """
+    with prepare(config) as prepared:
+        if not distill(prepared):
+            return False
+        conclude(prepared)
+        return True
+
+
+def distill(run: Run) -> bool:
+    """The steps that are left. False: interrupted, and saved."""
+    with run.progress() as progress:
+        for step in range(run.state.step, run.config.training.steps):
+            clock = [time.perf_counter()]
+            asked = run.curriculum.next_batch(step)
+            rollouts = run.engine.generate(run.requests(asked), step)
+            correct = run.grade(rollouts)
+            alpha = run.observe(rollouts, correct, step)
+            clock.append(time.perf_counter())
+
+            result = train_step(run.learner, run.pack(rollouts), alpha, step)
+            clock.append(time.perf_counter())
+
+            run.load_engine()
+            clock.append(time.perf_counter())
+
+            progress.advance(record_step(run, step, rollouts, correct, alpha, result, clock))
+            run.state.step = step + 1
+            stop = run.interrupt.agreed(run.parallel.control)
+            if stop or run.checkpoint_due(step):
+                save(run)
+            if stop and run.state.step < run.config.training.steps:
+                return False
+    return True

@@ -1,0 +1,164 @@
+"""A run under way: its parts, and the small verbs between them that the loop is written in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from megatron_sead.checkpoints import CheckpointStore
+from megatron_sead.config import RunConfig
+from megatron_sead.distillation import CompetenceTracker, Curriculum, annealing_coefficient
+from megatron_sead.grading import Grader
+from megatron_sead.models import iterate_huggingface_weights
+from megatron_sead.models.olmo3.model import Olmo3Model
+from megatron_sead.models.parallel import ParallelContext
+from megatron_sead.prompts import MicroBatch, ModelTokenizer, Prompt, pack
+from megatron_sead.reporting.metrics import MetricsWriter
+from megatron_sead.reporting.progress import StepProgress
+from megatron_sead.rollouts import GenerationRequest, Rollout, RolloutEngine
+from megatron_sead.training.interrupt import InterruptFlag
+from megatron_sead.training.step import Learner
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint, so that a resumed run goes on as if never interrupted."""
+
+    step: int = 0  # steps done, and the number of the next one: steps count from 0
+    seconds: float = 0.0  # over all starts of the run
+    accuracy_before: dict[str, Any] | None = None
+    probe_log_probs: list[float] = field(default_factory=list)  # of the student as saved
+
+
+@dataclass
+class Run:
+    """Everything that the steps of a run use. Built by `setup.prepare`."""
+
+    config: RunConfig
+    parallel: ParallelContext
+    learner: Learner
+    student_chunks: list[Olmo3Model]  # the student without Megatron's DDP around it
+    tokenizer: ModelTokenizer
+    prompts: list[Prompt]
+    engine: RolloutEngine
+    grader: Grader
+    curriculum: Curriculum
+    competence: CompetenceTracker
+    store: CheckpointStore
+    writer: MetricsWriter | None  # on the first rank
+    console: Console
+    interrupt: InterruptFlag
+    state: Progress
+    probe: list[int]
+    started: float
+
+    def __post_init__(self) -> None:
+        self._by_id = {prompt.id: index for index, prompt in enumerate(self.prompts)}
+
+    @property
+    def length_multiple(self) -> int:
+        """Padded lengths must split evenly over sequence-parallel ranks."""
+        return self.parallel.tp_size if self.config.parallel.sequence_parallel else 1
+
+    def requests(self, asked: list[int]) -> list[GenerationRequest]:
+        """What the engine is asked to write for these prompts."""
+        return [
+            GenerationRequest(self.prompts[index].id, sample, self.prompts[index].student_token_ids)
+            for index in asked
+            for sample in range(self.config.rollouts.samples_per_prompt)
+        ]
+
+    def prompt_of(self, rollout: Rollout) -> Prompt:
+        """The prompt that a rollout answers."""
+        return self.prompts[self._by_id[rollout.prompt_id]]
+
+    def grade(self, rollouts: list[Rollout]) -> list[bool]:
+        """Right or wrong, on every rank; ranks share the work. Collective."""
+        texts = [self.tokenizer.decode(rollout.response_token_ids) for rollout in rollouts]
+        answers = [self.prompt_of(rollout).answers for rollout in rollouts]
+        return self.grader.grade_all(texts, answers, self.parallel.control)
+
+    def observe(self, rollouts: list[Rollout], correct: list[bool], step: int) -> float:
+        """Let competence and curriculum see the grades; the step's alpha."""
+        self.competence.update(sum(correct) / len(correct))
+        self.curriculum.update([(self._by_id[r.prompt_id], right) for r, right in zip(rollouts, correct, strict=True)])
+        annealing = self.config.annealing
+        u = {"step": step / self.config.training.steps, "competence": self.competence.progress}
+        u["larger"] = max(u.values())
+        return annealing_coefficient(
+            u[annealing.driver], start=annealing.start, end=annealing.end, shape=annealing.shape
+        )
+
+    def pack(self, rollouts: list[Rollout]) -> list[MicroBatch]:
+        """This data-parallel rank's micro-batches."""
+        masks_truncated = self.config.training.mask_truncated
+        return pack(
+            [r.prompt_token_ids for r in rollouts],
+            [self.prompt_of(r).teacher_token_ids for r in rollouts],
+            [r.response_token_ids for r in rollouts],
+            [r.finished or not masks_truncated for r in rollouts],
+            micro_batch_size=self.config.training.micro_batch_size,
+            data_parallel_rank=self.parallel.dp_rank,
+            data_parallel_size=self.parallel.dp_size,
+            length_multiple=self.length_multiple,
+            pad_token_id=self.tokenizer.pad_token_id,
+            device=self.parallel.device,
+        )
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The student as (Hugging Face name, whole tensor), one at a time. Collective: consume it on every rank."""
+        return iterate_huggingface_weights(self.student_chunks, self.parallel)
+
+    def load_engine(self) -> None:
+        """Give the engine the student's weights, so that the next rollouts are on-policy. Collective."""
+        self.engine.load_weights(self.weights())
+
+    def rollout_metrics(self, rollouts: list[Rollout], correct: list[bool], step: int) -> dict[str, Any]:
+        """What the rollouts alone say."""
+        finished = [r.finished for r in rollouts]
+        right_and_finished = sum(c and f for c, f in zip(correct, finished, strict=True))
+        return {
+            "competence": self.competence.value,
+            "eligible_prompts": self.curriculum.eligible_count(step),
+            "pass_rate": sum(correct) / len(correct),
+            "finished_share": sum(finished) / len(finished),
+            "truncated_share": 1 - sum(finished) / len(finished),
+            "pass_rate_given_finish": right_and_finished / max(1, sum(finished)),
+            "response_length": sum(len(r.response_token_ids) for r in rollouts) / len(rollouts),
+        }
+
+    def progress(self) -> StepProgress:
+        """The bar that a person watches."""
+        return StepProgress(
+            self.console, total=self.config.training.steps, done=self.state.step, enabled=self.parallel.rank == 0
+        )
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Is a checkpoint to be written after this step?"""
+        done, interval = step + 1, self.config.checkpoints.interval
+        return done == self.config.training.steps or (interval > 0 and done % interval == 0)
+
+    def seconds(self) -> float:
+        """Wall time of the run, earlier starts included."""
+        return self.state.seconds + time.perf_counter() - self.started
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is not in the model or the optimizer."""
+        return {
+            "progress": asdict(self.state),
+            "curriculum": self.curriculum.state_dict(),
+            "competence": self.competence.state_dict(),
+            "supervisor": self.learner.supervisor.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.state = Progress(**state["progress"])
+        self.curriculum.load_state_dict(state["curriculum"])
+        self.competence.load_state_dict(state["competence"])
+        self.learner.supervisor.load_state_dict(state["supervisor"])

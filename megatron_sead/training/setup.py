@@ -1,0 +1,175 @@
+"""From a configuration to everything that a step needs, checked in the order in which a mistake costs least."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from rich.console import Console
+
+from megatron_sead.checkpoints import CheckpointStore
+from megatron_sead.config import ModelSettings, RunConfig, dump_config
+from megatron_sead.config_checks import check_output, check_world_size, config_warnings
+from megatron_sead.distillation import CompetenceTracker, Curriculum
+from megatron_sead.errors import UserError
+from megatron_sead.grading import Grader
+from megatron_sead.models import ParallelContext, build_model
+from megatron_sead.models.olmo3.model import Olmo3Model
+from megatron_sead.prompts import ModelTokenizer, Prompt, check_pair, load_prompts, load_tokenizer
+from megatron_sead.reporting.metrics import MetricsWriter
+from megatron_sead.rollouts import make_engine
+from megatron_sead.training.heldout import evaluate_directory
+from megatron_sead.training.identity import check_engine, check_models, probe_tokens
+from megatron_sead.training.interrupt import InterruptFlag
+from megatron_sead.training.optimizer import build_optimizer
+from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+from megatron_sead.training.run import Progress, Run
+from megatron_sead.training.scoring import Heads
+from megatron_sead.training.step import Learner
+from megatron_sead.training.supervision import Supervisor
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def prepare(config: RunConfig) -> Iterator[Run]:
+    """A run, ready for its next step: new, or where its newest whole checkpoint left it.
+
+    Raises:
+        UserError: whatever must change before it can run; an earlier run's files are left as they are.
+    """
+    started = time.perf_counter()
+    check_output(config)
+    with ExitStack() as stack:
+        parallel = initialize_parallel(config.parallel, config.device, config.seed)
+        stack.callback(destroy_parallel)
+        check_world_size(config, parallel.world_size)
+        student, teacher = load_tokenizer(config.student, "student"), load_tokenizer(config.teacher, "teacher")
+        pair = check_pair(student, teacher, config.student, config.teacher, config.prompts.template)
+        console = Console()
+        if parallel.rank == 0:
+            console.print(pair)
+            for line in config_warnings(config):
+                log.warning("%s", line)
+        prompts = _load_prompts(config, student, teacher)
+        interrupt = InterruptFlag()
+        stack.callback(interrupt.restore)
+        learner, chunks = _build_learner(config, student, teacher, parallel)
+        run = Run(
+            config=config,
+            parallel=parallel,
+            learner=learner,
+            student_chunks=chunks,
+            tokenizer=student,
+            prompts=prompts,
+            engine=make_engine(
+                config.rollouts,
+                config.student.path,
+                stop_token_ids=student.stop_token_ids,
+                pad_token_id=student.pad_token_id,
+                seed=config.seed,
+                device=parallel.device,
+                dtype=chunks[0].config.params_dtype,
+                vocab_size=learner.heads.vocab_size,
+                group=parallel.control,
+            ),
+            grader=stack.enter_context(Grader(config.grading.timeout_seconds)),
+            curriculum=_build_curriculum(config, prompts),
+            competence=CompetenceTracker(smoothing=config.annealing.smoothing, target=config.annealing.target),
+            store=CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel),
+            writer=None,
+            console=console,
+            interrupt=interrupt,
+            state=Progress(),
+            probe=probe_tokens(config.student.path, [p.student_token_ids for p in prompts]),
+            started=started,
+        )
+        _begin_or_resume(run)
+        if parallel.rank == 0:
+            run.writer = MetricsWriter(config.output, run.state.step, config.reporting.tensorboard)
+            stack.callback(run.writer.close)
+        yield run
+
+
+def _load_prompts(config: RunConfig, student: ModelTokenizer, teacher: ModelTokenizer) -> list[Prompt]:
+    return load_prompts(
+        config.prompts,
+        student,
+        teacher,
+        teacher_prompt_field=config.teacher.prompt_field,
+        max_new_tokens=config.rollouts.max_new_tokens,
+    )
+
+
+def _build_model(config: RunConfig, model: ModelSettings, parallel: ParallelContext) -> list[Olmo3Model]:
+    return build_model(
+        model.path,
+        parallel,
+        precision=config.training.precision,
+        sequence_parallel=config.parallel.sequence_parallel,
+        recompute_granularity=config.training.recompute_granularity,
+        attention_backend=config.training.attention_backend,
+    )
+
+
+def _build_learner(
+    config: RunConfig, student: ModelTokenizer, teacher: ModelTokenizer, parallel: ParallelContext
+) -> tuple[Learner, list[Olmo3Model]]:
+    teacher_chunks = _build_model(config, config.teacher, parallel)
+    for chunk in teacher_chunks:
+        chunk.requires_grad_(False).eval()
+    student_chunks = _build_model(config, config.student, parallel)
+    sizes = [chunks[0].config.vocab_size for chunks in (student_chunks, teacher_chunks)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"vocab_size is {sizes[0]} in {config.student.path} and {sizes[1]} in {config.teacher.path}; "
+            "student and teacher must have the same vocabulary"
+        )
+    ddp_chunks, optimizer, scheduler = build_optimizer(student_chunks, config.training, parallel)
+    heads = Heads(
+        student=student_chunks[-1].head_weight,
+        teacher=teacher_chunks[-1].head_weight,
+        student_stop_token_ids=student.stop_token_ids,
+        teacher_stop_token_ids=teacher.stop_token_ids,
+        vocab_size=sizes[0],
+        scratch_bytes=config.training.scratch_bytes,
+        group=parallel.tp if parallel.tp_size > 1 else None,
+    )
+    supervisor = Supervisor(config, parallel.dp if parallel.dp_size > 1 else None)
+    return Learner(ddp_chunks, teacher_chunks, optimizer, scheduler, heads, supervisor, parallel), student_chunks
+
+
+def _build_curriculum(config: RunConfig, prompts: list[Prompt]) -> Curriculum:
+    try:
+        return Curriculum(
+            [prompt.difficulty for prompt in prompts],
+            **config.curriculum.model_dump(),
+            seed=config.seed,
+            total_steps=config.training.steps,
+            batch_size=config.training.global_batch_size // config.rollouts.samples_per_prompt,
+        )
+    except ValueError as error:
+        raise UserError(f"curriculum, prompts.path={config.prompts.path}: {error}") from None
+
+
+def _begin_or_resume(run: Run) -> None:
+    """Prove that the models are those of their directories; then measure the student as given, or load the newest
+    checkpoint and prove that its student came back."""
+    restored = run.store.load_latest(run.student_chunks, run.learner.optimizer, run.learner.scheduler)
+    if restored is None:
+        check_models(run, fresh=True)
+    else:
+        run.load_state_dict(restored)
+        log.info("continuing at step %d", run.state.step)
+        check_models(run, fresh=False)
+    run.load_engine()
+    check_engine(run)
+    if run.parallel.rank == 0:
+        run.config.output.mkdir(parents=True, exist_ok=True)
+        (run.config.output / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
+    if restored is None:
+        run.state.accuracy_before = evaluate_directory(run, run.config.student.path, run.tokenizer)
+    torch.distributed.barrier(run.parallel.control)
