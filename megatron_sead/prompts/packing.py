@@ -86,12 +86,19 @@ def pack(
 def deal(lengths: list[int], rank: int, ranks: int) -> list[int]:
     """Which items a rank gets, longest first: as many as every other rank, and about as much length in all.
 
-    Items sorted by length (equal ones in their order) are dealt like cards to and fro: 0 1 2, 2 1 0, 0 1 2, ...
-    Micro-batches then hold rows of like length, and those that ranks run at the same time are alike too.
+    Items sorted by length (equal ones in their order) are dealt in rounds of one item a rank, the longest of a round
+    to the rank that has least so far. Micro-batches then hold rows of like length, and those that ranks run at the
+    same time are alike too.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    rounds = [order[start : start + ranks] for start in range(0, len(order), ranks)]
-    return [cards[rank if i % 2 == 0 else ranks - 1 - rank] for i, cards in enumerate(rounds)]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    totals = [0] * ranks
+    for start in range(0, len(order), ranks):
+        poorest_first = sorted(range(ranks), key=lambda r: totals[r])
+        for receiver, item in zip(poorest_first, order[start : start + ranks], strict=True):
+            shares[receiver].append(item)
+            totals[receiver] += lengths[item]
+    return shares[rank]
 
 
 def _view(

@@ -1,0 +1,183 @@
+"""Rows become prompts, and every mistake in them is named with its file, line and field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from megatron_sead.config import ModelSettings, PromptSettings, TeacherSettings
+from megatron_sead.errors import UserError
+from megatron_sead.prompts import ModelTokenizer, Prompt, load_prompts, load_tokenizer
+from megatron_sead.prompts.answers import reference_answers
+
+ROWS = [
+    {"id": "a", "prompt": "1+1=", "answer": 2, "difficulty": 0.25, "level": 1, "solution": "1+1=2;"},
+    {"id": "b", "prompt": "2+\u2028 1=", "answer": "3", "solution": "x"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_olmo3: Path) -> ModelTokenizer:
+    return load_tokenizer(ModelSettings(path=tiny_olmo3), "student")
+
+
+def write(path: Path, *lines: Any) -> PromptSettings:
+    text = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines]
+    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+    return PromptSettings(path=str(path), template="plain")
+
+
+def load(path: Path, tokenizer: ModelTokenizer, *lines: Any, **changes: Any) -> list[Prompt]:
+    return load_prompts(write(path, *lines).model_copy(update=changes), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_formats_give_the_same_prompts(tmp_path: Path, tokenizer: ModelTokenizer, kind: str) -> None:
+    path = tmp_path / f"prompts.{kind}"
+    rows = [ROWS[0], ROWS[0] | ROWS[1] | {"difficulty": None, "level": None, "answer": 3}]
+    if kind == "parquet":
+        Dataset.from_list(rows).to_parquet(str(path))
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        write(path, *rows)
+    prompts = load_prompts(PromptSettings(path=str(path), template="plain"), tokenizer)
+    first = tokenizer.encode("1+1=")
+    assert prompts[0] == Prompt("a", "1+1=", ("2",), 0.25, "1", first, first)
+    assert [(p.id, p.difficulty, p.level, p.answers) for p in prompts[1:]] == [("b", None, None, ("3",))]
+
+
+def test_fields_are_mapped_and_missing_ids_numbered(tmp_path: Path, tokenizer: ModelTokenizer) -> None:
+    lines = [{"q": "1+1=", "r": 2, "d": "0.5", "topic": "sums"}, "", {"q": "1+2=", "r": 3}]
+    changes = {"prompt_field": "q", "answer_field": "r", "difficulty_field": "d", "level_field": "topic"}
+    prompts = load(tmp_path / "p.jsonl", tokenizer, *lines, instruction=" go", **changes)
+    assert [(p.id, p.text, p.answers, p.difficulty, p.level) for p in prompts] == [
+        ("0", "1+1= go", ("2",), 0.5, "sums"),
+        ("1", "1+2= go", ("3",), None, None),
+    ]
+
+
+def test_chat_template_and_the_teachers_own_prompt(tmp_path: Path, tiny_olmo3: Path) -> None:
+    student = load_tokenizer(ModelSettings(path=tiny_olmo3), "student")
+    teacher = load_tokenizer(TeacherSettings(path=tiny_olmo3, system_prompt="be good"), "teacher")
+    settings = write(tmp_path / "p.jsonl", *ROWS).model_copy(update={"template": "chat", "instruction": "!"})
+    prompt = load_prompts(settings, student, teacher, teacher_prompt_field="solution")[0]
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt.student_token_ids == student.encode(turn.format("1+1=!"))
+    system = "<|im_start|>system\nbe good<|im_end|>\n"
+    assert prompt.teacher_token_ids == teacher.encode(system + turn.format("1+1=2;!"))
+    assert prompt.student_token_ids[0] == 2  # <|im_start|> is one token, not its characters
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (27.0, ("27",)),
+        (0.5, ("0.5",)),
+        (7, ("7",)),
+        ("72/2 = 36\n#### 1,072", ("1,072",)),
+        (["$2$", "$-2$"], ("$2$", "$-2$")),
+        (r"so \boxed{1} and \boxed{\frac{1}{2}}.", (r"\frac{1}{2}",)),
+        (r"\boxed{unclosed", (r"\boxed{unclosed",)),
+        ("  ", ()),
+        (None, ()),
+        (True, ()),
+        ([], ()),
+    ],
+)
+def test_reference_answers(value: Any, expected: tuple[str, ...]) -> None:
+    assert reference_answers(value) == expected
+
+
+GOOD = ROWS[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "changes", "message"),
+    [
+        ('{"prompt": ', {}, r"p\.jsonl, line 2: not valid JSON: .*"),
+        ("[1]", {}, r"p\.jsonl, line 2: must be a JSON object, not list"),
+        ({"prompt": "1"}, {}, r"line 2: has no 'answer', which prompts.answer_field names; it has 'prompt'"),
+        ({"answer": "1"}, {}, r"line 2: has no 'prompt', which prompts.prompt_field names; it has 'answer'"),
+        (GOOD, {}, r"line 2: id 'a' is given twice, first at .*p\.jsonl, line 1"),
+        (GOOD | {"id": "c", "difficulty": 1.5}, {}, r"line 2: difficulty=1\.5: must be 1 - pass rate, in \[0, 1\]"),
+        (GOOD | {"id": "c", "difficulty": "hard"}, {}, r"line 2: difficulty='hard'"),
+        (GOOD | {"id": "c", "answer": " "}, {}, r"line 2: 'answer' holds no answer"),
+        (GOOD | {"id": "c", "prompt": ""}, {}, r"line 2: the prompt is empty"),
+        (GOOD | {"id": "c", "prompt": 5}, {}, r"line 2: 'prompt' \(prompts.prompt_field\) must be text, not int"),
+        (
+            GOOD | {"id": "c", "prompt": "1+" * 5},
+            {"max_prompt_tokens": 9},
+            r"line 2: prompt 'c' has 10 tokens, more than prompts.max_prompt_tokens=9",
+        ),
+        (GOOD | {"id": "c", "prompt": "1+" * 65}, {}, r"prompt 'c' has 130 tokens, more than fit in .* context of 128"),
+    ],
+)
+def test_mistakes_are_named(
+    tmp_path: Path, tokenizer: ModelTokenizer, line: Any, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path / "p.jsonl", tokenizer, GOOD, line, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_response_must_find_room(tmp_path: Path, tokenizer: ModelTokenizer) -> None:
+    settings = write(tmp_path / "p.jsonl", GOOD)
+    assert load_prompts(settings, tokenizer, max_new_tokens=124)
+    with pytest.raises(UserError, match=r"4 tokens, which leaves no room for 125 new ones in the student's context"):
+        load_prompts(settings, tokenizer, max_new_tokens=125)
+
+
+def test_files_that_are_not_there_or_hold_nothing(tmp_path: Path, tokenizer: ModelTokenizer) -> None:
+    cases = {"p.jsonl": "no such file", "empty.jsonl": "holds no prompts", "bad.parquet": "not a parquet file"}
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "bad.parquet").write_text("x")
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            load_prompts(PromptSettings(path=str(tmp_path / name), template="plain"), tokenizer)
+    with pytest.raises(UserError, match="is a directory"):
+        load_prompts(PromptSettings(path=str(tmp_path), template="plain"), tokenizer)
+
+
+def test_a_hub_failure_is_one_line(tokenizer: ModelTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"prompts.path=some/set: .*\(ConnectionError: no route to host\)"):
+        load_prompts(PromptSettings(path="some/set"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("file", "prompt_field", "answer_field", "count", "first"),
+    [
+        ("gsm8k/train.jsonl", "question", "answer", 7473, ("72",)),
+        ("amc23/test.jsonl", "problem", "answer", 40, ("27",)),
+        ("minerva_math/test.jsonl", "problem", "solution", 272, ("1.6",)),
+        ("olympiadbench/test.jsonl", "question", "final_answer", 675, ("2",)),
+    ],
+)
+def test_real_files_with_the_real_tokenizer(
+    data_folder: Path,
+    tiny_olmo3: Path,
+    file: str,
+    prompt_field: str,
+    answer_field: str,
+    count: int,
+    first: tuple[str, ...],
+) -> None:
+    dolma = data_folder / "tokenizer_dolma2" / "allenai_dolma2.json"
+    model = ModelSettings(path=tiny_olmo3, tokenizer=dolma, stop_token_ids=[100257])
+    settings = PromptSettings(
+        path=str(data_folder / file), prompt_field=prompt_field, answer_field=answer_field, template="plain"
+    )
+    tokenizer = load_tokenizer(model, "student")
+    object.__setattr__(tokenizer, "context_length", None)  # the tiny model's; these prompts are for a large one
+    prompts = load_prompts(settings, tokenizer, limit=300)
+    assert len(prompts) == min(count, 300)
+    assert prompts[0].answers == first
+    assert tokenizer.decode(prompts[0].student_token_ids) == prompts[0].text
