@@ -71,7 +71,12 @@ def _train(config: RunConfig) -> None:
         format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s",
         datefmt="%H:%M:%S",
     )
-    from megatron_sead.training.loop import run  # torch and Megatron take seconds to import; mistakes are told before
+    # Here, not at the top: torch and Megatron take seconds to import, and mistakes are told before
+    if config.device == "cpu":
+        from megatron_sead.training.cpu_adaptor import adapt_to_cpu
+
+        adapt_to_cpu()  # before anything imports Megatron
+    from megatron_sead.training.loop import run
 
     run(config)
 

@@ -107,8 +107,8 @@ def trained_log_probs(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     view = TokenView(ids, index)
     probe = MicroBatch(view, view, ids[0, 1 : count + 1], torch.zeros_like(index), index, torch.ones_like(index).bool())
     copies = [probe] * parallel.pp_size  # virtual pipeline stages want a multiple of the pipeline size
-    teacher_hidden = teacher_hidden_states(learner.teacher, copies)
-    scores = score_student(learner.student, copies, teacher_hidden, learner.heads)
+    teacher_hidden = teacher_hidden_states(learner.teacher, copies, parallel)
+    scores = score_student(learner.student, copies, teacher_hidden, learner.heads, parallel)
     both = torch.zeros(2, count, device=parallel.device)
     if parallel.is_last_stage:
         both = torch.stack([scores[0].student_log_prob, scores[0].teacher_log_prob])

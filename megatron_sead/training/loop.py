@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from megatron_sead.config import RunConfig
@@ -10,6 +11,8 @@ from megatron_sead.training.record import record_step, save
 from megatron_sead.training.run import Run
 from megatron_sead.training.setup import prepare
 from megatron_sead.training.step import train_step
+
+log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> bool:
@@ -52,5 +55,6 @@ def distill(run: Run) -> bool:
             if stop or run.checkpoint_due(step):
                 save(run)
             if stop and run.state.step < run.config.training.steps:
+                log.info("stopped after %d steps; saved, the same command continues", run.state.step)
                 return False
     return True

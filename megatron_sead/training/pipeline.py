@@ -13,7 +13,9 @@ from typing import Any, Literal
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_sead.models import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
+from megatron_sead.training.communicator import schedule_arguments
 
 # Shapes: b rollouts in a micro-batch, s padded length, n response tokens of the micro-batch, h hidden size
 
@@ -26,6 +28,7 @@ def run_schedule(
     view: Literal["student", "teacher"],
     on_hidden: OnHidden,
     *,
+    parallel: ParallelContext,
     forward_only: bool,
 ) -> list[Any]:
     """Send every micro-batch through the pipeline.
@@ -56,6 +59,7 @@ def run_schedule(
             micro_batch_size=tokens[0].shape[0],
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
+            **schedule_arguments(chunks[0], parallel),
         )
 
 

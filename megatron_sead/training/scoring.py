@@ -8,6 +8,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation import TokenScores, linear_token_scores
+from megatron_sead.models import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.pipeline import run_schedule
 
@@ -43,7 +44,9 @@ class Heads:
         )
 
 
-def teacher_hidden_states(chunks: list[torch.nn.Module], micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
+def teacher_hidden_states(
+    chunks: list[torch.nn.Module], micro_batches: list[MicroBatch], parallel: ParallelContext
+) -> list[torch.Tensor]:
     """The teacher's final hidden states [n, h] at the response positions, a micro-batch each, in host memory.
 
     Ten kilobytes a token at hidden size 5120, against two hundred for logits over 100k tokens, which its head
@@ -56,15 +59,19 @@ def teacher_hidden_states(chunks: list[torch.nn.Module], micro_batches: list[Mic
         host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
         return host.copy_(hidden)
 
-    return run_schedule(chunks, micro_batches, "teacher", to_host, forward_only=True)
+    return run_schedule(chunks, micro_batches, "teacher", to_host, parallel=parallel, forward_only=True)
 
 
 def score_student(
-    chunks: list[torch.nn.Module], micro_batches: list[MicroBatch], teacher_hidden: list[torch.Tensor], heads: Heads
+    chunks: list[torch.nn.Module],
+    micro_batches: list[MicroBatch],
+    teacher_hidden: list[torch.Tensor],
+    heads: Heads,
+    parallel: ParallelContext,
 ) -> list[TokenScores]:
     """The student's forward-only pass, compared with the teacher's hidden states. Empty before the last stage."""
 
     def score(index: int, hidden: torch.Tensor) -> TokenScores:
         return heads.score(hidden, teacher_hidden[index].to(hidden.device), micro_batches[index].targets)
 
-    return run_schedule(chunks, micro_batches, "student", score, forward_only=True)
+    return run_schedule(chunks, micro_batches, "student", score, parallel=parallel, forward_only=True)

@@ -50,12 +50,12 @@ def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, 
     that no mean of means arises.
     """
     started = time.perf_counter()
-    teacher_hidden = teacher_hidden_states(learner.teacher, micro_batches)
+    teacher_hidden = teacher_hidden_states(learner.teacher, micro_batches, learner.parallel)
     decided: list[Supervision] = []
     scores: list[TokenScores] = []
     whole_step = learner.supervisor.needs_whole_step()
     if whole_step:
-        scores = score_student(learner.student, micro_batches, teacher_hidden, learner.heads)
+        scores = score_student(learner.student, micro_batches, teacher_hidden, learner.heads, learner.parallel)
         if learner.parallel.is_last_stage:
             decided = learner.supervisor.supervise_step(scores, micro_batches, alpha, step)
     scored = time.perf_counter()
@@ -84,7 +84,9 @@ def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, 
     for chunk in learner.student:
         chunk.zero_grad_buffer()
     learner.optimizer.zero_grad()
-    outcomes = run_schedule(learner.student, micro_batches, "student", distill, forward_only=False)
+    outcomes = run_schedule(
+        learner.student, micro_batches, "student", distill, parallel=learner.parallel, forward_only=False
+    )
     loss, count = _global_loss(outcomes, learner.parallel)
     result = StepResult()
     if learner.parallel.is_last_stage:
