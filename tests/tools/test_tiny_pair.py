@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from make_tiny_pair import app  # noqa: E402  (the tools are commands, not a package)
 from tiny_pair.answers import MAX_NEW_TOKENS, accuracy, is_right, prompt_token_ids  # noqa: E402
+from tiny_pair.models import Shape, build_model, save_model  # noqa: E402
 from tiny_pair.problems import LEVELS, Problem, draw_problem, draw_problems, make_problem_sets  # noqa: E402
 from tiny_pair.tokenizer import train_tokenizer  # noqa: E402
 
@@ -109,11 +110,26 @@ class TestGrading:
 class TestTokenizer:
     def test_digits_and_box_are_single_tokens_and_any_text_survives(self):
         problem = Problem((3, 7, 6), ("-", "*"))
-        tokenizer = train_tokenizer([problem.prompt, "3-7=6; \\boxed{6}", "user\n", "assistant\n"] * 2)
+        tokenizer = train_tokenizer([problem.prompt, "3-7=6; \\boxed{6}", "12", "user\n", "assistant\n"] * 2)
+        assert tokenizer.tokenize("12") == ["1", "2"]
         tokens = tokenizer.tokenize("3-7=6; \\boxed{6}")
         assert [token.replace("Ġ", " ") for token in tokens] == ["3", "-", "7", "=", "6", "; ", "\\boxed{", "6", "}"]
         text = "Grüße, 12 <x>\n\\boxed{42}"
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+class TestModels:
+    def test_saved_model_is_the_one_that_was_built(self, tmp_path):
+        """The configuration is written in another form than transformers' own; logits must not notice."""
+        tokenizer = train_tokenizer(["some text"] * 2)
+        model = build_model(Shape(64, 2, 32, layers=2), tokenizer, seed=3)
+        save_model(model, tokenizer, tmp_path)
+        assert "rope_scaling" in json.loads((tmp_path / "config.json").read_text())
+        tokens = torch.randint(len(tokenizer), (1, 70), generator=torch.Generator().manual_seed(0))  # > window, > 32
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits
+            assert torch.equal(logits, model(tokens).logits)
+            assert not torch.equal(logits, build_model(Shape(64, 2, 32, layers=2), tokenizer, seed=4)(tokens).logits)
 
 
 class TestCommand:
