@@ -13,17 +13,32 @@ _UNITLESS = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|\\[!,;: ]|\\(?:left
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
 
 
-def final_answers(response: str, count: int = 1) -> list[str]:
-    r"""The last ``count`` answers that a response marks, or fewer.
+def marked_answers(response: str, count: int = 1) -> list[str]:
+    r"""The last ``count`` boxes of a response; without a box, what its last "####" or "the answer is" names.
 
-    Boxes count before phrases ("#### 5", "the answer is 5"), phrases before the last line.
+    A response that was cut inside of its first box has no answer: more digits might have followed.
     """
-    if boxes := boxed(response):
+    boxes = boxed(response)
+    if boxes or r"\boxed" in response:
         return boxes[-count:]
-    if marked := _MARKED.findall(response):
-        return [marked[-1].strip().rstrip(".")]
-    lines = [line.strip() for line in response.splitlines() if line.strip()]
-    return [lines[-1].rstrip(".")] if lines else []
+    marked = _MARKED.findall(response)
+    return [marked[-1].strip().rstrip(".")] if marked else []
+
+
+def last_line(response: str) -> str:
+    """The last line that is not blank; "" when all are."""
+    return next((line.strip() for line in reversed(response.splitlines()) if line.strip()), "")
+
+
+def exactly_same(reference: str, given: str) -> bool | None:
+    """Whether two answers are the same integer or the same text; None when only computer algebra can tell."""
+    left, right = integer(reference), integer(given)
+    if left is not None and right is not None:
+        return left == right
+    left_text, right_text = normalized(reference), normalized(given)
+    if left_text == right_text or not left_text or not right_text:
+        return bool(left_text and right_text)
+    return None
 
 
 def integer(answer: str) -> int | None:

@@ -6,10 +6,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from megatron_sead.grading.answers import final_answers, integer, normalized, split_answers
+from megatron_sead.grading.answers import exactly_same, last_line, marked_answers, split_answers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -33,12 +34,18 @@ class Grader:
         self._verdicts: dict[tuple[str, str], bool] = {}
 
     def grade(self, response: str, answers: Sequence[str]) -> bool:
-        """Whether a response's final answer is the reference's: all of `answers`, in any order, and no other."""
+        """Whether a response's final answer is the reference's: all of `answers`, in any order, and no other.
+
+        The final answer is in the last box, or after "####" or "the answer is"; a response without such a mark may
+        end with it on a line of its own, written as the reference is (no algebra is spent on unmarked text).
+        """
         if not answers:
             raise ValueError("no reference answer to grade against")
-        given = final_answers(response, count=len(answers))
+        given = marked_answers(response, count=len(answers))
         if not given:
-            return False
+            return (
+                len(answers) == 1 and r"\boxed" not in response and bool(exactly_same(answers[0], last_line(response)))
+            )
         if len(answers) == 1:
             return self._same(answers[0], given[0])
         parts = [part for answer in given for part in split_answers(answer)]
@@ -73,7 +80,8 @@ class Grader:
             self._worker.wait()
             for stream in (self._worker.stdin, self._worker.stdout):
                 if stream is not None:
-                    stream.close()
+                    with suppress(BrokenPipeError):  # what a dead worker has not read
+                        stream.close()
             self._worker = None
 
     def __enter__(self) -> Self:
@@ -93,20 +101,16 @@ class Grader:
         return True
 
     def _same(self, reference: str, given: str) -> bool:
-        left, right = integer(reference), integer(given)
-        if left is not None and right is not None:
-            return left == right
-        left_text, right_text = normalized(reference), normalized(given)
-        if left_text == right_text:
-            return bool(left_text)
-        if not left_text or not right_text or len(given) > LONGEST_ANSWER:
-            return False
-        pair = (left_text, right_text)
-        if pair not in self._verdicts:
-            self._verdicts[pair] = self._ask_worker(reference, given)
-        return self._verdicts[pair]
+        exact = exactly_same(reference, given)
+        if exact is not None or len(given) > LONGEST_ANSWER:
+            return bool(exact)
+        if (reference, given) not in self._verdicts:
+            self._verdicts[reference, given] = self._ask_worker(reference, given)
+        return self._verdicts[reference, given]
 
     def _ask_worker(self, reference: str, given: str) -> bool:
+        if self._worker is not None and self._worker.poll() is not None:
+            self.close()  # ended from outside, and not by what is asked now
         if self._worker is None:
             self._worker = _start_worker()
         stdin, stdout = self._worker.stdin, self._worker.stdout

@@ -1,0 +1,152 @@
+"""Right and wrong answers in the forms that models and benchmarks write them, hostile ones included."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_sead.config import PromptSettings
+from megatron_sead.grading import Grader
+from megatron_sead.grading.answers import integer, marked_answers, split_answers
+from megatron_sead.prompts.answers import reference_answers
+from megatron_sead.prompts.rows import read_rows
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader(timeout_seconds=5.0) as grader:
+        yield grader
+
+
+@pytest.mark.parametrize(
+    ("response", "answers", "right"),
+    [
+        (r"so \boxed{27}", ["27"], True),
+        (r"so \boxed{27.0}", ["27"], True),
+        (r"so \boxed{28}", ["27"], False),
+        (r"first \boxed{27}, no: \boxed{28}", ["27"], False),
+        (r"\boxed{1,000}", ["1000"], True),
+        (r"\boxed{1{,}000}", ["1000"], True),
+        (r"\boxed{\$1,000}", ["1000"], True),
+        (r"\boxed{336}", [r"336^\circ"], True),
+        (r"\boxed{336^{\circ}}", ["336"], True),
+        (r"\boxed{-7}", ["7"], False),
+        (r"\boxed{007}", ["7"], True),
+        ("The answer is 12.", ["12"], True),
+        ("work\n#### 12", ["12"], True),
+        ("12", ["12"], True),
+        ("12 + 1 = 13", ["12"], False),
+        ("so\n1/2\n", ["1/2"], True),
+        ("", ["12"], False),
+        (r"\boxed{}", ["12"], False),
+        (r"\boxed{5", ["5"], False),
+        (r"\boxed{\text{Evelyn}}", ["Evelyn"], True),
+        (r"\boxed{\frac{\sqrt{3}}{2}}", [r"\dfrac{\sqrt{3}}{2}"], True),
+        (r"\boxed{\frac12}", ["0.5"], True),
+        (r"\boxed{54/2}", ["27"], True),
+        (r"\boxed{(x+1)^2}", ["x^2+2x+1"], True),
+        (r"\boxed{(x+1)^2}", ["x^2+2x+2"], False),
+        (r"\boxed{(3,\pi/2)}", [r"\left( 3, \frac{\pi}{2} \right)"], True),
+        (r"\boxed{(\pi/2,3)}", [r"\left( 3, \frac{\pi}{2} \right)"], False),
+        (r"\boxed{(0,1)}", ["[0,1)"], False),
+        (r"\boxed{3,-3}", [r"\pm 3"], True),
+    ],
+)
+def test_one_answer(grader: Grader, response: str, answers: list[str], right: bool) -> None:
+    assert grader.grade(response, answers) is right
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        (r"\boxed{2, \frac{1}{2}}", True),
+        (r"\boxed{0.5 \text{ and } 2}", True),
+        (r"\boxed{2} or \boxed{0.5}", True),
+        (r"\boxed{2}", False),
+        (r"\boxed{2, 2}", False),
+        (r"\boxed{2, 0.5, 3}", False),
+    ],
+)
+def test_several_answers_in_any_order_and_no_other(grader: Grader, response: str, right: bool) -> None:
+    assert grader.grade(response, ["0.5", "2"]) is right
+
+
+def test_integers_need_no_worker() -> None:
+    with Grader() as grader:
+        assert grader.grade(r"\boxed{1,234}", ["1234"])
+        assert not grader.grade(r"\boxed{1235}", ["1234"])
+        assert not grader.grade("no idea", ["1/2"])  # no mark, no algebra
+        assert grader._worker is None
+
+
+@pytest.mark.parametrize(
+    "hostile", ["9^(9^(9^9))", "9^{9^{9^9}}", "(1+" * 300 + "1" + ")" * 300, r"{10^8}!", "9" * 5000]
+)
+def test_hostile_answers_are_wrong_in_time_and_grading_goes_on(hostile: str) -> None:
+    with Grader(timeout_seconds=1.0) as grader:
+        assert grader.grade(r"\boxed{\frac12}", ["0.5"])  # the worker is up
+        started = time.monotonic()
+        assert not grader.grade(rf"\boxed{{{hostile}}}", [r"\frac{1}{3}"])
+        assert time.monotonic() - started < 5
+        assert grader.grade(r"\boxed{\frac13}", [r"1/3"])
+
+
+def test_a_dead_worker_is_replaced() -> None:
+    with Grader() as grader:
+        assert grader.grade(r"\boxed{\frac12}", ["0.5"])
+        assert grader._worker is not None
+        os.kill(grader._worker.pid, signal.SIGKILL)
+        grader._worker.wait()
+        assert grader.grade(r"\boxed{\frac14}", ["0.25"])
+
+
+def test_closing_ends_the_process() -> None:
+    grader = Grader()
+    grader.grade(r"\boxed{\frac12}", ["0.5"])
+    worker = grader._worker
+    assert worker is not None
+    grader.close()
+    assert worker.poll() is not None
+
+
+def test_grade_all_keeps_the_order(grader: Grader) -> None:
+    assert grader.grade_all(["1", "2", "3"], [["1"], ["3"], ["3"]]) == [True, False, True]
+    with pytest.raises(ValueError, match="no reference"):
+        grader.grade("1", [])
+
+
+def test_pieces() -> None:
+    assert marked_answers(r"\boxed{a} \boxed{b} \boxed{c}", 2) == ["b", "c"]
+    assert marked_answers("Thus the final answer is: $x$.") == ["$x$"]
+    assert split_answers("1,234") == ["1,234"]
+    assert split_answers(r"(1,2), \{3,4\} and 5") == ["(1,2)", r"\{3,4\}", "5"]
+    assert integer("9" * 5000) is None
+    assert integer("1,23") is None
+
+
+BENCHMARKS = {
+    "math500/test.jsonl": "answer",
+    "minerva_math/test.jsonl": "solution",
+    "olympiadbench/test.jsonl": "final_answer",
+    "amc23/test.jsonl": "answer",
+    "aime24/test.jsonl": "answer",
+    "aime25/test.jsonl": "answer",
+}
+
+
+@pytest.mark.parametrize("file", BENCHMARKS)
+def test_benchmark_references_are_right_and_each_others_are_wrong(data_folder: Path, grader: Grader, file: str) -> None:
+    rows = read_rows(PromptSettings(path=str(data_folder / file)))
+    references = [reference_answers(row.fields[BENCHMARKS[file]]) for row in rows]
+    boxes = [rf"Therefore $\boxed{{{', '.join(reference)}}}$." for reference in references]
+    assert all(grader.grade_all(boxes, references))
+    sample = range(0, len(references), max(1, len(references) // 40))  # comparing all takes Math-Verify half a minute
+    for i in sample:
+        j = (i + 1) % len(references)
+        same = integer(references[i][0]) is not None and integer(references[i][0]) == integer(references[j][0])
+        assert grader.grade(boxes[j], references[i]) == same
