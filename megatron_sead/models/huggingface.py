@@ -48,9 +48,10 @@ def placed_weights(config: Olmo3Config, parallel: ParallelContext) -> Iterator[P
 
 def unwrap(chunk: torch.nn.Module) -> Olmo3Model:
     """The model inside Megatron's wrappers (DistributedDataParallel, Float16Module)."""
-    while not isinstance(chunk, Olmo3Model):
-        chunk = chunk.module
-    return chunk
+    inner: Any = chunk
+    while not isinstance(inner, Olmo3Model):
+        inner = inner.module
+    return inner
 
 
 # --- In --------------------------------------------------------------------------------------------------------------

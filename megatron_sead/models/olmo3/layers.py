@@ -26,7 +26,7 @@ AttentionBackend = Literal["torch", "transformer_engine"]
 
 
 class Olmo3Layer(TransformerLayer):
-    """Post-norm: ``h = x + norm(attention(x)); h = h + norm(mlp(h))``. Megatron's forward, with another residual add."""
+    """Post-norm: ``h = x + norm(attention(x)); h = h + norm(mlp(h))``. Megatron's forward, our residual add."""
 
     def __init__(self, config: Olmo3Config, *args: Any, norm: type[torch.nn.Module] = RMSNorm, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
