@@ -1,0 +1,48 @@
+"""What SEAD is: statistics of tokens, the loss, zones, annealing, policies, curriculum. Imports torch alone."""
+
+from megatron_sead.distillation.annealing import CompetenceTracker, annealing_coefficient
+from megatron_sead.distillation.curriculum import Curriculum
+from megatron_sead.distillation.divergence import weighted_divergence
+from megatron_sead.distillation.linear_divergence import linear_weighted_divergence
+from megatron_sead.distillation.policies import POLICIES, Policy, PolicyInput, TokenWeights, make_policy
+from megatron_sead.distillation.statistics import (
+    TokenScores,
+    TokenStatistics,
+    linear_token_scores,
+    token_statistics,
+    vocab_parallel_entropy,
+)
+from megatron_sead.distillation.zones import (
+    RunningThresholds,
+    Thresholds,
+    assign_zones,
+    assign_zones_by_threshold,
+    assign_zones_per_sequence,
+    rescue_confident_errors,
+    zone_thresholds,
+)
+
+__all__ = [
+    "POLICIES",
+    "CompetenceTracker",
+    "Curriculum",
+    "Policy",
+    "PolicyInput",
+    "RunningThresholds",
+    "Thresholds",
+    "TokenScores",
+    "TokenStatistics",
+    "TokenWeights",
+    "annealing_coefficient",
+    "assign_zones",
+    "assign_zones_by_threshold",
+    "assign_zones_per_sequence",
+    "linear_token_scores",
+    "linear_weighted_divergence",
+    "make_policy",
+    "rescue_confident_errors",
+    "token_statistics",
+    "vocab_parallel_entropy",
+    "weighted_divergence",
+    "zone_thresholds",
+]

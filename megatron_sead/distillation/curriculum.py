@@ -1,0 +1,215 @@
+"""The prompt scale: which prompts may be asked at a step, and which of them are.
+
+Difficulty is 1 - pass rate of the initial student. A batch is a function of (seed, step, state) alone, decided before
+any rollout of the step is written; only `mastery` has a state, which grades change.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+MODES = ("gated", "sorted", "competence_cdf", "mastery", "none")
+
+
+class Curriculum:
+    """Prompts of a run, admitted by difficulty.
+
+    Args:
+        difficulties: one a prompt, in [0, 1]; None where it was never measured, which only mode "none" accepts.
+        batch_size: prompts of a step, all different.
+        total_steps: T.
+        mode: gated: uniform among d <= c0 * (1 + t/T)^k (SEAD, Algorithm 1). sorted: one pass from easy to hard
+            (Appendix B.2). competence_cdf: uniform among the easiest sqrt(t (1 - c0²)/T + c0²) of the prompts
+            (Platanios et al. 2019). mastery: tiers, each opened by the pass rate on those before. none: uniform.
+        noise: sorted: standard deviation added to difficulties before sorting.
+        tiers: mastery: equal parts of the prompts, by difficulty.
+        mastery_threshold: mastery: smoothed pass rate that opens the next tier.
+        patience: mastery: steps after which the next tier opens anyway.
+        replay_share: mastery: share of a batch from the tiers before the newest.
+        smoothing: mastery: weight of the past in the smoothed pass rate.
+        drop_unsolved: leave out prompts of difficulty 1.
+
+    Raises:
+        ValueError: a value out of range, difficulties missing, fewer prompts than a batch, or a gate that never
+            opens wholly.
+    """
+
+    def __init__(
+        self,
+        difficulties: Sequence[float | None],
+        *,
+        batch_size: int,
+        total_steps: int,
+        seed: int = 0,
+        mode: str = "gated",
+        c0: float = 0.25,
+        k: float = 2.0,
+        noise: float = 0.02,
+        tiers: int = 4,
+        mastery_threshold: float = 0.7,
+        patience: int = 50,
+        replay_share: float = 0.15,
+        smoothing: float = 0.9,
+        drop_unsolved: bool = False,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"curriculum mode {mode!r}: must be one of {', '.join(MODES)}")
+        if mode == "gated" and c0 * 2**k < 1:
+            raise ValueError(
+                f"c0={c0:g}, k={k:g}: c0 * 2^k is {c0 * 2**k:g}, under 1: harder prompts would stay locked for ever"
+            )
+        self._mode, self._seed = mode, seed
+        self._batch_size, self._total_steps = batch_size, total_steps
+        self._c0, self._k = c0, k
+        self._by_difficulty = _easiest_first(difficulties, seed, mode, drop_unsolved)
+        self._difficulties = difficulties
+        if not 0 < batch_size <= len(self._by_difficulty):
+            raise ValueError(
+                f"batch of {batch_size} different prompts: must be from 1 to {len(self._by_difficulty)}, the prompts "
+                "there are" + (" without the unsolved" if drop_unsolved else "")
+            )
+        if mode == "sorted":
+            self._order = self._with_noise(noise)
+        self._tiers = _Tiers(len(self._by_difficulty), tiers, mastery_threshold, patience, replay_share, smoothing)
+        self._told_of_widening = False
+
+    def next_batch(self, step: int) -> list[int]:
+        """Indices of the prompts of step `step`, counted from 0; asking again gives the same ones."""
+        random = Random(f"{self._seed}/batch/{step}")
+        if self._mode == "sorted":
+            return self._next_in_order(step)
+        if self._mode == "mastery":
+            return self._mastery_batch(random)
+        return random.sample(self._admitted(step), self._batch_size)
+
+    def eligible_count(self, step: int) -> int:
+        """Prompts that step `step` may draw from; sorted: those left in its pass."""
+        if self._mode == "sorted":
+            return len(self._order) - step * self._batch_size % len(self._order)
+        return len(self._admitted(step))
+
+    def update(self, results: Sequence[tuple[int, bool]]) -> None:
+        """Observe a step's grades: (prompt index, correct) of each rollout. Only mastery learns from them."""
+        if self._mode == "mastery" and results:
+            self._tiers.observe(sum(correct for _, correct in results) / len(results))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next batch depends on beside seed and step."""
+        return self._tiers.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` left off."""
+        self._tiers.load_state_dict(state)
+
+    def _admitted(self, step: int) -> list[int]:
+        """Prompts open at this step, easiest first; at least a batch."""
+        count = self._admitted_count(step)
+        if count < self._batch_size and not self._told_of_widening:
+            self._told_of_widening = True
+            log.warning(
+                "curriculum: step %d admits %d prompts, fewer than a batch: the easiest %d are asked instead "
+                "(told once)",
+                step,
+                count,
+                self._batch_size,
+            )
+        return self._by_difficulty[: max(count, self._batch_size)]
+
+    def _admitted_count(self, step: int) -> int:
+        total, done = len(self._by_difficulty), min(1.0, step / self._total_steps)
+        if self._mode == "gated":
+            gate = min(1.0, self._c0 * (1 + done) ** self._k)
+            return sum(self._difficulty(index) <= gate for index in self._by_difficulty)
+        if self._mode == "competence_cdf":
+            return math.floor(total * min(1.0, math.sqrt(done * (1 - self._c0**2) + self._c0**2)))
+        if self._mode == "mastery":
+            return self._tiers.end(self._tiers.open)
+        return total
+
+    def _difficulty(self, index: int) -> float:
+        difficulty = self._difficulties[index]
+        assert difficulty is not None
+        return difficulty
+
+    def _with_noise(self, noise: float) -> list[int]:
+        random = Random(f"{self._seed}/sorted")
+        noisy = {index: self._difficulty(index) + random.gauss(0, noise) for index in sorted(self._by_difficulty)}
+        return sorted(noisy, key=noisy.__getitem__)
+
+    def _next_in_order(self, step: int) -> list[int]:
+        start, total = step * self._batch_size, len(self._order)
+        if start // total < (start + self._batch_size - 1) // total or (start and start % total == 0):
+            log.info("curriculum: step %d begins another pass over all %d prompts", step, total)
+        return [self._order[(start + offset) % total] for offset in range(self._batch_size)]
+
+    def _mastery_batch(self, random: Random) -> list[int]:
+        """From the newest open tier, with a share of the earlier ones; what a tier lacks the others give."""
+        newest = self._tiers.end(self._tiers.open - 1)
+        pool = self._admitted(0)
+        earlier, latest = pool[:newest], pool[newest:]
+        replayed = min(len(earlier), round(self._tiers.replay_share * self._batch_size))
+        replayed = max(replayed, self._batch_size - len(latest))
+        return random.sample(earlier, replayed) + random.sample(latest, self._batch_size - replayed)
+
+
+class _Tiers:
+    """Mastery's state: how many tiers are open, and what would open the next."""
+
+    def __init__(
+        self, prompts: int, tiers: int, threshold: float, patience: int, replay_share: float, smoothing: float
+    ) -> None:
+        self._prompts, self._tiers = prompts, tiers
+        self._threshold, self._patience, self._smoothing = threshold, patience, smoothing
+        self.replay_share = replay_share
+        self.open = 1
+        self._waited = 0  # steps since the newest tier opened
+        self._pass_rate: float | None = None  # smoothed, since then
+
+    def end(self, tiers: int) -> int:
+        """Prompts in the first `tiers` tiers."""
+        return self._prompts * tiers // self._tiers
+
+    def observe(self, pass_rate: float) -> None:
+        """Count a step; open the next tier when it is time."""
+        past = pass_rate if self._pass_rate is None else self._pass_rate
+        self._pass_rate = self._smoothing * past + (1 - self._smoothing) * pass_rate
+        self._waited += 1
+        mastered = self._pass_rate >= self._threshold
+        if self.open < self._tiers and (mastered or self._waited >= self._patience):
+            self.open += 1
+            log.info(
+                "curriculum: tier %d of %d opens, %s",
+                self.open,
+                self._tiers,
+                f"pass rate {self._pass_rate:.2f}" if mastered else f"after {self._waited} steps",
+            )
+            self._waited, self._pass_rate = 0, None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"open_tiers": self.open, "waited": self._waited, "pass_rate": self._pass_rate}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.open, self._waited, self._pass_rate = state["open_tiers"], state["waited"], state["pass_rate"]
+
+
+def _easiest_first(difficulties: Sequence[float | None], seed: int, mode: str, drop_unsolved: bool) -> list[int]:
+    """Indices by difficulty; equals in an order drawn by seed, so that the file's order does not decide."""
+    missing = [index for index, difficulty in enumerate(difficulties) if difficulty is None]
+    if missing and (mode != "none" or drop_unsolved):
+        raise ValueError(
+            f"{len(missing)} of {len(difficulties)} prompts have no difficulty (the first is number {missing[0]}), "
+            f"which curriculum mode {mode!r} needs: run tools/estimate_difficulty.py, or use mode 'none'"
+        )
+    known = {index: difficulty for index, difficulty in enumerate(difficulties) if difficulty is not None}
+    wrong = [index for index, difficulty in known.items() if not 0 <= difficulty <= 1]
+    if wrong:
+        raise ValueError(f"difficulty {known[wrong[0]]} of prompt number {wrong[0]}: must be from 0 to 1")
+    order = [index for index in range(len(difficulties)) if not (drop_unsolved and known.get(index) == 1)]
+    Random(f"{seed}/ties").shuffle(order)
+    return sorted(order, key=lambda index: known.get(index, 0.0))

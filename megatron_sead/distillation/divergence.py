@@ -1,0 +1,177 @@
+"""The loss on logits: a token's w_forward * FKL + w_reverse * RKL, and its gradient.
+
+With p, q student and teacher, x, y centered logits and the sums A, B, E of `partial_sums`, the gradient with respect
+to the student's logits is
+
+    w_forward (p - q) + w_reverse p (log p - log q - RKL) = eˣ (α - β (y - x)) - γ eʸ
+
+    α = (w_forward + w_reverse E/A) / A    β = w_reverse / A    γ = w_forward / B
+
+since log A - log B + RKL = -E/A: three numbers a token, after which it is elementwise and needs no collective.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megatron_sead.distillation.checks import check_logits, check_per_token
+from megatron_sead.distillation.partial_sums import (
+    PartialSums,
+    VocabularyShard,
+    add_sums,
+    block_rows,
+    pair_sums,
+    reduce_maxima,
+    row_blocks,
+    scratch_buffers,
+    vocabulary_shard,
+)
+from megatron_sead.distillation.statistics import divergences
+
+# Shapes: [...] any leading dimensions; V columns of this rank, padding included; c real ones; n tokens; r rows
+
+
+def weighted_divergence(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    forward_weight: torch.Tensor,
+    reverse_weight: torch.Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    reuse_student_logits: bool = False,
+) -> torch.Tensor:
+    """w_forward * KL(teacher || student) + w_reverse * KL(student || teacher) of every token, in nats, fp32.
+
+    Differentiable in `student_logits`. Two collectives forward, none backward; memory beyond the inputs is the
+    gradient and a few rows.
+
+    Args:
+        student_logits: [..., V/tp], this rank's contiguous columns of the vocabulary.
+        teacher_logits: the same shape and type.
+        forward_weight: [...], the same on every rank of the group; a divergence of weight zero counts as zero.
+        reverse_weight: [...], likewise.
+        group: ranks over which the vocabulary is split; None: it is not.
+        vocab_size: true size; columns beyond it are padding, never read, gradient zero. None: all are tokens.
+        reuse_student_logits: the backward pass writes the gradient over the logits, whose values are then gone.
+
+    Raises:
+        ValueError: shapes, types or devices do not fit, or vocab_size is beyond the shards.
+    """
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+    check_per_token(
+        student_logits.shape[:-1],
+        student_logits.device,
+        forward_weight=forward_weight,
+        reverse_weight=reverse_weight,
+    )
+    shard = vocabulary_shard(student_logits.shape[-1], group, vocab_size)
+    loss: torch.Tensor = _WeightedDivergence.apply(
+        student_logits, teacher_logits, forward_weight, reverse_weight, shard, reuse_student_logits
+    )
+    return loss
+
+
+class _WeightedDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        forward_weight: torch.Tensor,
+        reverse_weight: torch.Tensor,
+        shard: VocabularyShard,
+        reuse: bool,
+    ) -> torch.Tensor:
+        total = add_sums(reduce_maxima(pair_sums(student, teacher, shard), shard.group), shard.group)
+        weights = [weight.reshape(-1).to(total.sums.dtype) for weight in (forward_weight, reverse_weight)]
+        ctx.save_for_backward(student, teacher, total.maxima, total.sums, *weights)
+        ctx.shard, ctx.has_masks, ctx.reuse = shard, total.has_masks, reuse
+        return weighted_loss(total.sums, *weights).float().view(forward_weight.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        student, teacher, maxima, sums, forward_weight, reverse_weight = ctx.saved_tensors
+        scale = upstream.reshape(-1).to(sums.dtype)
+        total = PartialSums(maxima, sums, None, ctx.has_masks)
+        # detached, for an in-place write to a leaf; it shares its version counter, so autograd still notices
+        gradient = student.detach() if ctx.reuse else torch.empty_like(student)
+        write_gradient(gradient, student, teacher, total, forward_weight * scale, reverse_weight * scale, ctx.shard)
+        return gradient, None, None, None, None, None
+
+
+def weighted_loss(sums: torch.Tensor, forward_weight: torch.Tensor, reverse_weight: torch.Tensor) -> torch.Tensor:
+    """Loss [n] from sums over the whole vocabulary; an infinite divergence without weight does not count."""
+    forward, reverse = divergences(sums)
+    return torch.where(forward_weight == 0, 0.0, forward_weight * forward) + torch.where(
+        reverse_weight == 0, 0.0, reverse_weight * reverse
+    )
+
+
+def write_gradient(
+    out: torch.Tensor,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    total: PartialSums,
+    forward_weight: torch.Tensor,
+    reverse_weight: torch.Tensor,
+    shard: VocabularyShard,
+) -> None:
+    """Gradient of the weighted loss with respect to the student's logits [..., V]; zero in padded columns.
+
+    Args:
+        out: [..., V]; may be `student` itself.
+        total: maxima and sums over the whole vocabulary; has_masks of this rank's columns.
+        forward_weight: [n], times the upstream gradient; so is reverse_weight.
+    """
+    if student.numel() == 0:
+        return
+    coefficients = _coefficients(total, forward_weight, reverse_weight)
+    use_ratio, use_teacher = bool((reverse_weight != 0).any()), bool((forward_weight != 0).any())
+    active = (forward_weight != 0) | (reverse_weight != 0)
+    size = min(len(total.maxima), block_rows(shard.real, student.device))
+    buffers = scratch_buffers(3, size, shard.real, student)
+    for place, (result, z, w) in row_blocks(size, out, student, teacher):
+        result[:, shard.real :] = 0
+        teaches = active[place]
+        if shard.real == 0 or not bool(teaches.any()):
+            result.zero_()
+            continue
+        x, y, gradient = (buffer[: len(z)] for buffer in buffers)
+        alpha, minus_beta, minus_gamma, maximum_z, maximum_w = coefficients[place].unsqueeze(-1).unbind(1)
+        _subtract(z[:, : shard.real], maximum_z, out=x)
+        if use_ratio or use_teacher:
+            _subtract(w[:, : shard.real], maximum_w, out=y)
+        if use_ratio:
+            torch.addcmul(alpha, torch.sub(y, x, out=gradient), minus_beta, out=gradient)
+            if total.has_masks:
+                gradient = torch.where(minus_beta == 0, alpha, gradient)
+        else:
+            gradient.copy_(alpha.expand_as(gradient))
+        gradient.mul_(x.exp_())
+        if total.has_masks:
+            gradient.masked_fill_(x == 0, 0.0)
+        if use_teacher:
+            gradient.addcmul_(y.exp_(), minus_gamma)
+        result[:, : shard.real] = gradient
+        result[~teaches] = 0  # whatever its logits are, NaN included
+
+
+def _coefficients(total: PartialSums, forward_weight: torch.Tensor, reverse_weight: torch.Tensor) -> torch.Tensor:
+    """[n, 5]: α, -β, -γ, and both maxima."""
+    a, b, _, _, e, _ = total.sums.unbind(-1)
+    # a weight of zero wins over an infinite divergence
+    alpha = (forward_weight + torch.where(reverse_weight == 0, 0.0, reverse_weight * (e / a))) / a
+    return torch.stack([alpha, -reverse_weight / a, -forward_weight / b, *total.maxima.unbind(-1)], dim=-1)
+
+
+def _subtract(logits: torch.Tensor, maximum: torch.Tensor, out: torch.Tensor) -> None:
+    """out = logits - maximum; low precision is widened first, which torch does faster than while it subtracts."""
+    if logits.dtype != out.dtype:
+        logits = out.copy_(logits)
+    torch.sub(logits, maximum, out=out)

@@ -1,0 +1,199 @@
+"""Zones of tokens by two entropies: 0 A both models confident, 1 B student unsure, 2 C teacher unsure, -1 not valid.
+
+Quantiles are nested (SEAD's Table 3): C is the top share of the teacher's entropies, B the top share of the student's
+among the rest, A what remains. They are chosen by count, so that the shares hold whatever the ties and the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from megatron_sead.distillation.gather import gather_tokens
+
+# Shapes: [...] any, the same for all tensors of a call; n valid tokens of this rank, N of all ranks
+
+NOT_VALID, ZONE_A, ZONE_B, ZONE_C = -1, 0, 1, 2
+
+Shares = tuple[float, float, float]  # percent of the tokens in A, B, C
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Entropies in nats at which zones begin: C where H_t >= teacher; of the rest, B where H_s > student.
+
+    Infinite where a zone is empty: (inf, -inf) puts every token in B.
+    """
+
+    teacher: float
+    student: float
+
+
+def assign_zones(
+    student_entropy: torch.Tensor,
+    teacher_entropy: torch.Tensor,
+    valid: torch.Tensor,
+    *,
+    shares: Shares = (50, 40, 10),
+    groups: Sequence[ProcessGroup] = (),
+    token_index: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Zones [...] int8 by the exact quantiles of all valid tokens of all ranks.
+
+    Of N tokens round(share of C * N) are in C, round(share of B * N) in B. Entropies are gathered, 8 bytes a token.
+
+    Args:
+        student_entropy: [...] nats, fp32.
+        teacher_entropy: [...].
+        valid: [...] bool.
+        shares: percent of the tokens in A, B, C; they sum to 100.
+        groups: process groups over which tokens are distributed, each token once.
+        token_index: [...] int64, unique and the same whatever the layout: of equal entropies the lower index gets
+            the higher zone. None: the order of ranks and positions, so that ties depend on the layout.
+
+    Raises:
+        ValueError: shapes differ, or shares are negative or do not sum to 100.
+    """
+    _check(student_entropy, teacher_entropy, valid, token_index=token_index)
+    _check_shares(shares)
+    chosen = valid.bool()
+    _, selected, place = _quantile_zones(student_entropy, teacher_entropy, chosen, shares, groups, token_index)
+    zones = torch.full(student_entropy.shape, NOT_VALID, dtype=torch.int8, device=student_entropy.device)
+    zones[chosen] = selected[place]
+    return zones
+
+
+def zone_thresholds(
+    student_entropy: torch.Tensor,
+    teacher_entropy: torch.Tensor,
+    valid: torch.Tensor,
+    *,
+    shares: Shares = (50, 40, 10),
+    groups: Sequence[ProcessGroup] = (),
+    token_index: torch.Tensor | None = None,
+) -> Thresholds:
+    """The thresholds that `assign_zones` amounts to: the least H_t of zone C and the greatest H_s of zone A."""
+    _check(student_entropy, teacher_entropy, valid, token_index=token_index)
+    _check_shares(shares)
+    entropies, zones, _ = _quantile_zones(student_entropy, teacher_entropy, valid.bool(), shares, groups, token_index)
+    student, teacher = entropies.unbind(-1)
+    in_c, in_a = teacher[zones == ZONE_C], student[zones == ZONE_A]
+    return Thresholds(
+        float(in_c.min()) if len(in_c) else float("inf"), float(in_a.max()) if len(in_a) else float("-inf")
+    )
+
+
+def assign_zones_by_threshold(
+    student_entropy: torch.Tensor, teacher_entropy: torch.Tensor, valid: torch.Tensor, thresholds: Thresholds
+) -> torch.Tensor:
+    """Zones [...] int8 by given thresholds: absolute ones, or those of earlier steps. Local to the rank."""
+    _check(student_entropy, teacher_entropy, valid)
+    zones = (student_entropy > thresholds.student).to(torch.int8)  # ZONE_A, ZONE_B
+    zones[teacher_entropy >= thresholds.teacher] = ZONE_C
+    zones[~valid.bool()] = NOT_VALID
+    return zones
+
+
+def assign_zones_per_sequence(
+    student_entropy: torch.Tensor,
+    teacher_entropy: torch.Tensor,
+    valid: torch.Tensor,
+    rollout_index: torch.Tensor,
+    *,
+    shares: Shares = (50, 40, 10),
+) -> torch.Tensor:
+    """Zones [...] int8 by the quantiles of each rollout's own tokens, all of which are on this rank."""
+    _check(student_entropy, teacher_entropy, valid, rollout_index=rollout_index)
+    zones = torch.full(student_entropy.shape, NOT_VALID, dtype=torch.int8, device=student_entropy.device)
+    for rollout in rollout_index[valid.bool()].unique().tolist():
+        own = valid.bool() & (rollout_index == rollout)
+        zones[own] = assign_zones(student_entropy[own], teacher_entropy[own], valid[own], shares=shares)
+    return zones
+
+
+def rescue_confident_errors(zones: torch.Tensor, reverse_kl: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Zones with tokens of A moved to B where the reverse KL is above `threshold` nats: confident, and wrong."""
+    return torch.where((zones == ZONE_A) & (reverse_kl > threshold), ZONE_B, zones).to(torch.int8)
+
+
+class RunningThresholds:
+    """Exponential moving average of the steps' thresholds, which spares the pass that exact ones need."""
+
+    def __init__(self, *, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay}: must be at least 0 and under 1")
+        self._decay = decay
+        self.value: Thresholds | None = None  # None before the first step
+
+    def update(self, thresholds: Thresholds) -> None:
+        """Follow a step's thresholds. Those of a step without a zone A or C are infinite and tell nothing."""
+        new = torch.tensor([thresholds.teacher, thresholds.student], dtype=torch.float64)
+        if not bool(new.isfinite().all()):
+            return
+        if self.value is not None:
+            old = torch.tensor([self.value.teacher, self.value.student], dtype=torch.float64)
+            new = self._decay * old + (1 - self._decay) * new
+        self.value = Thresholds(*new.tolist())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average so far."""
+        return {"value": None if self.value is None else asdict(self.value)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue an average."""
+        self.value = None if state["value"] is None else Thresholds(**state["value"])
+
+
+def _quantile_zones(
+    student_entropy: torch.Tensor,
+    teacher_entropy: torch.Tensor,
+    chosen: torch.Tensor,
+    shares: Shares,
+    groups: Sequence[ProcessGroup],
+    token_index: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, slice]:
+    """Entropies [N, 2] (student, teacher) and zones [N] of all ranks' chosen tokens, and this rank's place."""
+    # both fp32 numbers travel as the bits of one int64, so that entropies and index share a collective
+    entropies = torch.stack([student_entropy[chosen], teacher_entropy[chosen]], dim=-1).float()
+    parts = [entropies.view(torch.int64)]
+    if token_index is not None:
+        parts.append(token_index[chosen].long()[:, None])
+    gathered, place = gather_tokens(torch.cat(parts, dim=1), groups)
+    entropies = gathered[:, :1].contiguous().view(torch.float32)
+    if token_index is None:
+        return entropies, _select(entropies, shares), place
+    order = gathered[:, 1].argsort(stable=True)
+    zones = torch.empty(len(order), dtype=torch.int8, device=order.device)
+    zones[order] = _select(entropies[order], shares)
+    return entropies, zones, place
+
+
+def _select(entropies: torch.Tensor, shares: Shares) -> torch.Tensor:
+    """[N] int8 from entropies [N, 2] (student, teacher); of equal entropies the earlier gets the higher zone."""
+    student, teacher = entropies.unbind(-1)
+    count = len(student)
+    in_c = round(shares[2] / 100 * count)
+    # where A has no share, rounding must not leave it a token
+    in_b = min(round(shares[1] / 100 * count), count - in_c) if shares[0] > 0 else count - in_c
+    zones = torch.full((count,), ZONE_A, dtype=torch.int8, device=student.device)
+    zones[teacher.argsort(descending=True, stable=True)[:in_c]] = ZONE_C
+    rest = (zones != ZONE_C).nonzero().squeeze(1)
+    zones[rest[student[rest].argsort(descending=True, stable=True)[:in_b]]] = ZONE_B
+    return zones
+
+
+def _check(student_entropy: torch.Tensor, teacher_entropy: torch.Tensor, valid: torch.Tensor, **more: Any) -> None:
+    for name, value in {"teacher_entropy": teacher_entropy, "valid": valid, **more}.items():
+        if value is not None and value.shape != student_entropy.shape:
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}, student_entropy {list(student_entropy.shape)}: must be equal"
+            )
+
+
+def _check_shares(shares: Shares) -> None:
+    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 100) > 1e-6:
+        raise ValueError(f"shares={list(shares)}: must be three percentages that are not negative and sum to 100")
