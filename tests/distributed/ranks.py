@@ -15,9 +15,10 @@ to the CPU, one thread, and a default process group; layouts come and go with `i
 
 from __future__ import annotations
 
+import io
 import multiprocessing
+import multiprocessing.connection
 import os
-import pickle
 import tempfile
 import time
 import traceback
@@ -26,6 +27,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 class RankPool:
@@ -51,7 +54,7 @@ class RankPool:
         """
         if not self._processes:
             self._start()
-        call = pickle.dumps((function, args, kwargs))
+        call = _pack((function, args, kwargs))
         for pipe in self._pipes:
             pipe.send_bytes(call)
         deadline = time.monotonic() + self.timeout
@@ -62,15 +65,15 @@ class RankPool:
                 [self._pipes[rank] for rank in waiting], max(0.0, deadline - time.monotonic())
             )
             if not ready:
-                self._fail(f"ranks {sorted(waiting)} did not answer within {self.timeout:.0f} s")
+                self.stop()
+                raise AssertionError("\n".join([f"ranks {sorted(waiting)} did not answer in time", *_errors(answers)]))
             for rank in [rank for rank in waiting if self._pipes[rank] in ready]:
                 answers[rank] = self._receive(rank)
                 waiting.discard(rank)
             if any(answer and not answer[0] for answer in answers):
                 deadline = min(deadline, time.monotonic() + 5.0)  # the others may wait for this one for ever
-        failed = [rank for rank in range(self.size) if not answers[rank][0]]
-        if failed:
-            raise AssertionError(f"rank {failed[0]} raised:\n{answers[failed[0]][1]}")
+        if errors := _errors(answers):
+            raise AssertionError("\n".join(errors))
         return [answer[1] for answer in answers]
 
     def stop(self) -> None:
@@ -97,18 +100,24 @@ class RankPool:
 
     def _receive(self, rank: int) -> tuple[bool, Any]:
         try:
-            return pickle.loads(self._pipes[rank].recv_bytes())
+            return _unpack(self._pipes[rank].recv_bytes())
         except EOFError:
             return False, f"(the process died with exit code {self._processes[rank].exitcode})"
 
-    def _fail(self, message: str) -> None:
-        errors = []
-        for rank, pipe in enumerate(self._pipes):
-            if pipe.poll():
-                ok, answer = self._receive(rank)
-                errors += [] if ok else [f"rank {rank} raised:\n{answer}"]
-        self.stop()
-        raise AssertionError("\n".join([message, *errors]))
+
+def _errors(answers: list[Any]) -> list[str]:
+    return [f"rank {rank} raised:\n{answer[1]}" for rank, answer in enumerate(answers) if answer and not answer[0]]
+
+
+def _pack(value: Any) -> bytes:
+    # Not pickle: Megatron-Core 0.19 makes tensors pickle by a name of its own, which the test's process may lack.
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=False)
 
 
 def _serve(rank: int, size: int, meeting_point: str, pipe: Connection) -> None:
@@ -118,8 +127,6 @@ def _serve(rank: int, size: int, meeting_point: str, pipe: Connection) -> None:
     from megatron_sead.training.cpu_adaptor import adapt_to_cpu
 
     adapt_to_cpu()
-    import torch
-
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
     while True:
@@ -128,8 +135,8 @@ def _serve(rank: int, size: int, meeting_point: str, pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            function, args, kwargs = pickle.loads(call)
-            answer = pickle.dumps((True, function(*args, **kwargs)))
+            function, args, kwargs = _unpack(call)
+            answer = _pack((True, function(*args, **kwargs)))
         except BaseException:
-            answer = pickle.dumps((False, traceback.format_exc()))
+            answer = _pack((False, traceback.format_exc()))
         pipe.send_bytes(answer)
