@@ -1,0 +1,225 @@
+"""Saving a run and continuing it: weights, optimizer, schedule, generators, and the run's own state.
+
+A checkpoint is a folder ``step-00000050`` of Megatron-Core's ``torch_dist`` format, readable under any layout, with
+``run_state.pt`` (plain values) and ``manifest.json``. It is written as ``.step-00000050`` and renamed when whole, so
+a folder with a checkpoint's name is whole unless something happened to it since; that is checked before it is read.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from megatron_sead.checkpoints.manifest import (
+    Damage,
+    Manifest,
+    describe_files,
+    find_damage,
+    flush_directory,
+    from_all_ranks,
+    from_first_rank,
+    read_manifest,
+    write_manifest,
+)
+from megatron_sead.checkpoints.optimizer_state import give_every_parameter_a_state, loading_into
+from megatron_sead.checkpoints.random_state import random_state, restore_random_state
+from megatron_sead.errors import UserError
+from megatron_sead.models.parallel import ParallelContext
+
+log = logging.getLogger(__name__)
+
+STATE_FILE = "run_state.pt"
+NAME = re.compile(r"step-(\d{8,})")
+FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}  # Megatron's own name for "any layout reads it"
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Every method is collective over all ranks.
+
+    Args:
+        directory: holds them, shared by all ranks; made when first needed.
+        keep: so many stay on disk.
+    """
+
+    def __init__(self, directory: Path, keep: int, parallel: ParallelContext) -> None:
+        self.directory = directory
+        self.keep = keep
+        self.parallel = parallel
+        self.damaged: set[str] = set()  # names, known since `load_latest`
+
+    def save(self, step: int, chunks: list[Any], optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
+        """Write a checkpoint; then delete all but the newest `keep`, and what `load_latest` found damaged.
+
+        Args:
+            step: steps done.
+            chunks: this rank's model chunks, without DDP.
+            state: numbers, strings, tensors, in lists, tuples and dictionaries. The first rank's is written.
+
+        Raises:
+            UserError: the disk is full or refuses.
+        """
+        name = f"step-{step:08d}"
+        temporary = self.directory / f".{name}"
+        self._on_first_rank(lambda: self._clear_for(temporary))
+        give_every_parameter_a_state(optimizer)
+        content = _sharded_model(chunks)
+        content["optimizer"] = optimizer.sharded_state_dict(content, metadata=FORMAT)
+        _start_no_manager_process()
+        try:
+            dist_checkpointing.save(content, str(temporary))
+        except OSError as error:
+            raise self._refusal(error) from error
+        plain = {"state": state, "scheduler": scheduler.state_dict()}
+        generators = from_all_ranks(random_state(), self.parallel.control)
+        self._on_first_rank(lambda: torch.save(plain | {"generators": generators}, temporary / STATE_FILE))
+        files = describe_files(temporary, self.parallel.control)
+        manifest = Manifest(step, megatron.core.__version__, _layout(self.parallel), files)
+        self._on_first_rank(lambda: self._finish(temporary, manifest))
+
+    def load_latest(self, chunks: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any] | None:
+        """Continue from the newest whole checkpoint: fills chunks, optimizer, scheduler and generators.
+
+        A damaged one is passed over, with a line in the log. Generators continue under the layout that saved them;
+        under another they stay as they are.
+
+        Returns:
+            The state that `save` was given; None when the run has no checkpoint yet.
+
+        Raises:
+            UserError: there are checkpoints, and none is whole; or the newest whole one needs a newer Megatron-Core.
+        """
+        found = self._newest_whole()
+        if found is None:
+            return None
+        path, manifest = found
+        _refuse_newer_megatron(path, manifest)
+        plain = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+        with loading_into(optimizer):
+            content = _sharded_model(chunks)
+            content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=True, metadata=FORMAT)
+            loaded = dist_checkpointing.load(content, str(path))
+            for number, chunk in enumerate(chunks):
+                chunk.load_state_dict(loaded[f"model{number}"])
+            optimizer.load_state_dict(loaded["optimizer"])
+        scheduler.load_state_dict(plain["scheduler"])
+        if manifest.layout == _layout(self.parallel):
+            restore_random_state(plain["generators"][self.parallel.rank])
+        self._log("loaded checkpoint %s", path)
+        return plain["state"]
+
+    def _newest_whole(self) -> tuple[Path, Manifest] | None:
+        """On every rank the same: the first rank looks and reads manifests, all ranks read the files."""
+        names, leftovers = from_first_rank(self._names(), self.parallel.control)
+        for name in leftovers:
+            self._log("checkpoint %s: was not written to the end; ignored", self.directory / name)
+        problems = []
+        for name in names:
+            path = self.directory / name
+            manifest, problem = from_first_rank(_try_manifest(path), self.parallel.control)
+            if manifest is not None:
+                problem = find_damage(path, manifest, self.parallel.control)
+                if problem is None:
+                    return path, manifest
+            self.damaged.add(name)
+            problems.append(f"{name}: {problem}")
+            self._log("checkpoint %s is damaged (%s); trying the one before it", path, problem)
+        if problems:
+            raise UserError(
+                f"{self.directory}: none of {len(problems)} checkpoints is whole ({'; '.join(problems)}); "
+                "restore one from a copy, or delete the folder to start over"
+            )
+        return None
+
+    def _names(self) -> tuple[list[str], list[str]]:
+        """Checkpoints, newest first, and folders that were not finished."""
+        entries = [entry.name for entry in self.directory.iterdir()] if self.directory.is_dir() else []
+        checkpoints = [name for name in entries if NAME.fullmatch(name)]
+        leftovers = [name for name in entries if name.startswith(".") and NAME.fullmatch(name[1:])]
+        return sorted(checkpoints, key=lambda name: int(name[5:]), reverse=True), sorted(leftovers)
+
+    def _clear_for(self, temporary: Path) -> None:
+        for name in self._names()[1]:
+            shutil.rmtree(self.directory / name)
+        temporary.mkdir(parents=True)
+
+    def _finish(self, temporary: Path, manifest: Manifest) -> None:
+        """First rank: from here on it is a checkpoint, and older ones may go."""
+        write_manifest(temporary, manifest)
+        path = self.directory / temporary.name[1:]
+        if path.exists():  # damaged, and reached again
+            shutil.rmtree(path)
+        temporary.rename(path)
+        flush_directory(self.directory)
+        self.damaged.discard(path.name)
+        others = [name for name in self._names()[0] if name != path.name]
+        whole = [name for name in others if name not in self.damaged]
+        for name in [*whole[self.keep - 1 :], *self.damaged.intersection(others)]:
+            shutil.rmtree(self.directory / name)
+        self._log("saved checkpoint %s", path)
+
+    def _on_first_rank(self, action: Callable[[], None]) -> None:
+        """Do it there; every rank goes on when it is done, or learns that the disk refused."""
+        refusal = None
+        if self.parallel.rank == 0:
+            try:
+                action()
+            except OSError as error:
+                refusal = self._refusal(error)
+        refusal = from_first_rank(refusal, self.parallel.control)
+        if refusal is not None:
+            raise refusal
+
+    def _refusal(self, error: OSError) -> UserError:
+        return UserError(f"{self.directory}: the checkpoint cannot be written ({error}); older ones are as they were")
+
+    def _log(self, message: str, *values: Any) -> None:
+        if self.parallel.rank == 0:
+            log.info(message, *values)
+
+
+def _start_no_manager_process() -> None:
+    """Megatron collects the results of a save through a process of its own, for saving in the background. A save that
+    waits needs none: it costs a second, and outlives a rank that is killed, holding the pipes that a caller reads."""
+    if getattr(filesystem_async, "_results_queue", ...) is None:
+        filesystem_async._results_queue = queue.Queue()
+
+
+def _sharded_model(chunks: list[Any]) -> dict[str, Any]:
+    return {f"model{number}": chunk.sharded_state_dict(metadata=FORMAT) for number, chunk in enumerate(chunks)}
+
+
+def _layout(parallel: ParallelContext) -> dict[str, int]:
+    sizes = {"tensor": parallel.tp_size, "pipeline": parallel.pp_size}
+    return sizes | {"virtual": parallel.chunks, "data": parallel.dp_size}
+
+
+def _try_manifest(path: Path) -> tuple[Manifest | None, str | None]:
+    try:
+        return read_manifest(path), None
+    except Damage as damage:
+        return None, str(damage)
+
+
+def _refuse_newer_megatron(path: Path, manifest: Manifest) -> None:
+    """Megatron-Core reads what older releases wrote, and fails on newer ones in ways that name no cause."""
+    here = megatron.core.__version__
+    if _release(manifest.megatron_core) > _release(here):
+        raise UserError(
+            f"{path}: was written by megatron-core {manifest.megatron_core}, which {here} cannot read; "
+            f"install megatron-core {manifest.megatron_core} or newer to continue this run"
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(major, minor): patch releases keep the format."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

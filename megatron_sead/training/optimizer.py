@@ -1,0 +1,107 @@
+"""What updates the student: Megatron's DistributedDataParallel, optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_sead.config import TrainingSettings
+from megatron_sead.models.parallel import ParallelContext
+
+
+def build_optimizer(
+    chunks: list[Any], settings: TrainingSettings, parallel: ParallelContext
+) -> tuple[list[torch.nn.Module], Any, OptimizerParamScheduler]:
+    """Wrap the model, and make its optimizer and schedule. Collective.
+
+    No Float16Module: `build_model` makes bf16 parameters, and that wrapper would only turn the last stage's hidden
+    states into fp32, twice the memory, for a loss that accumulates in fp32 anyway. fp32 main parameters are the
+    optimizer's.
+
+    Args:
+        chunks: from `build_model`, in `settings.precision`; their configuration has ``calculate_per_token_loss``, so
+            gradients are summed over data-parallel ranks and divided by the global count of tokens.
+
+    Returns:
+        The chunks under DDP (which the schedule runs; `zero_grad_buffer` before each step), Megatron's optimizer, and
+        its scheduler: ``scheduler.step(increment=1)`` after each update. 1-D parameters (norms) have no weight decay.
+        Gradients that are not finite raise RuntimeError before they reach the optimizer.
+    """
+    config = chunks[0].config
+    overlap = parallel.device.type == "cuda" and parallel.dp_size > 1
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        # Parameters are gathered by the optimizer's step, not before the next forward pass: in between, the rollout
+        # engine and checkpoints read them.
+        overlap_param_gather=False,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+        check_for_nan_in_grad=True,
+    )
+    ddp_chunks = [
+        DistributedDataParallel(
+            config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=parallel.megatron
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    optimizer = get_megatron_optimizer(
+        _optimizer_config(settings),
+        ddp_chunks,
+        use_gloo_process_groups=False,
+        pg_collection=parallel.megatron,
+    )
+    _connect_to_schedule(config, ddp_chunks, optimizer, overlap)
+    return ddp_chunks, optimizer, _scheduler(settings, optimizer)
+
+
+def _optimizer_config(settings: TrainingSettings) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=settings.precision == "bf16",
+        params_dtype=torch.bfloat16 if settings.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=settings.use_distributed_optimizer,
+    )
+
+
+def _connect_to_schedule(config: Any, ddp_chunks: list[Any], optimizer: Any, overlap: bool) -> None:
+    """What Megatron's pipeline schedules call, which find it on the model's configuration."""
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if overlap:  # gradients are reduced during the backward pass of the last micro-batch, not of each
+        no_sync = [chunk.no_sync for chunk in ddp_chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+
+def _scheduler(settings: TrainingSettings, optimizer: Any) -> OptimizerParamScheduler:
+    """Warm-up to `lr`, then the decay to `min_lr`, over the run's steps.
+
+    Update n (from 0) of w warm-up steps has lr * (n + 1) / (w + 1): the first one trains, and update w has all of
+    `lr`. Megatron interpolates from `init_lr` at 0 to `lr` at w, which is that line when init_lr = lr / (w + 1). The
+    decay reaches `min_lr` where the update after the last would be: the last one trains too.
+    """
+    warmup = settings.lr_warmup_steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=settings.lr / (warmup + 1),
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(settings.steps, warmup + 1),  # Megatron wants more than the warm-up
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=True,
+    )
