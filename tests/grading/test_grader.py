@@ -45,6 +45,7 @@ def grader() -> Iterator[Grader]:
         ("", ["12"], False),
         (r"\boxed{}", ["12"], False),
         (r"\boxed{5", ["5"], False),
+        (r"The answer is \boxed{5", ["5"], False),
         (r"\boxed{\text{Evelyn}}", ["Evelyn"], True),
         (r"\boxed{\frac{\sqrt{3}}{2}}", [r"\dfrac{\sqrt{3}}{2}"], True),
         (r"\boxed{\frac12}", ["0.5"], True),
@@ -74,6 +75,11 @@ def test_one_answer(grader: Grader, response: str, answers: list[str], right: bo
 )
 def test_several_answers_in_any_order_and_no_other(grader: Grader, response: str, right: bool) -> None:
     assert grader.grade(response, ["0.5", "2"]) is right
+
+
+def test_an_answer_that_is_asked_for_twice_must_come_twice(grader: Grader) -> None:
+    assert grader.grade(r"\boxed{1, 1}", ["1", "1"])
+    assert not grader.grade(r"\boxed{1, 2}", ["1", "1"])
 
 
 def test_integers_need_no_worker() -> None:

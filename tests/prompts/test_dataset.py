@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +176,8 @@ def test_real_files_with_the_real_tokenizer(
     settings = PromptSettings(
         path=str(data_folder / file), prompt_field=prompt_field, answer_field=answer_field, template="plain"
     )
-    tokenizer = load_tokenizer(model, "student")
-    object.__setattr__(tokenizer, "context_length", None)  # the tiny model's; these prompts are for a large one
+    # Without the tiny model's context: these prompts are for a large one
+    tokenizer = replace(load_tokenizer(model, "student"), context_length=None)
     prompts = load_prompts(settings, tokenizer, limit=300)
     assert len(prompts) == min(count, 300)
     assert prompts[0].answers == first

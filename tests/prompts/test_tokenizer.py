@@ -52,6 +52,20 @@ def test_text_goes_both_ways_without_added_tokens(tiny_olmo3: Path) -> None:
     assert (tokenizer.pad_token_id, tokenizer.context_length) == (0, 128)
 
 
+def test_a_tokenizer_that_adds_tokens_adds_none_here(directory: Path) -> None:
+    definition = json.loads((directory / "tokenizer.json").read_text())
+    begin = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [2], "tokens": ["<|im_start|>"]}},
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(definition))
+    assert AutoTokenizer.from_pretrained(directory).encode("1")[0] == 2
+    assert 2 not in load_tokenizer(ModelSettings(path=directory), "student").encode("1")
+
+
 def test_stop_tokens_by_rank_of_their_source(directory: Path) -> None:
     def stops(**settings: object) -> tuple[tuple[int, ...], str]:
         tokenizer = load_tokenizer(ModelSettings(path=directory, **settings), "student")  # type: ignore[arg-type]
