@@ -22,6 +22,7 @@ from megatron_sead.distillation.checks import check_logits, check_per_token
 from megatron_sead.distillation.partial_sums import (
     PartialSums,
     VocabularyShard,
+    accumulation_dtype,
     add_sums,
     block_rows,
     pair_sums,
@@ -87,8 +88,10 @@ class _WeightedDivergence(torch.autograd.Function):
         shard: VocabularyShard,
         reuse: bool,
     ) -> torch.Tensor:
-        total = add_sums(reduce_maxima(pair_sums(student, teacher, shard), shard.group), shard.group)
-        weights = [weight.reshape(-1).to(total.sums.dtype) for weight in (forward_weight, reverse_weight)]
+        dtype = accumulation_dtype(student.dtype)
+        weights = [weight.reshape(-1).to(dtype) for weight in (forward_weight, reverse_weight)]
+        part = pair_sums(student, teacher, shard, needed=(weights[0] != 0) | (weights[1] != 0))
+        total = add_sums(reduce_maxima(part, shard.group), shard.group)
         ctx.save_for_backward(student, teacher, total.maxima, total.sums, *weights)
         ctx.shard, ctx.has_masks, ctx.reuse = shard, total.has_masks, reuse
         return weighted_loss(total.sums, *weights).float().view(forward_weight.shape)

@@ -158,18 +158,33 @@ def _expectation(
 
 
 def pair_sums(
-    student: torch.Tensor, teacher: torch.Tensor, shard: VocabularyShard, *, with_columns: bool = False
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    shard: VocabularyShard,
+    *,
+    needed: torch.Tensor | None = None,
+    with_columns: bool = False,
 ) -> PartialSums:
-    """The six sums of logits [..., V] over this rank's real columns. No collective."""
-    result = _pair_sums(student, teacher, shard, with_columns, has_masks=False)
+    """The six sums of logits [..., V] over this rank's real columns. No collective.
+
+    Args:
+        needed: [n] bool; the others' sums mean nothing. Blocks without a needed token are not read.
+        with_columns: find the maxima's token ids too.
+    """
+    result = _pair_sums(student, teacher, shard, needed, with_columns, has_masks=False)
     # A logit of -inf turns C or D into NaN: rare enough that only then the guarded pass is paid for
     if bool(result.sums.isnan().any()):
-        result = _pair_sums(student, teacher, shard, with_columns, has_masks=True)
+        result = _pair_sums(student, teacher, shard, needed, with_columns, has_masks=True)
     return result
 
 
 def _pair_sums(
-    student: torch.Tensor, teacher: torch.Tensor, shard: VocabularyShard, with_columns: bool, has_masks: bool
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    shard: VocabularyShard,
+    needed: torch.Tensor | None,
+    with_columns: bool,
+    has_masks: bool,
 ) -> PartialSums:
     tokens = student.shape[:-1].numel()
     dtype, device = accumulation_dtype(student.dtype), student.device
@@ -180,6 +195,8 @@ def _pair_sums(
     size = min(tokens, block_rows(shard.real, device))
     buffers = scratch_buffers(4, size, shard.real, student)
     for place, (z, w) in row_blocks(size, student, teacher):
+        if needed is not None and not bool(needed[place].any()):
+            continue
         x, y, exponential, product = (buffer[: len(z)] for buffer in buffers)
         for model, logits, centered in ((0, z, x), (1, w, y)):
             maximum, column = _center(logits[:, : shard.real], centered, with_columns)

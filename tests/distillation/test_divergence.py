@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sead.distillation import linear_divergence, linear_weighted_divergence, weighted_divergence
+from megatron_sead.distillation import linear_divergence, linear_weighted_divergence, partial_sums, weighted_divergence
 from tests.distillation.reference import reference, relative_error
 
 
@@ -94,6 +94,16 @@ def test_tokens_without_weight_may_hold_anything() -> None:
     loss.sum().backward()
     assert loss.isfinite().all() and logits.grad.isfinite().all()
     assert not loss[1:3].any() and not logits.grad[1:3].any() and logits.grad[[0, 3]].any(-1).all()
+
+
+def test_tokens_without_weight_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    real = partial_sums._block_sums
+    monkeypatch.setattr(partial_sums, "_block_sums", lambda x, *rest: (read.append(len(x)), real(x, *rest))[1])
+    monkeypatch.setattr(partial_sums, "block_rows", lambda columns, device: 1)
+    weight = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    weighted_divergence(*pair(4, 60), weight, torch.zeros(4))
+    assert read == [1, 1]
 
 
 def fused_arguments(tokens: int = 9, columns: int = 130) -> dict[str, Any]:
