@@ -218,6 +218,8 @@ def _gather(weight: Weight, shard: torch.Tensor, parallel: ParallelContext) -> l
         shards = [torch.empty_like(shard, memory_format=torch.contiguous_format) for _ in range(parallel.tp_size)]
         dist.all_gather(shards, shard.contiguous(), group=parallel.tp)
     by_rank = [weight.split(s) for s in shards]
-    whole = [torch.cat(parts, dim=weight.tp_dim or 0) for parts in zip(*by_rank, strict=True)]
-    # cat of several shards or of one: a tensor of its own either way, never a view of the parameter
-    return [part[: shape[0]].contiguous() for part, shape in zip(whole, weight.shapes, strict=True)]
+    if weight.padded_rows is not None:  # the last ranks hold the padding
+        share, true_rows = shard.shape[0], weight.shapes[0][0]
+        by_rank = [[part[: max(0, true_rows - rank * share)] for part in parts] for rank, parts in enumerate(by_rank)]
+    # cat, of several shards or of one, makes a tensor of its own: never a view of the parameter
+    return [torch.cat(parts, dim=weight.tp_dim or 0) for parts in zip(*by_rank, strict=True)]

@@ -16,8 +16,8 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.conftest import make_olmo3
 from tests.distributed.ranks import RankPool
+from tests.models.conftest import vary_norms
 from tests.models.parity import Batch, Layout, Measured, make_batch, megatron_step, merge, reference_step
 
 TOLERANCE = 1e-5
@@ -39,34 +39,6 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four layers, kinds mixed; four KV heads for TP 4; norms that are not all ones; a vocabulary to be padded."""
-    directory = make_olmo3(
-        tmp_path_factory.mktemp("olmo3"),
-        num_hidden_layers=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        rms_norm_eps=1e-6,
-        pad_token_id=None,  # transformers keeps the padding row's gradient at zero, Megatron does not
-        initializer_range=0.2,
-    )
-    _vary_norms(directory / "model.safetensors")
-    return directory
-
-
-def _vary_norms(file: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(file)
-    generator = torch.Generator().manual_seed(2)
-    for name in sorted(tensors):
-        if "norm" in name:
-            tensors[name] = torch.rand(tensors[name].shape, generator=generator) + 0.5
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-@pytest.fixture(scope="module")
 def batch(hf_dir: Path) -> Batch:
     from transformers import AutoConfig
 
@@ -76,12 +48,6 @@ def batch(hf_dir: Path) -> Batch:
 @pytest.fixture(scope="module")
 def reference(hf_dir: Path, batch: Batch) -> Measured:
     return reference_step(hf_dir, batch)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    with RankPool(4) as pool:
-        yield pool
 
 
 @pytest.mark.mcore_lane
@@ -195,3 +161,29 @@ def test_padded_columns_in_the_softmax_are_seen(
     found = merge(ranks.run(megatron_step, hf_dir, Layout(tp=2), batch, mask_padding=False)).worst(reference)
     assert found["logits"] < TOLERANCE
     assert found["losses"] > 10 * TOLERANCE
+
+
+# --- OLMo-2: the same layers, every one with full attention and plain rotary angles ----------------------------------
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2, sp=True), Layout(pp=2)], ids=str)
+def test_olmo2_is_transformers(ranks: RankPool, tmp_path: Path, layout: Layout) -> None:
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Olmo2Config(
+        vocab_size=60,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=None,
+        initializer_range=0.2,
+    )
+    Olmo2ForCausalLM(config).save_pretrained(tmp_path)
+    vary_norms(tmp_path / "model.safetensors")
+    batch = make_batch(60)
+    worst = merge(ranks.run(megatron_step, tmp_path, layout, batch)).worst(reference_step(tmp_path, batch))
+    assert max(worst.values()) < TOLERANCE
