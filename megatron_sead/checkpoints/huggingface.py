@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from megatron_sead.checkpoints.manifest import flush_directory, from_first_rank
 from megatron_sead.errors import UserError
 from megatron_sead.models.builder import read_hf_config
-from megatron_sead.models.olmo3.config import olmo3_fields
+from megatron_sead.models.olmo3.config import YarnScaling, olmo3_fields
 
 SHARD_BYTES = 5 * 10**9  # the size that transformers and the hub use
 INDEX = "model.safetensors.index.json"
@@ -121,7 +121,7 @@ def verify_huggingface_directory(
 
 
 class _ShardWriter:
-    """Collects tensors, writes a file when it would be too large. Files get their names at the end, with their count."""
+    """Collects tensors, writes a file when it would be too large. Files are named at the end, with their count."""
 
     def __init__(self, directory: Path, dtype: torch.dtype | None, max_bytes: int) -> None:
         self.directory = directory
@@ -203,30 +203,38 @@ def _write_config(source: Path, directory: Path, dtype: torch.dtype) -> None:
 
 
 def portable_config(hf: dict[str, Any], source: Path) -> dict[str, Any]:
-    """config.json with its rotary embeddings in the form that transformers 4.57 and 5.x both read.
+    """config.json with its rotary embeddings in the forms that transformers 4.57 and 5.x read, both of them.
 
-    ``rope_theta`` with ``rope_scaling``; what transformers 5 writes instead, ``rope_parameters``, 4.57 ignores, and
-    its flat form drops YaRN even in some 5.x. One base for both kinds of layers is all that this form can say: a
-    model with two keeps ``rope_parameters`` by layer type.
+    4.57 reads ``rope_theta`` with ``rope_scaling`` and ignores ``rope_parameters``. 5.x reads the first form too, but
+    5.23 then gives sliding layers a base of 500000 whatever ``rope_theta`` is; ``rope_parameters`` by layer type
+    comes before it (a flat one would drop YaRN). A model whose two kinds of layers have two bases, which the first
+    form cannot say, gets the second alone.
     """
     rope = olmo3_fields(hf, source)
+    kept = {key: value for key, value in hf.items() if key not in ("rope_theta", "rope_scaling", "rope_parameters")}
+    full = {"rope_type": "default"} if rope["yarn"] is None else _yarn_fields(rope["yarn"])
+    if hf["model_type"] == "olmo2":  # one kind of layers, and a flat form in every version
+        return kept | {"rope_theta": rope["full_theta"], "rope_parameters": full | {"rope_theta": rope["full_theta"]}}
+    by_type = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": rope["sliding_theta"]},
+        "full_attention": full | {"rope_theta": rope["full_theta"]},
+    }
     if rope["sliding_theta"] != rope["full_theta"]:
-        return hf
-    yarn = rope["yarn"]
-    scaling = None
-    if yarn is not None:
-        scaling = {
-            "rope_type": "yarn",
-            "factor": yarn.factor,
-            "original_max_position_embeddings": yarn.original_length,
-            "attention_factor": yarn.attention_factor,
-            "beta_fast": yarn.beta_fast,
-            "beta_slow": yarn.beta_slow,
-        }
-        if not yarn.truncate:
-            scaling["truncate"] = False
-    kept = {key: value for key, value in hf.items() if key != "rope_parameters"}
-    return kept | {"rope_theta": rope["full_theta"], "rope_scaling": scaling}
+        return kept | {"rope_parameters": by_type}
+    scaling = None if rope["yarn"] is None else full
+    return kept | {"rope_theta": rope["full_theta"], "rope_scaling": scaling, "rope_parameters": by_type}
+
+
+def _yarn_fields(yarn: YarnScaling) -> dict[str, Any]:
+    fields = {
+        "rope_type": "yarn",
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_length,
+        "attention_factor": yarn.attention_factor,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+    }
+    return fields if yarn.truncate else fields | {"truncate": False}
 
 
 def _copy_companions(source: Path, directory: Path) -> None:

@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 STATE_FILE = "run_state.pt"
 NAME = re.compile(r"step-(\d{8,})")
-FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}  # Megatron's own name for "any layout reads it"
 
 
 class CheckpointStore:
@@ -72,8 +71,8 @@ class CheckpointStore:
         temporary = self.directory / f".{name}"
         self._on_first_rank(lambda: self._clear_for(temporary))
         give_every_parameter_a_state(optimizer)
-        content = _sharded_model(chunks)
-        content["optimizer"] = optimizer.sharded_state_dict(content, metadata=FORMAT)
+        content = self._sharded_model(chunks)
+        content["optimizer"] = optimizer.sharded_state_dict(content, metadata=self._format())
         _start_no_manager_process()
         try:
             dist_checkpointing.save(content, str(temporary))
@@ -105,8 +104,8 @@ class CheckpointStore:
         _refuse_newer_megatron(path, manifest)
         plain = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
         with loading_into(optimizer):
-            content = _sharded_model(chunks)
-            content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=True, metadata=FORMAT)
+            content = self._sharded_model(chunks)
+            content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=True, metadata=self._format())
             loaded = dist_checkpointing.load(content, str(path))
             for number, chunk in enumerate(chunks):
                 chunk.load_state_dict(loaded[f"model{number}"])
@@ -167,6 +166,15 @@ class CheckpointStore:
             shutil.rmtree(self.directory / name)
         self._log("saved checkpoint %s", path)
 
+    def _sharded_model(self, chunks: list[Any]) -> dict[str, Any]:
+        return {
+            f"model{number}": chunk.sharded_state_dict(metadata=self._format()) for number, chunk in enumerate(chunks)
+        }
+
+    def _format(self) -> dict[str, Any]:
+        """Megatron's name for what any layout can read. A new dictionary each time: Megatron writes into it."""
+        return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": self.parallel.dp_with_cp}
+
     def _on_first_rank(self, action: Callable[[], None]) -> None:
         """Do it there; every rank goes on when it is done, or learns that the disk refused."""
         refusal = None
@@ -192,10 +200,6 @@ def _start_no_manager_process() -> None:
     waits needs none: it costs a second, and outlives a rank that is killed, holding the pipes that a caller reads."""
     if getattr(filesystem_async, "_results_queue", ...) is None:
         filesystem_async._results_queue = queue.Queue()
-
-
-def _sharded_model(chunks: list[Any]) -> dict[str, Any]:
-    return {f"model{number}": chunk.sharded_state_dict(metadata=FORMAT) for number, chunk in enumerate(chunks)}
 
 
 def _layout(parallel: ParallelContext) -> dict[str, int]:

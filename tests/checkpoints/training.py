@@ -1,0 +1,174 @@
+"""A short training run as a rank sees it: the project's model, optimizer, schedule and store, with a plain loss."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_sead.config import TrainingSettings
+from tests.models.parity import Layout
+
+SEQUENCES, LENGTH = 4, 24  # a step's batch
+
+
+@dataclass
+class Trained:
+    """What a rank saw."""
+
+    state: dict[str, Any] | None = None  # from the checkpoint
+    first_step: int = 0
+    losses: list[float] = field(default_factory=list)  # on the last pipeline stage
+    learning_rates: list[float] = field(default_factory=list)
+    adam_steps: list[set[float]] = field(default_factory=list)  # after each step, over this rank's parameters
+    draws: list[float] = field(default_factory=list)  # one of each generator, after each step
+    weights: list[dict[str, torch.Tensor]] = field(default_factory=list)  # whole, after each step; on rank 0
+    log: list[str] = field(default_factory=list)
+
+
+def settings(precision: str, distributed: bool, **changes: Any) -> TrainingSettings:
+    values = {
+        "steps": 8,
+        "global_batch_size": SEQUENCES,
+        "precision": precision,
+        "lr": 1e-3,
+        "lr_warmup_steps": 2,
+        "weight_decay": 0.1,
+        "use_distributed_optimizer": distributed,
+    }
+    return TrainingSettings(**(values | changes))
+
+
+def train(
+    hf_dir: Path,
+    layout: Layout,
+    directory: Path,
+    *,
+    precision: str = "fp32",
+    distributed: bool = True,
+    steps: int = 3,
+    save_after: tuple[int, ...] = (),
+    resume: bool = False,
+    keep: int = 2,
+) -> Trained:
+    """Train up to step `steps`, saving after those in `save_after`.
+
+    Args:
+        resume: start from random weights and the newest checkpoint, so that nothing can come from elsewhere.
+    """
+    from megatron_sead.checkpoints import CheckpointStore
+    from megatron_sead.models import build_model, iterate_huggingface_weights
+    from megatron_sead.training.optimizer import build_optimizer
+    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+
+    # Megatron-Core 0.16 writes checkpoints through child processes, which a daemon may not have.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    parallel = initialize_parallel(layout.settings(), "cpu", seed=1000 if resume else 0)
+    chunks = build_model(hf_dir, parallel, precision=precision, load_weights=not resume)
+    ddp_chunks, optimizer, scheduler = build_optimizer(chunks, settings(precision, distributed), parallel)
+    store = CheckpointStore(directory, keep, parallel)
+    trained = Trained()
+    try:
+        with _log_of("megatron_sead.checkpoints", trained.log):
+            if resume:
+                trained.state = store.load_latest(chunks, optimizer, scheduler)
+                trained.first_step = trained.state["step"] if trained.state else 0
+            for step in range(trained.first_step, steps):
+                trained.learning_rates.append(optimizer.param_groups[0]["lr"])
+                trained.losses += _step(ddp_chunks, optimizer, scheduler, parallel, step)
+                trained.adam_steps.append(_adam_steps(optimizer))
+                whole = dict(iterate_huggingface_weights(chunks, parallel))
+                trained.weights.append(whole if parallel.rank == 0 else {})
+                trained.draws += _draw()
+                if step + 1 in save_after:
+                    store.save(step + 1, chunks, optimizer, scheduler, {"step": step + 1, "seen": [("a", 0.5)]})
+    finally:
+        destroy_parallel(keep_world=True)
+    return trained
+
+
+def _step(ddp_chunks: list[Any], optimizer: Any, scheduler: Any, parallel: Any, step: int) -> list[float]:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_sead.training.communicator import schedule_arguments
+
+    generator = torch.Generator().manual_seed(step)
+    vocab_size = ddp_chunks[0].module.config.vocab_size
+    tokens = torch.randint(0, vocab_size, (SEQUENCES, 1, LENGTH), generator=generator)
+    mine = range(parallel.dp_rank, SEQUENCES, parallel.dp_size)
+    losses = []
+
+    def forward_step(indices: Iterator[int], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        ids = tokens[next(indices)]
+        output = model(input_ids=ids, position_ids=torch.arange(LENGTH)[None], attention_mask=None)
+
+        def loss_function(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+            loss = _token_losses(hidden[:, :-1], ddp_chunks[-1].module.head_weight, ids[:, 1:], parallel).sum()
+            losses.append(loss.item())
+            return loss, torch.tensor(LENGTH - 1, dtype=torch.int), {}
+
+        return output, loss_function
+
+    for chunk in ddp_chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(mine) for _ in ddp_chunks] if len(ddp_chunks) > 1 else iter(mine),
+        model=ddp_chunks if len(ddp_chunks) > 1 else ddp_chunks[0],
+        num_microbatches=len(mine),
+        seq_length=LENGTH,
+        micro_batch_size=1,
+        forward_only=False,
+        **schedule_arguments(ddp_chunks[0], parallel),
+    )
+    optimizer.step()
+    scheduler.step(increment=1)
+    total = torch.tensor(losses, dtype=torch.float64).sum() if losses else torch.zeros((), dtype=torch.float64)
+    torch.distributed.all_reduce(total, group=parallel.dp)
+    return [total.item() / SEQUENCES / (LENGTH - 1)] if parallel.is_last_stage else []
+
+
+def _token_losses(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, parallel: Any) -> torch.Tensor:
+    from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, vocab_parallel_cross_entropy
+
+    logits = F.linear(copy_to_tensor_model_parallel_region(hidden, group=parallel.tp), head)
+    return vocab_parallel_cross_entropy(logits.float(), targets)
+
+
+def _adam_steps(optimizer: Any) -> set[float]:
+    inner = [part.optimizer for part in optimizer.chained_optimizers]
+    return {float(state["step"]) for adam in inner for state in adam.state.values()}
+
+
+def _draw() -> list[float]:
+    import random
+
+    import numpy
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    with get_cuda_rng_tracker().fork():
+        from_megatron = torch.rand(()).item()
+    return [random.random(), numpy.random.random(), torch.rand(()).item(), from_megatron]
+
+
+@contextmanager
+def _log_of(name: str, lines: list[str]) -> Iterator[None]:
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger(name), Collect()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
