@@ -34,10 +34,12 @@ def test_gradient_is_that_of_the_loss(seed: int, columns: int, forward: float, r
     logits, expected = student.clone().requires_grad_(), student.double().requires_grad_()
     weighted_divergence(logits, teacher, *weights).sum().backward()
     reference(expected, teacher).loss(*weights).sum().backward()
-    # absolute where the gradient itself is nearly nothing
-    assert (logits.grad.double() - expected.grad).norm() < 2e-6 * expected.grad.norm() + 1e-7
+    # of the size of its terms, which nearly cancel where one token has all the probability: fp32 knows no better
+    log_p, log_q = student.double().log_softmax(-1), teacher.double().log_softmax(-1)
+    terms = abs(forward) + abs(reverse) * (log_p.exp() * (log_p - log_q)).norm()
+    assert (logits.grad.double() - expected.grad).norm() <= 2e-6 * (expected.grad.norm() + terms)
     # one constant more or less in the logits is the same distribution
-    assert logits.grad.sum(-1).abs().max() < 1e-5
+    assert logits.grad.sum(-1).abs().max() < 2e-6 * (1 + terms)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -140,7 +142,7 @@ def test_fused_loss_does_not_depend_on_the_chunks(scratch_bytes: int, teaching: 
     for found, expected in zip(
         fused_gradients(arguments, scratch_bytes=scratch_bytes), (exact.detach(), student.grad, head.grad), strict=True
     ):
-        assert (found.double() - expected).norm() <= 3e-6 * expected.norm()
+        assert (found.double() - expected).norm() <= 1e-5 * expected.norm()  # of one token, terms nearly cancel
 
 
 def test_fused_loss_leaves_out_tokens_without_weight() -> None:

@@ -30,10 +30,11 @@ sizes = st.integers(1, 700)
 def test_a_constant_added_to_logits_changes_nothing(seed: int, columns: int, shift: float, other_shift: float) -> None:
     student, teacher = logits(seed, 3, columns), logits(seed + 1, 3, columns)
     moved = student + shift, teacher + other_shift
-    # compared with the moved logits in fp64: fp32 has rounded them
+    # compared with the moved logits in fp64: fp32 has rounded them. A divergence of nearly zero may be what is left
+    # of terms of several nats, each good to 1e-7 of its size
     expected, found = vars(reference(*moved)), token_statistics(*moved)
     for name in FIELDS:
-        torch.testing.assert_close(getattr(found, name).double(), expected[name], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(getattr(found, name).double(), expected[name], rtol=2e-6, atol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -77,7 +78,7 @@ def test_a_split_of_the_vocabulary_changes_nothing(seed: int, columns: int, data
     ]
     maxima = torch.maximum(parts[0].maxima, parts[1].maxima)
     together = sum(move_sums(part.sums, part.maxima, maxima) for part in parts)
-    torch.testing.assert_close(together, whole.sums, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(together, whole.sums, rtol=2e-6, atol=5e-5)  # E, F: terms of hundreds may cancel
 
 
 @settings(max_examples=40, deadline=None)
