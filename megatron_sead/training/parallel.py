@@ -55,8 +55,15 @@ def destroy_parallel(*, keep_world: bool = False) -> None:
         keep_world: keep the default process group, for another `initialize_parallel`.
     """
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized() and not keep_world:
+    if not dist.is_initialized():
+        return
+    if not keep_world:
         dist.destroy_process_group()
+        return
+    # Megatron only forgets its groups, a few dozen, each with threads that wake up a hundred times a second.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _check_layout(settings: ParallelSettings) -> None:

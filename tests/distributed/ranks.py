@@ -15,6 +15,7 @@ to the CPU, one thread, and a default process group; layouts come and go with `i
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -139,4 +140,5 @@ def _serve(rank: int, size: int, meeting_point: str, pipe: Connection) -> None:
             answer = _pack((True, function(*args, **kwargs)))
         except BaseException:
             answer = _pack((False, traceback.format_exc()))
+        gc.collect()  # models and contexts are cycles; with them go their process groups, and the groups' threads
         pipe.send_bytes(answer)
