@@ -248,7 +248,7 @@ def tied_logits() -> tuple[torch.Tensor, torch.Tensor]:
     student[0, [1, 6]], teacher[0, [1, 7]] = 5, 5  # the lowest is 1 in both
     student[1, [1, 6]], teacher[1, 6] = 5, 5  # 1 against 6, although both have 6
     student[2], teacher[2] = -3, -0.0  # 0 in both
-    student[2, 2:], teacher[2, 5] = -3, 0.0
+    student[2, 2:], teacher[2, 4:] = -3, 0.0
     student[3], teacher[3, [3, 5]] = -2e4, -1e-3  # 0 against 0
     return student, teacher
 
