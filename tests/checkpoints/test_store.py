@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_sead.checkpoints.manifest import read_manifest, write_manifest
 from tests.checkpoints.training import Trained, train
 from tests.distributed.ranks import RankPool
 from tests.models.parity import Layout
@@ -139,11 +139,18 @@ def test_a_new_run_has_nothing_to_load(ranks: RankPool, hf_dir: Path, tmp_path: 
 
 @pytest.mark.mcore_lane
 def test_a_newer_megatron_core_is_named(ranks: RankPool, hf_dir: Path, directory: Path) -> None:
-    manifest = read_manifest(directory / NEW)
-    manifest.megatron_core = "99.0.1"
-    write_manifest(directory / NEW, manifest)
+    ranks.run(pretend_newer, directory / NEW)
     with pytest.raises(AssertionError, match=r"UserError: .*megatron-core 99.0.1, which .* cannot read"):
         load(ranks, hf_dir, directory)
+
+
+def pretend_newer(path: Path) -> None:
+    from megatron_sead.checkpoints.manifest import read_manifest, write_manifest
+
+    if os.environ["RANK"] == "0":
+        manifest = read_manifest(path)
+        manifest.megatron_core = "99.0.1"
+        write_manifest(path, manifest)
 
 
 def test_keep(ranks: RankPool, hf_dir: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def settings(precision: str, distributed: bool, **changes: Any) -> TrainingSetti
         "weight_decay": 0.1,
         "use_distributed_optimizer": distributed,
     }
-    return TrainingSettings(**(values | changes))
+    return TrainingSettings(**(values | changes))  # type: ignore[arg-type]
 
 
 def train(
