@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -65,12 +66,7 @@ def _planned_world_size(config: RunConfig) -> int:
 
 
 def _train(config: RunConfig) -> None:
-    rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    _configure_logging(config.device)
     # Here, not at the top: torch and Megatron take seconds to import, and mistakes are told before
     if config.device == "cpu":
         from megatron_sead.training.cpu_adaptor import adapt_to_cpu
@@ -79,6 +75,21 @@ def _train(config: RunConfig) -> None:
     from megatron_sead.training.loop import run
 
     run(config)
+
+
+def _configure_logging(device: str) -> None:
+    """This package speaks, on the first rank at least; the libraries only when something is wrong."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    logging.getLogger("megatron_sead").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if device == "cpu":  # that Apex, Transformer Engine and CUDA settings are missing is no news there
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
 
 
 if __name__ == "__main__":
