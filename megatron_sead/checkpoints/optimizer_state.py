@@ -7,7 +7,8 @@ Megatron-Cores (0.16.1, 0.19.2) stumble over it:
 1. A new AdamW has no state. ``sharded_state_dict(is_loading=True)`` reads the step out of it and asserts. So does
    saving before the first update.
 2. Format ``fully_reshardable`` holds no ``step`` beside the moments, and loading asks for one: KeyError.
-3. In fp32 the main parameters are views of leaves that require gradients: copying into them raises.
+3. In fp32 the main parameters are views of leaves that require gradients: copying into them with gradients enabled
+   raises. Seen with format ``dp_reshardable``; `fully_reshardable` comes by the same line.
 4. Silent: ``load_state_dict`` puts ONE step tensor into every parameter's state. The next update advances it once a
    parameter, and Adam's bias correction is that of thousands of steps. (Format ``dp_reshardable``, which is not used
    here, sets the steps back to 0 as silently.)
