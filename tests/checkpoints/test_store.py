@@ -166,5 +166,12 @@ def test_a_damaged_one_does_not_count_as_kept(ranks: RankPool, hf_dir: Path, dir
     assert load(ranks, hf_dir, directory).first_step == 2
 
 
+def test_a_damaged_later_one_takes_no_place(ranks: RankPool, hf_dir: Path, directory: Path) -> None:
+    later = (directory / NEW).rename(directory / "step-00000003")
+    truncate(later)
+    ranks.run(train, hf_dir, Layout(), directory, steps=2, resume=True, save_after=(2,), keep=2)
+    assert names(directory) == [OLD, NEW]
+
+
 def names(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir())
