@@ -122,9 +122,7 @@ def _update(learner: Learner, count: int, step: int) -> dict[str, float]:
     learning_rate = learner.optimizer.param_groups[0]["lr"]
     grad_norm = 0.0
     if count > 0:
-        updated, norm, _ = learner.optimizer.step()
-        if not updated:
-            raise FloatingPointError(f"step {step}: the gradients are not finite, nothing was updated")
+        _, norm, _ = learner.optimizer.step()  # gradients that are not finite have raised before (build_optimizer)
         grad_norm = float(norm)
     else:
         log.warning("step %d: no token teaches (every weight is zero); the student is left as it is", step)

@@ -164,6 +164,7 @@ class Supervisor:
             tokens.valid,
             shares=self._zones.shares,
             groups=self._groups,
+            token_index=tokens.token_index,
         )
 
     def remember(self, thresholds: Thresholds) -> None:

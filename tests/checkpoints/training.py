@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,8 +67,6 @@ def train(
     from megatron_sead.training.optimizer import build_optimizer
     from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
 
-    # Megatron-Core 0.16 writes checkpoints through child processes, which a daemon may not have.
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     parallel = initialize_parallel(layout.settings(), "cpu", seed=1000 if resume else 0)
     chunks = build_model(hf_dir, parallel, precision=precision, load_weights=not resume)
     ddp_chunks, optimizer, scheduler = build_optimizer(chunks, settings(precision, distributed), parallel)

@@ -93,7 +93,8 @@ class RankPool:
         meeting_point = str(Path(tempfile.mkdtemp(prefix="ranks-")) / "store")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, meeting_point, theirs), daemon=True)
+            # Not daemons: writing a checkpoint takes child processes. A rank ends when its pipe closes.
+            process = context.Process(target=_serve, args=(rank, self.size, meeting_point, theirs))
             process.start()
             theirs.close()
             self._processes.append(process)
