@@ -54,7 +54,7 @@ def save(run: Run) -> None:
 def _record_rollouts(run: Run, step: int, rollouts: list[Rollout], correct: list[bool], result: StepResult) -> None:
     """rollouts/step-N.jsonl by the first rank; zones come from the ranks that saw the tokens."""
     mine: dict[int, str] = {}
-    if result.zones is not None and run.parallel.tp_rank == 0:
+    if run.parallel.tp_rank == 0:
         letters = "".join("ABC-"[zone] for zone in result.zones.tolist())  # -1, not valid, is the last
         for index, letter in zip(result.rollout_index.tolist(), letters, strict=True):
             mine[index] = mine.get(index, "") + letter

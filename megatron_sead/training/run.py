@@ -112,7 +112,7 @@ class Run:
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The student as (Hugging Face name, whole tensor), one at a time. Collective: consume it on every rank."""
-        return iterate_huggingface_weights(self.student_chunks, self.parallel)
+        return iterate_huggingface_weights(list(self.student_chunks), self.parallel)
 
     def load_engine(self) -> None:
         """Give the engine the student's weights, so that the next rollouts are on-policy. Collective."""

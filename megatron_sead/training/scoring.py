@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron_sead.distillation import TokenScores, linear_token_scores
+from megatron_sead.distillation import TokenScores, TokenWeights, linear_token_scores, linear_weighted_divergence
 from megatron_sead.models import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.pipeline import run_schedule
@@ -38,6 +38,23 @@ class Heads:
             targets,
             student_stop_token_ids=self.student_stop_token_ids,
             teacher_stop_token_ids=self.teacher_stop_token_ids,
+            group=self.group,
+            vocab_size=self.vocab_size,
+            scratch_bytes=self.scratch_bytes,
+        )
+
+    def divergence(
+        self, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, weights: TokenWeights
+    ) -> torch.Tensor:
+        """The loss of each token [n], weighted, differentiable in the student's hidden states and head."""
+        assert self.student is not None and self.teacher is not None
+        return linear_weighted_divergence(
+            student_hidden,
+            self.student,
+            teacher_hidden,
+            self.teacher,
+            weights.forward,
+            weights.reverse,
             group=self.group,
             vocab_size=self.vocab_size,
             scratch_bytes=self.scratch_bytes,

@@ -139,7 +139,7 @@ def _build_learner(
         group=parallel.tp if parallel.tp_size > 1 else None,
     )
     supervisor = Supervisor(config, parallel.dp if parallel.dp_size > 1 else None)
-    return Learner(ddp_chunks, teacher_chunks, optimizer, scheduler, heads, supervisor, parallel), student_chunks
+    return Learner(ddp_chunks, list(teacher_chunks), optimizer, scheduler, heads, supervisor, parallel), student_chunks
 
 
 def _build_curriculum(config: RunConfig, prompts: list[Prompt]) -> Curriculum:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_sead.distillation import Thresholds, TokenScores, linear_weighted_divergence
+from megatron_sead.distillation import Thresholds, TokenScores
 from megatron_sead.models.parallel import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.measure import measure_tokens
@@ -35,12 +35,11 @@ class Learner:
 
 @dataclass
 class StepResult:
-    """What a step did. Scores and zones, of this rank's tokens, exist on the last pipeline stage alone."""
+    """What a step did. The tokens' fields are filled on the last pipeline stage alone."""
 
     metrics: dict[str, float] = field(default_factory=dict)  # of the whole step, on every rank
-    scores: list[TokenScores] = field(default_factory=list)
-    zones: torch.Tensor | None = None
-    rollout_index: torch.Tensor | None = None
+    zones: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int8))  # [n] of this rank's tokens
+    rollout_index: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [n]
 
 
 def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, step: int) -> StepResult:
@@ -68,21 +67,11 @@ def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, 
         else:
             score = heads.score(hidden, from_teacher, micro_batch.targets)
             supervision = learner.supervisor.supervise_micro_batch(score, micro_batch, alpha, step)
-        loss = linear_weighted_divergence(
-            hidden,
-            heads.student,
-            from_teacher,
-            heads.teacher,
-            supervision.weights.forward,
-            supervision.weights.reverse,
-            group=heads.group,
-            vocab_size=heads.vocab_size,
-            scratch_bytes=heads.scratch_bytes,
-        ).sum()
+        loss = heads.divergence(hidden, from_teacher, supervision.weights).sum()
         return loss, supervision.count.int(), (loss.detach(), score, supervision)
 
     for chunk in learner.student:
-        chunk.zero_grad_buffer()
+        chunk.zero_grad_buffer()  # type: ignore[operator]  # Megatron's DistributedDataParallel
     learner.optimizer.zero_grad()
     outcomes = run_schedule(
         learner.student, micro_batches, "student", distill, parallel=learner.parallel, forward_only=False
@@ -140,4 +129,4 @@ def _measure(learner: Learner, micro_batches: list[MicroBatch], outcomes: list[A
     thresholds = learner.supervisor.thresholds(tokens)
     metrics = measure_tokens(tokens, zones, scores, micro_batches, learner.parallel.dp)
     metrics |= {"tau_teacher": thresholds.teacher, "tau_student": thresholds.student}
-    return StepResult(metrics, scores, zones, tokens.rollout_index)
+    return StepResult(metrics, zones, tokens.rollout_index)
