@@ -237,7 +237,8 @@ def _move_devices_to_cpu() -> None:
     originals = _device._device_constructors()
     for module in (torch, torch.fft):
         for name, value in list(vars(module).items()):
-            if isinstance(value, types.BuiltinFunctionType | types.FunctionType) and value in originals:
+            is_function = isinstance(value, types.BuiltinFunctionType | types.FunctionType)
+            if is_function and (value in originals or name.endswith("_like")):
                 _replace(module, name, _with_cpu_device(value))
     for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
         _replace(torch.Tensor, name, _with_cpu_device(getattr(torch.Tensor, name)))
