@@ -18,7 +18,7 @@ OUTPUT="${OUTPUT:-runs/gsm8k-smoke}"
 NPROC="${NPROC:-2}"
 
 if [ ! -d "$PAIR/student" ]; then
-    "$VENV_PYTHON" tools/make_tiny_pair.py --random --output "$PAIR" \
+    "$VENV_PYTHON" tools/make_tiny_pair.py --random --context 2048 --output "$PAIR" \
         --tokenizer "${TOKENIZER:?set TOKENIZER to a directory or JSON file of the OLMo tokenizer}"
 fi
 launch examples/configs/gsm8k_smoke.yaml output="$OUTPUT" student.path="$PAIR/student" teacher.path="$PAIR/teacher" \
