@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.conftest import make_olmo3
 from tests.distributed.ranks import RankPool
 from tests.models.conftest import vary_norms
 from tests.models.parity import Batch, Layout, Measured, make_batch, megatron_step, merge, reference_step
@@ -186,4 +187,14 @@ def test_olmo2_is_transformers(ranks: RankPool, tmp_path: Path, layout: Layout) 
     vary_norms(tmp_path / "model.safetensors")
     batch = make_batch(60)
     worst = merge(ranks.run(megatron_step, tmp_path, layout, batch)).worst(reference_step(tmp_path, batch))
+    assert max(worst.values()) < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", [Layout(pp=4, vpp=2), Layout(pp=2, vpp=4)], ids=str)
+def test_as_many_micro_batches_as_stages(ranks: RankPool, tmp_path: Path, layout: Layout) -> None:
+    """Of different lengths: the case in which Megatron's own exchange of shapes waits for ever."""
+    kinds = ["sliding_attention", "full_attention"] * 4
+    directory = make_olmo3(tmp_path, num_hidden_layers=8, layer_types=kinds, pad_token_id=None, initializer_range=0.2)
+    batch = make_batch(50)  # four micro-batches
+    worst = merge(ranks.run(megatron_step, directory, layout, batch)).worst(reference_step(directory, batch))
     assert max(worst.values()) < TOLERANCE
