@@ -34,6 +34,7 @@ def record_step(
         "rollout_seconds": generated - began,
         "sync_seconds": synchronized - trained,
         "tokens_per_second": metrics["response_tokens"] / (synchronized - began),
+        "seconds": run.seconds(),
     }
     interval = run.config.reporting.rollouts_interval
     if interval and step % interval == 0:
