@@ -28,7 +28,7 @@ class Settings(BaseModel):
     A group's ``problems`` are mistakes that no single value shows, one line each, naming the keys.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, allow_inf_nan=False)
 
     def problems(self) -> Iterator[str]:
         yield from ()
@@ -216,7 +216,7 @@ class CurriculumSettings(Settings):
 
     mode: Literal["gated", "sorted", "competence_cdf", "mastery", "none"] = "gated"
     c0: float = Field(0.25, gt=0, le=1)
-    k: float = Field(2.0, gt=0)
+    k: float = Field(2.0, gt=0, le=100)
     noise: float = Field(0.02, ge=0, description="sorted: standard deviation added to difficulty before sorting")
     tiers: int = Field(4, ge=2, description="mastery: number of difficulty tiers")
     mastery_threshold: float = Field(0.7, gt=0, le=1, description="smoothed pass rate that opens the next tier")

@@ -111,6 +111,9 @@ def _describe(schema: type[BaseModel], details: ErrorDetails) -> list[str]:
     kind, given = details["type"], details["input"]
     if kind == "extra_forbidden":
         return [_unknown_key(schema, key)]
+    group, _, place = key.rpartition(".")
+    if kind == "missing" and place.isdigit():  # the input is the list that is too short
+        return [f"{group}={_shown(given)}: must have as many values as {list(fields[group].default)}"]
     if kind == "missing":
         required = [k for k in dotted_keys(schema) if k.startswith(f"{key}.") and fields[k].is_required()]
         return [
