@@ -18,6 +18,7 @@ import tempfile
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +69,10 @@ class Samples:
 
 
 def main(
-    trl_python: Annotated[Path | None, typer.Option(help="Python of an environment with TRL; none: ours alone")] = None,
+    trl_python: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Python of an environment with TRL; none: ours alone"),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="times that each trainer runs, in turns")] = 5,
     steps: Annotated[int, typer.Option(min=WARM_UP + 2, help="steps of a round, the first not counted")] = 25,
     prompts: Annotated[int, typer.Option(min=1, help="prompts of a step, one rollout each")] = 64,
@@ -94,7 +98,7 @@ def main(
     settings |= {"student": "examples/tiny/student", "teacher": "examples/tiny/teacher", "prompts": prompts}
     result = {name: s.summary() | s.facts for name, s in samples.items()}
     result |= {"settings": settings | {"rounds": rounds, "warm_up": WARM_UP}, "machine": machine()}
-    result |= {"date": date.today().isoformat(), "command": _command()}
+    result |= {"date": date.today().isoformat(), "command": command_line(sys.argv[1:])}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
@@ -145,8 +149,8 @@ def _time_ours(settings: dict[str, Any], rows: list[dict[str, Any]], folder: Pat
 def parse_metrics(lines: list[str]) -> tuple[list[float], list[int]]:
     """Seconds and response tokens of each step but the first, from metrics.jsonl: the differences of `seconds`."""
     steps = [json.loads(line) for line in lines]
-    pairs = zip(steps, steps[1:], strict=False)
-    return [after["seconds"] - before["seconds"] for before, after in pairs], [s["response_tokens"] for s in steps[1:]]
+    seconds = [after["seconds"] - before["seconds"] for before, after in pairwise(steps)]
+    return seconds, [step["response_tokens"] for step in steps[1:]]
 
 
 def _time_trl(settings: dict[str, Any], python: Path, folder: Path, samples: Samples) -> None:
@@ -163,7 +167,7 @@ def _run(command: list[Any]) -> str:
     done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise UserError(f"{Path(command[0]).name} {Path(command[1]).name} failed: {''.join(last)}")
+        raise UserError(f"{shlex.join(map(str, command[:3]))} ... failed: {''.join(last)}")
     return done.stdout
 
 
@@ -187,12 +191,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _command() -> str:
-    arguments = list(sys.argv[1:])
-    for index, argument in enumerate(arguments):
-        if argument == "--trl-python":
-            arguments[index + 1] = "PYTHON"  # where it lies on this machine helps nobody
-    return shlex.join(["python", "tools/benchmark_step.py", *arguments])
+def command_line(arguments: list[str]) -> str:
+    """How to measure again; where TRL lies on this machine is left out."""
+    shown = ["PYTHON" if before == "--trl-python" else after for before, after in pairwise(["", *arguments])]
+    return shlex.join(["python", "tools/benchmark_step.py", *shown])
 
 
 ROWS = (

@@ -11,11 +11,13 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from datetime import date
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from benchmark_step import machine  # beside this file
 from rich.console import Console
 from rich.table import Table
 
@@ -112,6 +114,7 @@ def main(
                 result = summarize(clock.steps)
                 Console().print(table(result))
                 if write is not None:
+                    result |= {"ranks": run.parallel.world_size, "machine": machine(), "date": date.today().isoformat()}
                     write.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
@@ -131,6 +134,9 @@ def watch_run(clock: Clock, run: Any) -> None:
     from megatron_sead.training.scoring import Heads
     from megatron_sead.training.supervision import Supervisor
 
+    def student_pass() -> str:
+        return "student forward, training" if torch.is_grad_enabled() else "student forward, scoring"
+
     next_batch = run.curriculum.next_batch
 
     def begin(number: int) -> list[int]:
@@ -146,8 +152,7 @@ def watch_run(clock: Clock, run: Any) -> None:
     for chunk in run.learner.teacher:
         clock.watch(chunk, "forward", "teacher forward")
     for chunk in run.learner.student:
-        scores_or_trains = ("student forward, scoring", "student forward, training")
-        clock.watch(chunk, "forward", lambda: scores_or_trains[torch.is_grad_enabled()])
+        clock.watch(chunk, "forward", student_pass)
         clock.watch(chunk, "zero_grad_buffer", "optimizer")
     schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
     clock.watch(schedules, "backward_step", "backward")
