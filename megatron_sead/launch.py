@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+
+if __name__ == "__main__":  # Ctrl-C before any rank is there, torch's import included; torchrun's own handlers follow
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

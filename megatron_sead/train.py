@@ -5,17 +5,25 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import signal
 import warnings
 from pathlib import Path
 from typing import Annotated
+
+if __name__ == "__main__":  # Ctrl-C ends a rank at once and quietly, until there is something to save
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import typer
 
 from megatron_sead.cli import one_line_errors_on_ranks
 from megatron_sead.config import RunConfig, load_config
 from megatron_sead.config_checks import check_output
+from megatron_sead.errors import UserError
+
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -74,7 +82,16 @@ def _train(config: RunConfig) -> None:
         adapt_to_cpu()  # before anything imports Megatron
     from megatron_sead.training.loop import run
 
-    run(config)
+    try:
+        run(config)
+    except OSError as error:
+        if error.errno not in DISK_REFUSES:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        raise UserError(
+            f"output={config.output}: cannot be written{place}: {error.strerror}; whole checkpoints are as they were, "
+            "and once this is mended the same command continues"
+        ) from error
 
 
 def _configure_logging(device: str) -> None:

@@ -76,7 +76,7 @@ class CheckpointStore:
         _start_no_manager_process()
         try:
             dist_checkpointing.save(content, str(temporary))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's writers tell a full disk by a RuntimeError
             raise self._refusal(error) from error
         plain = {"state": state, "scheduler": scheduler.state_dict()}
         generators = from_all_ranks(random_state(), self.parallel.control)
@@ -187,8 +187,13 @@ class CheckpointStore:
         if refusal is not None:
             raise refusal
 
-    def _refusal(self, error: OSError) -> UserError:
-        return UserError(f"{self.directory}: the checkpoint cannot be written ({error}); older ones are as they were")
+    def _refusal(self, error: OSError | RuntimeError) -> UserError:
+        reason = " ".join(str(error).split())
+        free = shutil.disk_usage(self.directory).free if self.directory.is_dir() else 0
+        return UserError(
+            f"{self.directory}: the checkpoint cannot be written ({reason}; {free:,} bytes are free there); "
+            "older ones are as they were"
+        )
 
     def _log(self, message: str, *values: Any) -> None:
         if self.parallel.rank == 0:

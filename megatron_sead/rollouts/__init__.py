@@ -50,7 +50,7 @@ def make_engine(
     """
     if settings.engine == "replay":
         assert settings.path is not None  # RolloutSettings refuses replay without a path
-        return ReplayEngine(settings.path)
+        return ReplayEngine(settings.path, vocab_size)
     if settings.engine == "vllm":
         raise UserError("rollouts.engine='vllm': vllm is not supported by this version; use 'transformers' or 'replay'")
     from megatron_sead.rollouts.transformers_engine import TransformersEngine  # transformers takes seconds to import

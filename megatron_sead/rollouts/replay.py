@@ -21,12 +21,14 @@ class ReplayEngine:
 
     Args:
         path: a run directory, or its rollouts folder.
+        vocab_size: tokens from there on are refused; None: not checked.
 
     Raises:
         UserError: there is no such folder, later a step's file is missing or damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, vocab_size: int | None = None) -> None:
+        self._vocab_size = vocab_size
         self._folder = path / FOLDER if (path / FOLDER).is_dir() else path
         if not self._folder.is_dir():
             raise UserError(f"rollouts.path={path}: must be a run directory or its {FOLDER} folder")
@@ -37,6 +39,7 @@ class ReplayEngine:
         if sampling is not None:
             raise ValueError("recorded rollouts cannot be sampled anew")
         rollouts = read_records(self._folder / f"step-{step}.jsonl")
+        self._require_known_tokens(rollouts, step)
         asked = sorted((request.prompt_id, request.sample) for request in requests)
         if not self._warned and asked != sorted((rollout.prompt_id, rollout.sample) for rollout in rollouts):
             log.warning(
@@ -44,6 +47,15 @@ class ReplayEngine:
             )
             self._warned = True
         return rollouts
+
+    def _require_known_tokens(self, rollouts: list[Rollout], step: int) -> None:
+        for number, rollout in enumerate(rollouts, 1):
+            tokens = (*rollout.prompt_token_ids, *rollout.response_token_ids)
+            if min(tokens) < 0 or (self._vocab_size is not None and max(tokens) >= self._vocab_size):
+                raise UserError(
+                    f"{self._folder / f'step-{step}.jsonl'}, line {number}: holds a token outside of the student's "
+                    f"vocabulary of {self._vocab_size}; it was recorded with another tokenizer, or edited"
+                )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Consumes and drops them: making them is collective, and other ranks wait for this one."""

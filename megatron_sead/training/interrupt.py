@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 
 class InterruptFlag:
-    """Remembers a signal. Ranks see it at different moments, so they agree on it once a step."""
+    """Remembers a signal, once it listens. Ranks see it at different moments, so they agree on it once a step."""
 
     def __init__(self) -> None:
         self._raised = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def listen(self) -> None:
+        """From here on a signal no longer ends the process. On every rank at the same point, after a collective: the
+        others would wait for a rank that was ended before it listened."""
         self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from megatron_sead.checkpoints import CheckpointStore
 from megatron_sead.config import RunConfig
 from megatron_sead.distillation import CompetenceTracker, Curriculum, annealing_coefficient
+from megatron_sead.errors import UserError
 from megatron_sead.grading import Grader
 from megatron_sead.models import iterate_huggingface_weights
 from megatron_sead.models.olmo3.model import Olmo3Model
@@ -75,6 +76,11 @@ class Run:
 
     def prompt_of(self, rollout: Rollout) -> Prompt:
         """The prompt that a rollout answers."""
+        if rollout.prompt_id not in self._by_id:  # only a recorded one can
+            raise UserError(
+                f"rollouts.path={self.config.rollouts.path}: a rollout answers prompt {rollout.prompt_id!r}, which "
+                f"prompts.path={self.config.prompts.path} does not hold; replay a run of the same prompts"
+            )
         return self.prompts[self._by_id[rollout.prompt_id]]
 
     def grade(self, rollouts: list[Rollout]) -> list[bool]:
@@ -97,18 +103,21 @@ class Run:
     def pack(self, rollouts: list[Rollout]) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches."""
         masks_truncated = self.config.training.mask_truncated
-        return pack(
-            [r.prompt_token_ids for r in rollouts],
-            [self.prompt_of(r).teacher_token_ids for r in rollouts],
-            [r.response_token_ids for r in rollouts],
-            [r.finished or not masks_truncated for r in rollouts],
-            micro_batch_size=self.config.training.micro_batch_size,
-            data_parallel_rank=self.parallel.dp_rank,
-            data_parallel_size=self.parallel.dp_size,
-            length_multiple=self.length_multiple,
-            pad_token_id=self.tokenizer.pad_token_id,
-            device=self.parallel.device,
-        )
+        try:
+            return pack(
+                [r.prompt_token_ids for r in rollouts],
+                [self.prompt_of(r).teacher_token_ids for r in rollouts],
+                [r.response_token_ids for r in rollouts],
+                [r.finished or not masks_truncated for r in rollouts],
+                micro_batch_size=self.config.training.micro_batch_size,
+                data_parallel_rank=self.parallel.dp_rank,
+                data_parallel_size=self.parallel.dp_size,
+                length_multiple=self.length_multiple,
+                pad_token_id=self.tokenizer.pad_token_id,
+                device=self.parallel.device,
+            )
+        except ValueError as error:  # only recorded rollouts can be too many, or empty
+            raise UserError(f"rollouts.path={self.config.rollouts.path}: {error}") from None
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The student as (Hugging Face name, whole tensor), one at a time. Collective: consume it on every rank."""

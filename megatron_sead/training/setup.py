@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -55,8 +56,6 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             for line in config_warnings(config):
                 log.warning("%s", line)
         prompts = _load_prompts(config, student, teacher)
-        interrupt = InterruptFlag()
-        stack.callback(interrupt.restore)
         learner, chunks = _build_learner(config, student, teacher, parallel)
         run = Run(
             config=config,
@@ -82,12 +81,14 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             store=CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel),
             writer=None,
             console=console,
-            interrupt=interrupt,
+            interrupt=InterruptFlag(),
             state=Progress(),
             probe=probe_tokens(config.student.path, [p.student_token_ids for p in prompts]),
             started=started,
         )
         _begin_or_resume(run)
+        run.interrupt.listen()  # until now there was nothing to save, and a signal ended the process at once
+        stack.callback(run.interrupt.restore)
         if parallel.rank == 0:
             run.writer = MetricsWriter(config.output, run.state.step, config.reporting.tensorboard)
             stack.callback(run.writer.close)
@@ -169,7 +170,9 @@ def _begin_or_resume(run: Run) -> None:
     check_engine(run)
     if run.parallel.rank == 0:
         run.config.output.mkdir(parents=True, exist_ok=True)
-        (run.config.output / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
+        temporary = run.config.output / "config.yaml.tmp"  # a full disk must not cut the one that is there
+        temporary.write_text(dump_config(run.config), encoding="utf-8")
+        os.replace(temporary, run.config.output / "config.yaml")
     if restored is None:
         run.state.accuracy_before = evaluate_directory(run, run.config.student.path, run.tokenizer)
     torch.distributed.barrier(run.parallel.control)

@@ -1,0 +1,128 @@
+"""A user's mistake stops a run with one line that names it; what was written before is as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.training.launching import ROOT, Pools
+
+TINY = ROOT / "examples" / "tiny"
+FAST = ["training.steps=2", "training.lr_warmup_steps=0", "training.global_batch_size=8"]
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[Pools]:
+    pools = Pools()
+    yield pools
+    pools.stop()
+
+
+def refusal(pools: Pools, output: Path, *overrides: str) -> str:
+    """The UserError that ends a run on one rank."""
+    with pytest.raises(AssertionError) as caught:
+        pools.train(1, output, [*FAST, *overrides])
+    last = str(caught.value).strip().splitlines()[-1]
+    assert last.startswith("megatron_sead.errors.UserError: "), str(caught.value)
+    return last.partition(": ")[2]
+
+
+def student(tmp_path: Path, change: Any) -> str:
+    """A copy of the student whose tensors `change` has changed."""
+    directory = tmp_path / "student"
+    shutil.copytree(TINY / "student", directory)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return f"student.path={directory}"
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+WEIGHTS = {
+    "missing": (lambda t: t.pop(UP), f"tensors are missing: {UP}"),
+    "shape": (lambda t: t.update({UP: t[UP][:-2].contiguous()}), f"{UP} has shape [126, 64]"),
+    "unknown": (lambda t: t.update({"bogus": torch.zeros(1)}), "does not call for: bogus"),
+    "not a number": (lambda t: t[UP].fill_(float("nan")), "do not agree"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_wrong_weights(pools: Pools, tmp_path: Path, case: str) -> None:
+    change, told = WEIGHTS[case]
+    assert told in refusal(pools, tmp_path / "run", student(tmp_path, change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_truncated_weights(pools: Pools, tmp_path: Path) -> None:
+    setting = student(tmp_path, lambda tensors: None)
+    file = tmp_path / "student" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "not a whole safetensors file" in refusal(pools, tmp_path / "run", setting)
+
+
+def prompt_lines() -> list[str]:
+    return (TINY / "prompts.jsonl").read_text().splitlines()[:64]
+
+
+PROMPTS = {
+    "empty": ([], "holds no prompts"),
+    "malformed": ([*prompt_lines(), '{"prompt": "1+'], "line 65: not valid JSON"),
+    "twice": ([*prompt_lines(), prompt_lines()[0]], "line 65: id"),
+    "too long": (
+        [*prompt_lines(), json.dumps(json.loads(prompt_lines()[0]) | {"id": "x", "prompt": "1+" * 400})],
+        "tokens, which leaves no room for 40 new ones",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_wrong_prompts(pools: Pools, tmp_path: Path, case: str) -> None:
+    lines, told = PROMPTS[case]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(line + "\n" for line in lines))
+    assert told in refusal(pools, tmp_path / "run", f"prompts.path={path}")
+
+
+@pytest.fixture(scope="module")
+def recorded(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("recorded") / "run"
+    pools.train(1, output, FAST)
+    return output
+
+
+RECORDS = {
+    "another prompt": ({"prompt_id": "nobody's"}, 'answers prompt "nobody\'s"'),
+    "another vocabulary": ({"response_token_ids": [307], "log_probs": [0.0]}, "line 1: holds a token outside"),
+    "no response": ({"response_token_ids": [], "log_probs": []}, "line 1: not a rollout"),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_edited_rollouts(pools: Pools, recorded: Path, tmp_path: Path, case: str) -> None:
+    change, told = RECORDS[case]
+    folder = shutil.copytree(recorded / "rollouts", tmp_path / "rollouts")
+    first, *rest = (folder / "step-0.jsonl").read_text().splitlines()
+    edited = json.dumps(json.loads(first) | change)
+    (folder / "step-0.jsonl").write_text("".join(line + "\n" for line in [edited, *rest]))
+    assert told in refusal(pools, tmp_path / "run", "rollouts.engine=replay", f"rollouts.path={folder}")
+
+
+def test_rollouts_that_micro_batches_cannot_share(pools: Pools, recorded: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(recorded / "rollouts", tmp_path / "rollouts")
+    lines = (folder / "step-0.jsonl").read_text().splitlines(keepends=True)
+    (folder / "step-0.jsonl").write_text("".join(lines[:-1]))
+    told = refusal(pools, tmp_path / "run", "rollouts.engine=replay", f"rollouts.path={folder}")
+    assert "7 rollouts cannot be shared" in told
+
+
+def test_the_directory_of_another_run_stays_as_it_is(pools: Pools, recorded: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in recorded.rglob("*")}
+    assert "training.lr is 0.001 there and 0.5 here" in refusal(pools, recorded, "training.lr=0.5")
+    assert {path: path.stat().st_mtime_ns for path in recorded.rglob("*")} == before
