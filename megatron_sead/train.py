@@ -52,8 +52,8 @@ def main(
 
 
 def _examine(config: RunConfig, world_size: int, *, show: bool) -> None:
-    from megatron_sead.training.plan import make_plan, print_plan
-    from megatron_sead.training.preflight import check_inputs
+    from megatron_sead.planning.plan import make_plan, print_plan
+    from megatron_sead.planning.preflight import check_inputs
 
     plan = make_plan(config, world_size)
     if show:

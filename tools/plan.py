@@ -9,7 +9,7 @@ import typer
 
 from megatron_sead.cli import one_line_errors
 from megatron_sead.config import load_config
-from megatron_sead.training.plan import make_plan, print_plan
+from megatron_sead.planning.plan import make_plan, print_plan
 
 
 def main(

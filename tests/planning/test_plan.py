@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from megatron_sead.config import ModelSettings, ParallelSettings, RunConfig, load_config
 from megatron_sead.errors import UserError
-from megatron_sead.training.plan import make_plan, padded_vocabulary, read_shape
-from megatron_sead.training.preflight import check_inputs
+from megatron_sead.planning.plan import make_plan, padded_vocabulary, read_shape
+from megatron_sead.planning.preflight import check_inputs
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "examples" / "shapes"
@@ -70,7 +70,7 @@ def test_olmo_vocabulary_is_padded_to_a_size_that_every_power_of_two_divides() -
 
 def test_the_model_is_padded_as_planned() -> None:
     from megatron_sead.models.olmo3 import config as built
-    from megatron_sead.training import plan
+    from megatron_sead.planning import plan
 
     assert built.VOCABULARY_MULTIPLE == plan.VOCABULARY_MULTIPLE
     assert built.MODEL_TYPES == plan.MODEL_TYPES

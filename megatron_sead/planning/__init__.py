@@ -1,0 +1,1 @@
+"""Before a run: are its files there, and what will it need? Neither torch nor a GPU."""
