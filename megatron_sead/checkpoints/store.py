@@ -19,6 +19,7 @@ import megatron.core
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sead.checkpoints.manifest import (
     Damage,
@@ -76,8 +77,11 @@ class CheckpointStore:
         _start_no_manager_process()
         try:
             dist_checkpointing.save(content, str(temporary))
-        except (OSError, RuntimeError) as error:  # torch's writers tell a full disk by a RuntimeError
+        except OSError as error:
             raise self._refusal(error) from error
+        except CheckpointException as error:  # on every rank: what the writers of some ranks met, a full disk mostly
+            first, _ = next(iter(error.failures.values()))
+            raise self._refusal(first) from error
         plain = {"state": state, "scheduler": scheduler.state_dict()}
         generators = from_all_ranks(random_state(), self.parallel.control)
         self._on_first_rank(lambda: torch.save(plain | {"generators": generators}, temporary / STATE_FILE))
@@ -187,7 +191,7 @@ class CheckpointStore:
         if refusal is not None:
             raise refusal
 
-    def _refusal(self, error: OSError | RuntimeError) -> UserError:
+    def _refusal(self, error: BaseException) -> UserError:
         reason = " ".join(str(error).split())
         free = shutil.disk_usage(self.directory).free if self.directory.is_dir() else 0
         return UserError(
