@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_sead.config import RunConfig, load_config
+from megatron_sead.config import ParallelSettings, RunConfig, load_config
 from megatron_sead.errors import UserError
 from megatron_sead.settings_file import flatten
 
@@ -54,13 +54,12 @@ def check_output(config: RunConfig) -> None:
         )
 
 
-def check_world_size(config: RunConfig, world_size: int) -> int:
-    """Data-parallel size of the run on so many ranks.
+def data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
+    """What is left of the ranks.
 
     Raises:
-        UserError: ranks that the layout does not divide, or a batch that the data-parallel ranks cannot share.
+        UserError: ranks that the layout does not divide.
     """
-    parallel, training = config.parallel, config.training
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     model_ranks = tp * pp * parallel.context_parallel_size
     if world_size < 1 or world_size % model_ranks:
@@ -68,8 +67,18 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
             f"{world_size} ranks: must be a multiple of {model_ranks}, which is tensor {tp} x pipeline {pp} "
             f"x context {parallel.context_parallel_size} (parallel.*)"
         )
-    data_parallel_size = world_size // model_ranks
-    unit = training.micro_batch_size * data_parallel_size
+    return world_size // model_ranks
+
+
+def check_world_size(config: RunConfig, world_size: int) -> int:
+    """Data-parallel size of the run on so many ranks.
+
+    Raises:
+        UserError: ranks that the layout does not divide, or a batch that the data-parallel ranks cannot share.
+    """
+    parallel, training = config.parallel, config.training
+    pp, replicas = parallel.pipeline_model_parallel_size, data_parallel_size(parallel, world_size)
+    unit = training.micro_batch_size * replicas
     virtual = parallel.virtual_pipeline_model_parallel_size
     if virtual is not None:
         unit *= pp  # the interleaved schedule runs micro-batches in groups of pp
@@ -78,10 +87,10 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
         valid = f"{below} or {below + unit}" if below else f"{unit}"
         raise UserError(
             f"training.global_batch_size={training.global_batch_size}: must be a multiple of {unit}, for example "
-            f"{valid}: micro_batch_size {training.micro_batch_size} x data-parallel size {data_parallel_size}"
+            f"{valid}: micro_batch_size {training.micro_batch_size} x data-parallel size {replicas}"
             + (f" x {pp} pipeline stages, since virtual stages need whole groups" if virtual is not None else "")
         )
-    return data_parallel_size
+    return replicas
 
 
 def config_warnings(config: RunConfig) -> list[str]:

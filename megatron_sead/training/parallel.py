@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_sead.config import ParallelSettings
+from megatron_sead.config_checks import data_parallel_size
 from megatron_sead.errors import UserError
 from megatron_sead.models.parallel import ParallelContext
 from megatron_sead.training.cpu_adaptor import is_adapted
@@ -32,11 +33,10 @@ def initialize_parallel(settings: ParallelSettings, device: str, seed: int) -> P
     Raises:
         UserError: a layout that the ranks do not fill, or a device that is not there.
     """
-    _check_layout(settings)
     torch_device = _choose_device(device)
     if not dist.is_initialized():
         _join(device)
-    _check_world_size(settings, dist.get_world_size())
+    data_parallel_size(settings, dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
@@ -64,29 +64,6 @@ def destroy_parallel(*, keep_world: bool = False) -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
-
-
-def _check_layout(settings: ParallelSettings) -> None:
-    tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
-    virtual, context = settings.virtual_pipeline_model_parallel_size, settings.context_parallel_size
-    if context > 1:
-        raise UserError(f"parallel.context_parallel_size={context}: only 1 works so far")
-    if settings.sequence_parallel and tp == 1:
-        raise UserError("parallel.sequence_parallel=true: needs parallel.tensor_model_parallel_size of at least 2")
-    if virtual is not None and pp == 1:
-        raise UserError(
-            f"parallel.virtual_pipeline_model_parallel_size={virtual}: needs parallel.pipeline_model_parallel_size "
-            "of at least 2; or set it to null"
-        )
-
-
-def _check_world_size(settings: ParallelSettings, world_size: int) -> None:
-    tp, pp = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
-    if world_size % (tp * pp * settings.context_parallel_size):
-        raise UserError(
-            f"{world_size} ranks: must be a multiple of {tp * pp * settings.context_parallel_size}, "
-            f"which is parallel.tensor_model_parallel_size={tp} x parallel.pipeline_model_parallel_size={pp}"
-        )
 
 
 def _choose_device(device: str) -> torch.device:
