@@ -53,7 +53,8 @@ def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, 
     decided: list[Supervision] = []
     scores: list[TokenScores] = []
     whole_step = learner.supervisor.needs_whole_step()
-    if whole_step:
+    scores_ahead = whole_step and len(micro_batches) > 1  # a single one is the whole step, in the training pass itself
+    if scores_ahead:
         scores = score_student(learner.student, micro_batches, teacher_hidden, learner.heads, learner.parallel)
         if learner.parallel.is_last_stage:
             decided = learner.supervisor.supervise_step(scores, micro_batches, alpha, step)
@@ -62,11 +63,14 @@ def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, 
     def distill(index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
         micro_batch, heads = micro_batches[index], learner.heads
         from_teacher = teacher_hidden[index].to(hidden.device)
-        if whole_step:
+        if scores_ahead:
             score, supervision = scores[index], decided[index]
         else:
             score = heads.score(hidden, from_teacher, micro_batch.targets)
-            supervision = learner.supervisor.supervise_micro_batch(score, micro_batch, alpha, step)
+            if whole_step:
+                (supervision,) = learner.supervisor.supervise_step([score], [micro_batch], alpha, step)
+            else:
+                supervision = learner.supervisor.supervise_micro_batch(score, micro_batch, alpha, step)
         loss = heads.divergence(hidden, from_teacher, supervision.weights).sum()
         return loss, supervision.count.int(), (loss.detach(), score, supervision)
 

@@ -16,6 +16,7 @@ from megatron_sead.models.olmo3.rotary import PLAIN, YARN, rotate
 # n query heads, g key/value heads, r = n/g queries a key, d head dimension
 
 QUERY_BLOCK = 1024  # queries of a sliding layer that are scored at once, each block against its own keys alone
+SMALL_BLOCK = 128  # fewer cost more in calls than they save in scores, however narrow the window
 
 
 class Olmo3Attention(SelfAttention):
@@ -104,7 +105,7 @@ def banded_attention(
     Blocks of queries, each with the keys that any of them sees: s * (block + window) scores, never s * s.
     """
     length = query.shape[2]
-    block = min(block, window)
+    block = min(block, max(window, SMALL_BLOCK))
     blocks = []
     for start in range(0, length, block):
         end = min(start + block, length)
