@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sead.evaluation import evaluate
-from megatron_sead.prompts import ModelTokenizer, load_prompts
+from megatron_sead.prompts import ModelTokenizer
 from megatron_sead.rollouts import make_engine
 from megatron_sead.training.run import Run
 
@@ -17,10 +17,8 @@ def evaluate_directory(run: Run, directory: Path, tokenizer: ModelTokenizer) -> 
     The transformers engine answers, whatever engine the run uses: replayed rollouts cannot.
     """
     config = run.config
-    if config.evaluation.path is None:
+    if not run.heldout:
         return None
-    settings = config.prompts.model_copy(update={"path": config.evaluation.path})
-    prompts = load_prompts(settings, tokenizer, limit=config.evaluation.limit)
     engine = make_engine(
         config.rollouts.model_copy(update={"engine": "transformers"}),
         directory,
@@ -35,7 +33,7 @@ def evaluate_directory(run: Run, directory: Path, tokenizer: ModelTokenizer) -> 
     result = evaluate(
         engine,
         tokenizer,
-        prompts,
+        run.heldout,
         run.grader,
         max_new_tokens=config.evaluation.max_new_tokens or config.rollouts.max_new_tokens,
         samples=config.evaluation.samples,

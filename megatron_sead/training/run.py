@@ -46,6 +46,7 @@ class Run:
     student_chunks: list[Olmo3Model]  # the student without Megatron's DDP around it
     tokenizer: ModelTokenizer
     prompts: list[Prompt]
+    heldout: list[Prompt]  # to measure on; empty without evaluation.path
     engine: RolloutEngine
     grader: Grader
     curriculum: Curriculum

@@ -56,6 +56,7 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             for line in config_warnings(config):
                 log.warning("%s", line)
         prompts = _load_prompts(config, student, teacher)
+        heldout = _load_heldout(config, student, teacher)
         learner, chunks = _build_learner(config, student, teacher, parallel)
         run = Run(
             config=config,
@@ -64,6 +65,7 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             student_chunks=chunks,
             tokenizer=student,
             prompts=prompts,
+            heldout=heldout,
             engine=make_engine(
                 config.rollouts,
                 config.student.path,
@@ -102,6 +104,20 @@ def _load_prompts(config: RunConfig, student: ModelTokenizer, teacher: ModelToke
         teacher,
         teacher_prompt_field=config.teacher.prompt_field,
         max_new_tokens=config.rollouts.max_new_tokens,
+    )
+
+
+def _load_heldout(config: RunConfig, student: ModelTokenizer, teacher: ModelTokenizer) -> list[Prompt]:
+    """The teacher answers the problem itself here, whatever its prompt in training."""
+    evaluation = config.evaluation
+    if evaluation.path is None:
+        return []
+    return load_prompts(
+        config.prompts.model_copy(update={"path": evaluation.path}),
+        student,
+        teacher,
+        max_new_tokens=evaluation.max_new_tokens or config.rollouts.max_new_tokens,
+        limit=evaluation.limit,
     )
 
 
