@@ -149,7 +149,7 @@ def watch_run(clock: Clock, run: Any) -> None:
     clock.watch(run, "grade", "grading")
     clock.watch(run, "pack", "packing")
     clock.watch(run, "load_engine", "weights to the engine")
-    for chunk in run.learner.teacher:
+    for chunk in run.learner.teacher.chunks:
         clock.watch(chunk, "forward", "teacher forward")
     for chunk in run.learner.student:
         clock.watch(chunk, "forward", student_pass)

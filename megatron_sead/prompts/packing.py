@@ -69,11 +69,15 @@ def pack(
     for start in range(0, len(mine), micro_batch_size):
         rows = mine[start : start + micro_batch_size]
         written = [responses[i] for i in rows]
+        asked, asked_teacher = [prompts_student[i] for i in rows], [prompts_teacher[i] for i in rows]
+        student = _view(asked, written, length_multiple, pad_token_id, device)
+        same = asked == asked_teacher
+        teacher = student if same else _view(asked_teacher, written, length_multiple, pad_token_id, device)
         counts = torch.tensor([len(response) for response in written])
         micro_batches.append(
             MicroBatch(
-                student=_view([prompts_student[i] for i in rows], written, length_multiple, pad_token_id, device),
-                teacher=_view([prompts_teacher[i] for i in rows], written, length_multiple, pad_token_id, device),
+                student=student,
+                teacher=teacher,
                 targets=torch.tensor([token for response in written for token in response], device=device),
                 rollout_index=torch.tensor(rows).repeat_interleave(counts).to(device),
                 position=torch.cat([torch.arange(len(response)) for response in written]).to(device),

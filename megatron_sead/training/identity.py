@@ -20,7 +20,7 @@ from megatron_sead.prompts import MicroBatch, TokenView
 from megatron_sead.rollouts import Sampling
 from megatron_sead.rollouts.transformers_engine import TransformersEngine
 from megatron_sead.training.run import Run
-from megatron_sead.training.scoring import score_student, teacher_hidden_states
+from megatron_sead.training.scoring import score_student
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def trained_log_probs(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     view = TokenView(ids, index)
     probe = MicroBatch(view, view, ids[0, 1 : count + 1], torch.zeros_like(index), index, torch.ones_like(index).bool())
     copies = [probe] * parallel.pp_size  # virtual pipeline stages want a multiple of the pipeline size
-    teacher_hidden = teacher_hidden_states(learner.teacher, copies, parallel)
+    teacher_hidden = learner.teacher.hidden_states(copies, parallel)
     scores = score_student(learner.student, copies, teacher_hidden, learner.heads, parallel)
     both = torch.zeros(2, count, device=parallel.device)
     if parallel.is_last_stage:

@@ -1,4 +1,4 @@
-"""Forward-only passes: the teacher's final hidden states, and both models' statistics of every response token."""
+"""Both heads, which turn hidden states into statistics and into the loss; the student's forward-only pass."""
 
 from __future__ import annotations
 
@@ -59,24 +59,6 @@ class Heads:
             vocab_size=self.vocab_size,
             scratch_bytes=self.scratch_bytes,
         )
-
-
-def teacher_hidden_states(
-    chunks: list[torch.nn.Module], micro_batches: list[MicroBatch], parallel: ParallelContext
-) -> list[torch.Tensor]:
-    """The teacher's final hidden states [n, h] at the response positions, a micro-batch each, in host memory.
-
-    Ten kilobytes a token at hidden size 5120, against two hundred for logits over 100k tokens, which its head
-    recomputes exactly. Pinned when they come from a GPU. Empty before the last pipeline stage.
-    """
-
-    def to_host(index: int, hidden: torch.Tensor) -> torch.Tensor:
-        if not hidden.is_cuda:
-            return hidden.detach()
-        host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
-        return host.copy_(hidden)
-
-    return run_schedule(chunks, micro_batches, "teacher", to_host, parallel=parallel, forward_only=True)
 
 
 def score_student(

@@ -31,6 +31,7 @@ from megatron_sead.training.run import Progress, Run
 from megatron_sead.training.scoring import Heads
 from megatron_sead.training.step import Learner
 from megatron_sead.training.supervision import Supervisor
+from megatron_sead.training.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +137,7 @@ def _build_learner(
     config: RunConfig, student: ModelTokenizer, teacher: ModelTokenizer, parallel: ParallelContext
 ) -> tuple[Learner, list[Olmo3Model]]:
     teacher_chunks = _build_model(config, config.teacher, parallel)
-    for chunk in teacher_chunks:
-        chunk.requires_grad_(False).eval()
+    frozen = Teacher(teacher_chunks, offload=config.teacher.offload)
     student_chunks = _build_model(config, config.student, parallel)
     sizes = [chunks[0].config.vocab_size for chunks in (student_chunks, teacher_chunks)]
     if sizes[0] != sizes[1]:
@@ -148,7 +148,7 @@ def _build_learner(
     ddp_chunks, optimizer, scheduler = build_optimizer(student_chunks, config.training, parallel)
     heads = Heads(
         student=student_chunks[-1].head_weight,
-        teacher=teacher_chunks[-1].head_weight,
+        teacher=frozen.head,
         student_stop_token_ids=student.stop_token_ids,
         teacher_stop_token_ids=teacher.stop_token_ids,
         vocab_size=sizes[0],
@@ -156,7 +156,7 @@ def _build_learner(
         group=parallel.tp if parallel.tp_size > 1 else None,
     )
     supervisor = Supervisor(config, parallel.dp if parallel.dp_size > 1 else None)
-    return Learner(ddp_chunks, list(teacher_chunks), optimizer, scheduler, heads, supervisor, parallel), student_chunks
+    return Learner(ddp_chunks, frozen, optimizer, scheduler, heads, supervisor, parallel), student_chunks
 
 
 def _build_curriculum(config: RunConfig, prompts: list[Prompt]) -> Curriculum:

@@ -14,8 +14,9 @@ from megatron_sead.models.parallel import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.measure import measure_tokens
 from megatron_sead.training.pipeline import run_schedule
-from megatron_sead.training.scoring import Heads, score_student, teacher_hidden_states
+from megatron_sead.training.scoring import Heads, score_student
 from megatron_sead.training.supervision import Supervision, Supervisor, gather_tokens
+from megatron_sead.training.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ class Learner:
     """The student that trains, the teacher that scores it, and what updates the student."""
 
     student: list[torch.nn.Module]  # chunks under Megatron's DDP
-    teacher: list[torch.nn.Module]  # frozen chunks
+    teacher: Teacher
     optimizer: Any  # megatron.core MegatronOptimizer
     scheduler: Any  # megatron.core OptimizerParamScheduler
     heads: Heads
@@ -49,7 +50,7 @@ def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, 
     that no mean of means arises.
     """
     started = time.perf_counter()
-    teacher_hidden = teacher_hidden_states(learner.teacher, micro_batches, learner.parallel)
+    teacher_hidden = learner.teacher.hidden_states(micro_batches, learner.parallel)
     decided: list[Supervision] = []
     scores: list[TokenScores] = []
     whole_step = learner.supervisor.needs_whole_step()

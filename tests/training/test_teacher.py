@@ -1,0 +1,41 @@
+"""The teacher's weights between passes. That its hidden states are right is held by test_step_reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed.ranks import RankPool
+from tests.training.launching import ROOT
+
+
+def places_of_weights(device: str) -> tuple[set[str], set[str], str, bool]:
+    """Device types between passes and within one, the head's, and whether a pass left every value as it was."""
+    from megatron_sead.config import ParallelSettings
+    from megatron_sead.models import build_model
+    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+    from megatron_sead.training.teacher import Teacher
+
+    parallel = initialize_parallel(ParallelSettings(), device, 0)
+    chunks = build_model(ROOT / "examples" / "tiny" / "teacher", parallel, precision="fp32")
+    before = {name: value.clone() for name, value in chunks[0].named_parameters()}
+    teacher = Teacher(chunks, offload=True)
+    body = [p for p in chunks[0].parameters() if p is not chunks[0].head_weight]
+    between = {p.device.type for p in body}
+    assert teacher._visiting is not None and teacher.head is not None
+    with teacher._visiting:
+        within = {p.device.type for p in body}
+    same = all(torch.equal(value.to(device), before[name]) for name, value in chunks[0].named_parameters())
+    assert not any(p.requires_grad for p in chunks[0].parameters())
+    destroy_parallel(keep_world=True)
+    return between, within, teacher.head.device.type, same
+
+
+def test_on_a_cpu_nothing_moves_and_nothing_changes() -> None:
+    with RankPool(1) as ranks:
+        assert ranks.run(places_of_weights, "cpu") == [({"cpu"}, {"cpu"}, "cpu", True)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: weights move between it and host memory")
+def test_on_a_gpu_all_but_the_head_lives_in_host_memory() -> None:
+    assert places_of_weights("cuda") == ({"cpu"}, {"cuda"}, "cuda", True)
