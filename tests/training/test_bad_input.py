@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,6 @@ from tests.training.launching import ROOT, Pools
 
 TINY = ROOT / "examples" / "tiny"
 FAST = ["training.steps=2", "training.lr_warmup_steps=0", "training.global_batch_size=8"]
-
-
-@pytest.fixture(scope="module")
-def pools() -> Iterator[Pools]:
-    pools = Pools()
-    yield pools
-    pools.stop()
 
 
 def refusal(pools: Pools, output: Path, *overrides: str) -> str:

@@ -7,7 +7,6 @@ or padded columns in a softmax are off by 1e-2 and more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,13 +36,6 @@ LAYOUTS = {
     "tp2 x pp2 sequence parallel": (4, [*TP2, *PP2, *SP]),
     "tp2 x dp2": (4, TP2),
 }
-
-
-@pytest.fixture(scope="module")
-def pools() -> Iterator[Pools]:
-    pools = Pools()
-    yield pools
-    pools.stop()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ the loss by 1e-4 and more at these sizes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +32,6 @@ class Tokens:
     student_entropy: torch.Tensor
     teacher_entropy: torch.Tensor
     rollout: torch.Tensor
-
-
-@pytest.fixture(scope="module")
-def pools() -> Iterator[Pools]:
-    pools = Pools()
-    yield pools
-    pools.stop()
 
 
 @pytest.fixture(scope="module")
