@@ -169,3 +169,10 @@ def test_bad_shapes_are_refused() -> None:
         assign_zones(torch.zeros(2), torch.zeros(2), torch.ones(3))
     with pytest.raises(ValueError, match="token_index"):
         assign_zones(torch.zeros(2), torch.zeros(2), torch.ones(2), token_index=torch.zeros(1))
+
+
+def test_shares_round_to_the_nearest_token() -> None:
+    """Of 17 tokens a tenth is 1.7 and two fifths are 6.8."""
+    entropies = torch.arange(17.0)
+    zones = assign_zones(entropies, entropies.flip(0), torch.ones(17, dtype=torch.bool))
+    assert [int((zones == zone).sum()) for zone in (0, 1, 2)] == [8, 7, 2]
