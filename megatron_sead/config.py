@@ -133,8 +133,6 @@ class TrainingSettings(Settings):
                 f"training.global_batch_size={self.global_batch_size}: must be divisible by "
                 f"training.micro_batch_size={self.micro_batch_size}"
             )
-        if self.lr_warmup_steps > self.steps:
-            yield f"training.lr_warmup_steps={self.lr_warmup_steps}: must be at most training.steps={self.steps}"
         if self.min_lr > self.lr:
             yield f"training.min_lr={self.min_lr:g}: must be at most training.lr={self.lr:g}"
 

@@ -104,4 +104,9 @@ def config_warnings(config: RunConfig) -> list[str]:
             f"about {furthest:.1e}, and bf16 rounds away what is under {half_spacing:.1e} at a weight of 0.02; "
             "most weights that write the rollouts will never change"
         )
+    if training.lr_warmup_steps >= training.steps:
+        lines.append(
+            f"training.lr_warmup_steps={training.lr_warmup_steps} is not under training.steps={training.steps}: the "
+            "learning rate only rises, and does not reach training.lr"
+        )
     return lines

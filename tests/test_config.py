@@ -105,7 +105,6 @@ REFUSALS = [
     (["parallel.sequence_parallel=true"], ["sequence_parallel", "at least 2, not 1"]),
     (["parallel.virtual_pipeline_model_parallel_size=2"], ["pipeline_model_parallel_size", "not 1"]),
     (["parallel.context_parallel_size=2"], ["context_parallel_size=2", "only 1"]),
-    (["training.lr_warmup_steps=11"], ["lr_warmup_steps=11", "training.steps=10"]),
     (["training.min_lr=1"], ["training.min_lr=1", "training.lr=1e-06"]),
     (["annealing.end=0.9"], ["annealing.end=0.9", "annealing.start=0.8"]),
     (["device=cpu", "training.attention_backend=transformer_engine"], ["attention_backend", "cuda"]),
@@ -240,6 +239,12 @@ def test_an_output_that_is_a_file_or_holds_an_unreadable_run_is_refused(tmp_path
 )
 def test_a_learning_rate_below_bf16_resolution_warns(overrides: list[str], warned: bool) -> None:
     assert any("resolution" in line for line in config_warnings(config(*overrides))) == warned
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(9, False), (10, True), (11, True)])
+def test_a_warm_up_as_long_as_the_run_is_told(warmup: int, warned: bool) -> None:
+    lines = config_warnings(config(f"training.lr_warmup_steps={warmup}"))
+    assert any("only rises" in line for line in lines) == warned
 
 
 def test_a_configuration_is_read_without_torch() -> None:
