@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron_sead.config import RunConfig
+from megatron_sead.config import ZONE_POLICIES, RunConfig
 from megatron_sead.distillation import (
     PolicyInput,
     RunningThresholds,
@@ -80,7 +80,6 @@ class Supervisor:
         group: data-parallel ranks, over which the tokens of a step are spread.
     """
 
-    _POLICIES_WITH_ZONES = ("sead", "zones")
     _POLICIES_OVER_THE_STEP = ("tip_soft_or",)
 
     def __init__(self, config: RunConfig, group: ProcessGroup | None) -> None:
@@ -103,7 +102,7 @@ class Supervisor:
     @property
     def uses_zones(self) -> bool:
         """Does the policy look at zones? If not, they are computed for the metrics alone."""
-        return self._policy_name in self._POLICIES_WITH_ZONES
+        return self._policy_name in ZONE_POLICIES
 
     def needs_whole_step(self) -> bool:
         """Must both entropies of every token of the step be known before the first backward pass?"""
