@@ -83,13 +83,13 @@ class _GeneralizedJSD(torch.autograd.Function):
         rows = [logits.reshape(-1, logits.shape[-1]) for logits in (student, teacher)]
         tokens, dtype = len(rows[0]), accumulation_dtype(student.dtype)
         own = torch.empty(tokens, 4, dtype=dtype, device=student.device)
-        for place in token_blocks(tokens, shard.real):
+        for place in token_blocks(rows[0], shard.real):
             for model in (0, 1):
                 own[place, 2 * model : 2 * model + 2] = own_normalizer(rows[model][place, : shard.real].to(dtype))
         parts = gather_ranks(own, shard.group)
         normalizers = torch.cat([*join_normalizers(parts[..., :2]), *join_normalizers(parts[..., 2:])], dim=-1)
         sums = torch.empty(tokens, 2, dtype=dtype, device=student.device)
-        for place in token_blocks(tokens, shard.real):
+        for place in token_blocks(rows[0], shard.real):
             p, q, d = _probabilities(rows[0][place], rows[1][place], normalizers[place], shard)
             pu = p * _log_mixture_ratio(d, beta, 1 - beta)
             qv = q * _log_mixture_ratio(-d, 1 - beta, beta)
@@ -109,7 +109,7 @@ class _GeneralizedJSD(torch.autograd.Function):
         scale = (ctx.beta - 1) * upstream.reshape(-1, 1).to(normalizers.dtype)
         gradient = torch.zeros(student.shape, dtype=student.dtype, device=student.device)
         rows = [tensor.reshape(-1, student.shape[-1]) for tensor in (student, teacher, gradient)]
-        for place in token_blocks(len(scale), shard.real):
+        for place in token_blocks(rows[0], shard.real):
             z, w, out = (tensor[place] for tensor in rows)
             p, _, d = _probabilities(z, w, normalizers[place], shard)
             out[:, : shard.real] = scale[place] * p * (_log_mixture_ratio(d, ctx.beta, 1 - ctx.beta) - mean_u[place])

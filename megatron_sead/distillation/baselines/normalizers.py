@@ -17,14 +17,15 @@ from torch.distributed import ProcessGroup
 
 # Shapes: n tokens; tp ranks of `group`; c real columns of this rank; r rows of a block
 
-BLOCK_ELEMENTS = 2**20  # of an fp32 buffer: what lives beside the inputs does not grow with the tokens
+BLOCK_ELEMENTS = 2**20  # of a buffer of scratch on a CPU; a device is kept busy with more
 
 
-def token_blocks(tokens: int, columns: int) -> Iterator[slice]:
-    """Consecutive tokens whose [r, columns] make a block of scratch."""
-    rows = max(1, BLOCK_ELEMENTS // max(1, columns))
-    for start in range(0, tokens, rows):
-        yield slice(start, min(start + rows, tokens))
+def token_blocks(logits: torch.Tensor, columns: int) -> Iterator[slice]:
+    """Consecutive tokens of `logits` [n, V] whose [r, columns] are a block: scratch does not grow with the tokens."""
+    elements = BLOCK_ELEMENTS if logits.device.type == "cpu" else 16 * BLOCK_ELEMENTS
+    rows = max(1, elements // max(1, columns))
+    for start in range(0, len(logits), rows):
+        yield slice(start, min(start + rows, len(logits)))
 
 
 def vocabulary_total(width: int, group: ProcessGroup | None, vocab_size: int | None) -> int:

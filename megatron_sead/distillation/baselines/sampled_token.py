@@ -103,7 +103,7 @@ class _SampledToken(torch.autograd.Function):
         gradient = torch.zeros(student.shape, dtype=student.dtype, device=student.device)
         rows, out = student.reshape(-1, student.shape[-1]), gradient.view(-1, student.shape[-1])
         tokens = torch.arange(shard.real, device=student.device)
-        for place in token_blocks(len(rows), shard.real):
+        for place in token_blocks(rows, shard.real):
             x = rows[place, : shard.real].to(slope.dtype)
             probability = (x - maximum[place] - log_sum[place]).exp_()
             out[place, : shard.real] = slope[place] * ((tokens == columns[place]).to(slope.dtype) - probability)
@@ -114,7 +114,7 @@ def _own_part(logits: torch.Tensor, columns: torch.Tensor, shard: VocabularyShar
     """[n, 3] maximum and sum of this rank's columns, and the target's logit where it is among them, else 0."""
     rows = logits.reshape(-1, logits.shape[-1])
     own = torch.zeros(len(rows), 3, dtype=accumulation_dtype(logits.dtype), device=logits.device)
-    for place in token_blocks(len(rows), shard.real):
+    for place in token_blocks(rows, shard.real):
         x = rows[place, : shard.real].to(own.dtype)
         own[place, :2] = own_normalizer(x)
         if shard.real > 0:

@@ -123,7 +123,7 @@ class _TopKDivergence(torch.autograd.Function):
         slopes = slopes * upstream.reshape(-1, 1).to(slopes.dtype)
         gradient = torch.zeros(student.shape, dtype=student.dtype, device=student.device)
         rows, out = student.reshape(-1, student.shape[-1]), gradient.view(-1, student.shape[-1])
-        for place in token_blocks(len(rows), real):
+        for place in token_blocks(rows, real):
             # its last column takes what belongs to other ranks
             block = slopes.new_zeros(place.stop - place.start, real + 1)
             if rest:

@@ -83,7 +83,7 @@ def _own_candidates(models: list[torch.Tensor], k: int, shard: VocabularyShard) 
     sent, best = min(k, width), min(k, shard.real)
     own = torch.full((tokens, len(models), sent + 2), -torch.inf, dtype=dtype, device=device)
     candidates = torch.full((tokens, sent), shard.real, dtype=torch.int64, device=device)
-    for place in token_blocks(tokens, shard.real):
+    for place in token_blocks(models[0], shard.real):
         columns = _largest(models[0][place, : shard.real], best)
         candidates[place, :best] = columns
         for model, logits in enumerate(models):

@@ -37,8 +37,9 @@ def test_value_and_gradient(ranks: Ranks, tp: str, vocab_size: int) -> None:
         compare(ranks, tp, case, loss_of, lambda z, w, beta=beta: textbook(z, w, beta), COLLECTIVES, beta=beta)
 
 
-def test_low_precision(ranks: Ranks) -> None:
-    case = make_case(1003, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_types_of_logits(ranks: Ranks, dtype: torch.dtype) -> None:
+    case = make_case(1003, dtype)
     compare(ranks, "2", case, loss_of, lambda z, w: textbook(z, w, 0.3), COLLECTIVES, beta=0.3)
 
 

@@ -40,7 +40,9 @@ def test_the_size_of_a_block_changes_nothing(
 
 
 def test_blocks_are_small() -> None:
-    blocks = list(token_blocks(1000, 100_352))
+    tokens, columns = 1000, 100_352
+    blocks = list(token_blocks(torch.empty(tokens, 1), columns))
     assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
-    assert (blocks[0].start, blocks[-1].stop) == (0, 1000)
-    assert max(block.stop - block.start for block in blocks) * 100_352 <= normalizers.BLOCK_ELEMENTS
+    assert (blocks[0].start, blocks[-1].stop) == (0, tokens)
+    assert max(block.stop - block.start for block in blocks) * columns <= normalizers.BLOCK_ELEMENTS
+    assert list(token_blocks(torch.empty(2, 1), 2**30)) == [slice(0, 1), slice(1, 2)]

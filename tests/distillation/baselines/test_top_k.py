@@ -64,8 +64,14 @@ def test_all_tokens_are_the_exact_divergence(ranks: Ranks, tp: str, tail: str) -
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_low_precision(ranks: Ranks, tail: str) -> None:
-    """bf16 logits of a thousand tokens have many equals around the k-th."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_types_of_logits(ranks: Ranks, tail: str, dtype: torch.dtype) -> None:
+    case = make_case(1003, dtype)
+    compare(ranks, "2", case, loss_of, lambda z, w: textbook(case, z, w, 50, tail), ONE_GATHER, k=50, tail=tail)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_bf16_with_many_equals_around_the_last_of_the_top_k(ranks: Ranks, tail: str) -> None:
     case = make_case(1003, torch.bfloat16)
     ordered = case.teacher.sort(dim=-1, descending=True).values
     assert (ordered[..., 199] == ordered[..., 200]).sum() > 5
