@@ -134,7 +134,7 @@ def _measure(
     python: str, plan: dict[Case, dict[int, str | None]], losses: list[Loss], settings: dict[str, Any], cores: int
 ) -> dict[str, Any]:
     """Both passes of every TP."""
-    result: dict[str, Any] = {"absent": {}, "versions": {}, "rows": []}
+    result: dict[str, Any] = {"absent": _without_tensor_parallelism(plan, losses), "versions": {}, "rows": []}
     rows = {
         (case, index): {"case": vars(case), "name": losses[index].name, "computes": str(losses[index].computes or "")}
         | ({"reason": reason} if reason else {})
@@ -158,12 +158,22 @@ def _measure(
                 else:
                     _take(message, losses, rows, result, f"TP {split}, {what}")
             progress.advance(bar)
-    for index in {index for _, index in rows}:
-        if losses[index].name in result["absent"]:
-            rows = {key: row for key, row in rows.items() if key[1] != index}
+    rows = {key: row for key, row in rows.items() if losses[key[1]].name not in result["absent"]}
+    _compare(rows, losses, result.get("ceilings"))
     result["rows"] = list(rows.values())
-    _compare(rows, losses)
+    if not any("peak_bytes" in row for row in result["rows"]):
+        result["absent"]["peak memory"] = "not measured; on a CPU that needs Linux's /proc/self/clear_refs"
     return result
+
+
+def _without_tensor_parallelism(plan: dict[Case, dict[int, str | None]], losses: list[Loss]) -> dict[str, str]:
+    chosen = {index for indices in plan.values() for index in indices}
+    splits = max(case.tp for case in plan) > 1
+    return {
+        f"{losses[index].name} at TP 2 and more": "it has no tensor parallelism"
+        for index in sorted(chosen)
+        if splits and not losses[index].tensor_parallel
+    }
 
 
 def _take(
@@ -186,12 +196,16 @@ def _take(
         rows[Case(**message.pop("case")), message.pop("loss")].update(message)
 
 
-def _compare(rows: dict[tuple[Case, int], dict[str, Any]], losses: list[Loss]) -> None:
+def _compare(
+    rows: dict[tuple[Case, int], dict[str, Any]], losses: list[Loss], ceilings: dict[str, float] | None
+) -> None:
     """What follows from the measured: ratios, units, rates."""
     floors = {case: row.get("median_seconds") for (case, index), row in rows.items() if losses[index].computes is None}
     for (case, _), row in rows.items():
         if "median_seconds" in row:
-            row["work_per_second"] = least_work(case) / row["min_seconds"]
+            row["work_per_second"] = least_work(case) / row["median_seconds"]
+            if ceilings:
+                row["of_ceiling"] = row["work_per_second"] / ceilings[case.form]
             if floors.get(case):
                 row["over_floor"] = row["median_seconds"] / floors[case]
         if "peak_bytes" in row:

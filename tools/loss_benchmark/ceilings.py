@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from loss_benchmark.cases import DTYPES, LOGITS, Case
+from loss_benchmark.cases import DTYPES, FUSED, LOGITS, Case
 from loss_benchmark.meters import seconds
 
 COPY_BYTES = 2**30
@@ -13,7 +13,7 @@ REPEATS = 10
 
 
 def device_ceilings(device: torch.device) -> dict[str, float]:
-    """Bytes a second (read and written) and operations a second."""
+    """By form, what `least_work` counts, a second: bytes read and written, and operations."""
     source = torch.ones(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(SIDE, SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -21,8 +21,8 @@ def device_ceilings(device: torch.device) -> dict[str, float]:
     copying = min(seconds(lambda: target.copy_(source), device) for _ in range(REPEATS))
     multiplying = min(seconds(lambda: torch.mm(a, b, out=product), device) for _ in range(REPEATS))
     return {
-        "copy_bytes_per_second": 2 * COPY_BYTES / copying,
-        "matrix_operations_per_second": 2 * SIDE**3 / multiplying,
+        LOGITS: 2 * COPY_BYTES / copying,
+        FUSED: 2 * SIDE**3 / multiplying,
     }
 
 

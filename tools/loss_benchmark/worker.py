@@ -5,6 +5,7 @@ Started by `launch.py`, once for times and once for memory, since memory needs a
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -32,7 +33,7 @@ from loss_benchmark.reference import gradient_errors
 from loss_benchmark.registry import all_losses
 
 LEAST_ROUNDS = 3
-TIMEOUT = timedelta(minutes=60)  # of a collective: a peer may compute for long on one rank first
+TIMEOUT = timedelta(minutes=10)  # of a collective, compilation on another rank included
 
 
 class Reporter:
@@ -65,13 +66,18 @@ def main(settings: dict[str, Any], rank: int) -> None:
     )
     losses, absent = _usable(settings, report)
     report("facts", versions=_versions(losses), **({"ceilings": device_ceilings(device)} if on_cuda else {}))
+    errors: dict[Case, dict[int, dict[str, Any]]] = {}  # the same for all numbers of tokens
     for fields, indices in settings["cases"]:
         case = Case(**fields)
         chosen = [(index, losses[index]) for index in indices if index not in absent]
         if settings["measure"] == "time":
             _measure_times(case, chosen, settings, device, report)
         else:
-            _measure_errors(case, chosen, settings, device, report)
+            small = dataclasses.replace(case, tokens=settings["error_tokens"])
+            known = errors.setdefault(small, {})
+            known |= _measure_errors(small, [pair for pair in chosen if pair[0] not in known], device, report)
+            for index in known.keys() & dict(chosen).keys():
+                report(**known[index], case=_fields(case), loss=index)
             _measure_memory(case, chosen, device, report)
     dist.destroy_process_group()
 
@@ -163,15 +169,15 @@ def _slowest_rank(own: list[float], device: torch.device) -> list[float]:
 
 
 def _measure_errors(
-    case: Case, losses: list[tuple[int, Loss]], settings: dict[str, Any], device: torch.device, report: Reporter
-) -> None:
-    """Gradient error and collectives, on few tokens with the true vocabulary: fp64 has to fit."""
-    small = Case(**(_fields(case) | {"tokens": min(settings["error_tokens"], case.tokens)}))
-    inputs = make_inputs(small, dist.group.WORLD, device)
+    case: Case, losses: list[tuple[int, Loss]], device: torch.device, report: Reporter
+) -> dict[int, dict[str, Any]]:
+    """Gradient error and collectives by loss, on few tokens with the true vocabulary: fp64 has to fit."""
+    inputs = make_inputs(case, dist.group.WORLD, device)
+    found: dict[int, dict[str, Any]] = {}
     for index, loss in losses:
         if loss.computes is None:
             continue
-        report("doing", text=f"{_title(small)}: {loss.name}, gradient against fp64")
+        report("doing", text=f"{_title(case)}: {loss.name}, gradient against fp64")
         try:
             step = loss.build(inputs)
             count = meters.collectives(step)
@@ -181,16 +187,14 @@ def _measure_errors(
                 gradient = inputs.student.grad.clone() if inputs.student.grad is not None else None
                 inputs.restore()
                 inputs.student.grad = gradient
-            errors = {
-                name: error if math.isfinite(error) else None
-                for name, error in gradient_errors(inputs, loss.computes).items()
-            }
+            errors = gradient_errors(inputs, loss.computes)
+            finite = {name: error if math.isfinite(error) else None for name, error in errors.items()}
+            found[index] = {"kind": "result", "collectives": count, "gradient_errors": finite}
         except Exception as error:
-            report("failed", case=_fields(case), loss=index, reason=_one_line(error))
-            continue
+            found[index] = {"kind": "failed", "reason": _one_line(error)}
         finally:
             _clean(inputs, loss)
-        report("result", case=_fields(case), loss=index, collectives=count, gradient_errors=errors)
+    return found
 
 
 def _measure_memory(case: Case, losses: list[tuple[int, Loss]], device: torch.device, report: Reporter) -> None:
