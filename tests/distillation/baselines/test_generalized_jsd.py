@@ -100,6 +100,15 @@ def test_models_without_a_token_in_common_are_at_the_upper_bound() -> None:
     assert 0 <= loss[5] < 1e-6
 
 
+def test_models_that_nearly_agree_are_not_below_zero_and_still_have_a_gradient() -> None:
+    torch.manual_seed(0)
+    teacher = torch.randn(3000, 2)
+    logits = (teacher + 1e-7 * torch.randn(3000, 2)).requires_grad_()
+    loss = generalized_jsd(logits, teacher, beta=0.3)
+    loss.sum().backward()
+    assert (loss >= 0).all() and logits.grad[loss == 0].any()
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), beta=st.floats(1e-6, 1 - 1e-6), scale=st.floats(0, 20))
 def test_bounds_and_symmetry(seed: int, beta: float, scale: float) -> None:
