@@ -95,6 +95,14 @@ def test_with_one_divergence_the_trl_subclass_is_trls_own_trainer(
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), (step, name)
 
 
+def test_the_trl_loss_is_divided_by_the_tokens_that_teach(trl_histories: dict[str, list[dict[str, float]]]) -> None:
+    """The mean over a random half of the same rollouts is near that over all; divided by all it would be half."""
+    half, whole = trl_histories["random_half"][0], trl_histories["opd"][0]
+    assert half["num_tokens"] == whole["num_tokens"]
+    assert half["loss"] != whole["loss"]
+    assert half["loss"] == pytest.approx(whole["loss"], rel=0.25)
+
+
 def test_sead_in_trl_lowers_the_reverse_divergence(trl_histories: dict[str, list[dict[str, float]]]) -> None:
     """Of each step's own rollouts, so they vary: means of six steps."""
     divergences = [entry["reverse_kl"] for entry in trl_histories["sead"]]

@@ -34,6 +34,7 @@ if __name__ == "__main__":
         "trl_reverse": history(DistillationTrainer, 3, beta=1.0),
         "forward_kl": history(SeadTrainer, 3, policy="forward_kl"),
         "trl_forward": history(DistillationTrainer, 3, beta=0.0),
+        "random_half": history(SeadTrainer, 1, policy="random_half"),
         "sead": history(SeadTrainer, 18, policy="sead"),
     }
     Path(sys.argv[1]).write_text(json.dumps(results), encoding="utf-8")
