@@ -329,9 +329,9 @@ def test_gradient_beside_masks() -> None:
     masked_teacher = teacher.clone()
     masked_teacher[1, 9] = -INF
     masked_teacher[:, 7] = -INF
+    coefficients[2, 1], masked_teacher[2] = 0.0, JUNK  # no weight on either of the teacher's terms
     write_gradient(out, masked, masked_teacher, coefficients, 100)
     expected[:, 7] = 0.0
     expected[1, 9] = 0.5 * (student[1, 9].cpu().double() - 9.0).exp()
-    coefficients[2, 1], masked_teacher[2] = 0.0, JUNK  # no weight on either of the teacher's terms
     expected[2] = 0.5 * (masked[2].cpu().double() - 9.0).exp()
     assert relative_error(out.cpu(), expected) < TOLERANCE
