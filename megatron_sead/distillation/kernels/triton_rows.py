@@ -57,7 +57,7 @@ def pair_sums(
         _row_kernel[(len(rows),)](
             student, teacher, rows, partial, blocks, maxima, sums, columns, real, spans,
             *student.stride(), *teacher.stride(),
-            BLOCK=BLOCK, num_warps=1, **OPTIONS,
+            SPANS=triton.next_power_of_2(spans), BLOCK=BLOCK, num_warps=1, **OPTIONS,
         )  # fmt: skip
     return maxima, sums, columns
 
@@ -218,49 +218,35 @@ def _move(sums, own_z, own_w, to_z, to_w):
 def _row_kernel(
     student, teacher, rows, partial, blocks, maxima, sums, columns, real, spans,
     student_row, student_column, teacher_row, teacher_column,
-    BLOCK: tl.constexpr,
+    SPANS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row's spans together; and its maxima's columns, if asked for, from the one block that holds each of them."""
     program = tl.program_id(0).to(tl.int64)
-    partial += program * spans * 8
-    blocks += program * spans * 2
-    mz = MINUS_INFINITY
-    mw = MINUS_INFINITY
-    bz = 0
-    bw = 0
-    total = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    for span in range(spans):
-        own_z = tl.load(partial + span * 8)
-        own_w = tl.load(partial + span * 8 + 1)
-        own = (
-            tl.load(partial + span * 8 + 2),
-            tl.load(partial + span * 8 + 3),
-            tl.load(partial + span * 8 + 4),
-            tl.load(partial + span * 8 + 5),
-            tl.load(partial + span * 8 + 6),
-            tl.load(partial + span * 8 + 7),
-        )
-        bz = tl.where(own_z > mz, tl.load(blocks + span * 2), bz)
-        bw = tl.where(own_w > mw, tl.load(blocks + span * 2 + 1), bw)
-        to_z = tl.maximum(own_z, mz)
-        to_w = tl.maximum(own_w, mw)
-        own = _move(own, own_z, own_w, to_z, to_w)
-        total = _move(total, mz, mw, to_z, to_w)
-        total = (
-            total[0] + own[0],
-            total[1] + own[1],
-            total[2] + own[2],
-            total[3] + own[3],
-            total[4] + own[4],
-            total[5] + own[5],
-        )
-        mz = to_z
-        mw = to_w
+    span = tl.arange(0, SPANS)
+    exists = span < spans
+    partial += (program * spans + span) * 8
+    own_z = tl.load(partial, exists, MINUS_INFINITY)
+    own_w = tl.load(partial + 1, exists, MINUS_INFINITY)
+    own = (
+        tl.load(partial + 2, exists, 0.0),
+        tl.load(partial + 3, exists, 0.0),
+        tl.load(partial + 4, exists, 0.0),
+        tl.load(partial + 5, exists, 0.0),
+        tl.load(partial + 6, exists, 0.0),
+        tl.load(partial + 7, exists, 0.0),
+    )
+    mz = tl.max(own_z)
+    mw = tl.max(own_w)
+    own = _move(own, own_z, own_w, mz, mw)
     tl.store(maxima + program * 2, mz)
     tl.store(maxima + program * 2 + 1, mw)
     for index in tl.static_range(6):
-        tl.store(sums + program * 6 + index, total[index])
+        tl.store(sums + program * 6 + index, tl.sum(own[index]))
     if columns is not None:
+        blocks += (program * spans + span) * 2
+        # the first span of those with the maximum, since its blocks come first
+        bz = tl.min(tl.where(own_z == mz, tl.load(blocks, exists, real), real))
+        bw = tl.min(tl.where(own_w == mw, tl.load(blocks + 1, exists, real), real))
         row = tl.load(rows + program)
         student += row * student_row
         teacher += row * teacher_row
