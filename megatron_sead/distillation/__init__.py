@@ -4,11 +4,10 @@ from megatron_sead.distillation.annealing import CompetenceTracker, annealing_co
 from megatron_sead.distillation.curriculum import Curriculum
 from megatron_sead.distillation.divergence import weighted_divergence
 from megatron_sead.distillation.linear_divergence import linear_weighted_divergence
+from megatron_sead.distillation.linear_scores import TokenScores, linear_token_scores
 from megatron_sead.distillation.policies import POLICIES, Policy, PolicyInput, TokenWeights, make_policy
 from megatron_sead.distillation.statistics import (
-    TokenScores,
     TokenStatistics,
-    linear_token_scores,
     token_statistics,
     vocab_parallel_entropy,
 )

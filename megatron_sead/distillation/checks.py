@@ -1,8 +1,14 @@
-"""Bad inputs are refused before the first collective, on every rank alike, in one line that says what is wrong."""
+"""Bad inputs are refused in one line that says what is wrong, on every rank alike, so that none waits for another."""
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 
 
 def check_logits(**logits: torch.Tensor) -> None:
@@ -34,6 +40,15 @@ def check_per_token(shape: torch.Size, device: torch.device, **values: torch.Ten
             )
 
 
+def whole_shape(hidden: torch.Tensor, spread: ProcessGroup | None) -> torch.Size:
+    """Shape of the tokens of hidden states [..., h], of which this rank has a part [s/tp, ...] if they are spread."""
+    if spread is None:
+        return hidden.shape[:-1]
+    if hidden.dim() < 2:
+        raise ValueError(f"hidden states have shape {list(hidden.shape)}: must be [s/tp, ..., h] if sequence_parallel")
+    return torch.Size([hidden.shape[0] * dist.get_world_size(spread), *hidden.shape[1:-1]])
+
+
 def check_heads(
     student_hidden: torch.Tensor, student_head: torch.Tensor, teacher_hidden: torch.Tensor, teacher_head: torch.Tensor
 ) -> None:
@@ -62,6 +77,83 @@ def check_heads(
             f"teacher_head has {teacher_head.shape[0]} columns of the vocabulary on this rank, student_head "
             f"{student_head.shape[0]}: must be equal"
         )
+
+
+def refuse(
+    problem: ValueError,
+    like: torch.Tensor,
+    tokens: int,
+    group: ProcessGroup | None,
+    *,
+    models: int = 2,
+    sums: int = 6,
+    with_columns: bool = False,
+) -> NoReturn:
+    """Raise a rank's problem on every rank of the group.
+
+    The others may be in the two collectives of a call over `tokens` tokens: `models` maxima a token (with columns, as
+    integer keys), then `sums` numbers. This rank takes part with NaN, from which they learn of the problem.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        raise problem
+    dtype = accumulation_dtype(like.dtype) if like.is_floating_point() else torch.float32
+    keys = torch.zeros(tokens, models, dtype=torch.int64 if with_columns else dtype, device=like.device)
+    dist.all_reduce(keys, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(torch.full((tokens, sums), torch.nan, dtype=dtype, device=like.device), group=group)
+    raise_together(str(problem), group)
+
+
+def agree(
+    group: ProcessGroup | None, device: torch.device, *, problem: ValueError | None = None, tokens: int = 0
+) -> None:
+    """Do all ranks of the group have good inputs, and as many tokens to work on? One all-reduce of three numbers.
+
+    Raises:
+        ValueError: this rank's problem, another's, or they have not.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        if problem is not None:
+            raise problem
+        return
+    message = torch.tensor([problem is not None, tokens, -tokens], device=device)
+    dist.all_reduce(message, dist.ReduceOp.MAX, group=group)
+    failed, most, least = message.tolist()
+    if failed:
+        raise_together(None if problem is None else str(problem), group)
+    if most != -least:
+        raise ValueError(
+            f"ranks of the group have from {-least} to {most} tokens to work on: weights, targets and hidden states "
+            "must be those of the same tokens on all"
+        )
+
+
+def refuse_nan(bad: torch.Tensor, own_normalizers: torch.Tensor, group: ProcessGroup | None) -> None:
+    """Raise for the first token whose result is NaN.
+
+    Args:
+        bad: [n] bool, the same on every rank.
+        own_normalizers: [n, models] this rank's sums A and B, NaN where its own logits are at fault.
+
+    Raises:
+        ValueError: there is one; says which model, which token, and on which rank.
+    """
+    if not bool(bad.any()):
+        return
+    token = int(bad.nonzero()[0])
+    at_fault = own_normalizers[token].isnan().tolist()
+    models = [name for name, fault in zip(("student", "teacher"), at_fault, strict=False) if fault]
+    problem = f"{' and '.join(models)} logits of token {token} (of {len(bad)}) are NaN or +inf" if models else None
+    raise_together(problem, group, f"token {token} (of {len(bad)}): all its logits are -inf, or a weight is NaN")
+
+
+def raise_together(problem: str | None, group: ProcessGroup | None, otherwise: str = "another rank failed") -> NoReturn:
+    """Raise the first problem that any rank has, or what is said `otherwise`, on ranks that all know of one."""
+    if group is None:
+        raise ValueError(problem or otherwise)
+    problems: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
+    found = [f"{text} (on rank {rank} of the group)" for rank, text in enumerate(problems) if text is not None]
+    raise ValueError(found[0] if found else otherwise)
 
 
 def _describe(tensor: torch.Tensor) -> str:

@@ -18,17 +18,15 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_sead.distillation.checks import check_logits, check_per_token
+from megatron_sead.distillation.checks import check_logits, check_per_token, refuse, refuse_nan
+from megatron_sead.distillation.kernels import row_kernels
+from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.partial_sums import (
     PartialSums,
     VocabularyShard,
-    accumulation_dtype,
-    add_sums,
-    block_rows,
+    matrices,
     pair_sums,
-    reduce_maxima,
-    row_blocks,
-    scratch_buffers,
+    reduce_over,
     vocabulary_shard,
 )
 from megatron_sead.distillation.statistics import divergences
@@ -36,6 +34,7 @@ from megatron_sead.distillation.statistics import divergences
 # Shapes: [...] any leading dimensions; V columns of this rank, padding included; c real ones; n tokens; r rows
 
 
+@torch.compiler.disable
 def weighted_divergence(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
@@ -61,16 +60,16 @@ def weighted_divergence(
         reuse_student_logits: the backward pass writes the gradient over the logits, whose values are then gone.
 
     Raises:
-        ValueError: shapes, types or devices do not fit, or vocab_size is beyond the shards.
+        ValueError: shapes, types or devices do not fit, vocab_size is beyond the shards, or the logits of a token
+            with a weight are NaN; on every rank of the group, whichever of them is at fault.
     """
-    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
-    check_per_token(
-        student_logits.shape[:-1],
-        student_logits.device,
-        forward_weight=forward_weight,
-        reverse_weight=reverse_weight,
-    )
-    shard = vocabulary_shard(student_logits.shape[-1], group, vocab_size)
+    tokens = student_logits.shape[:-1]
+    try:
+        check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+        check_per_token(tokens, student_logits.device, forward_weight=forward_weight, reverse_weight=reverse_weight)
+        shard = vocabulary_shard(student_logits.shape[-1], group, vocab_size)
+    except ValueError as problem:
+        refuse(problem, student_logits, tokens.numel(), group)
     loss: torch.Tensor = _WeightedDivergence.apply(
         student_logits, teacher_logits, forward_weight, reverse_weight, shard, reuse_student_logits
     )
@@ -90,18 +89,20 @@ class _WeightedDivergence(torch.autograd.Function):
     ) -> torch.Tensor:
         dtype = accumulation_dtype(student.dtype)
         weights = [weight.reshape(-1).to(dtype) for weight in (forward_weight, reverse_weight)]
-        part = pair_sums(student, teacher, shard, needed=(weights[0] != 0) | (weights[1] != 0))
-        total = add_sums(reduce_maxima(part, shard.group), shard.group)
+        own = pair_sums(student, teacher, shard, needed=(weights[0] != 0) | (weights[1] != 0))
+        total = reduce_over(own, shard.group)
+        loss = weighted_loss(total.sums, *weights)
+        refuse_nan(loss.isnan(), own.sums[:, :2], shard.group)
         ctx.save_for_backward(student, teacher, total.maxima, total.sums, *weights)
-        ctx.shard, ctx.has_masks, ctx.reuse = shard, total.has_masks, reuse
-        return weighted_loss(total.sums, *weights).float().view(forward_weight.shape)
+        ctx.shard, ctx.reuse = shard, reuse
+        return loss.float().view(forward_weight.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         student, teacher, maxima, sums, forward_weight, reverse_weight = ctx.saved_tensors
         scale = upstream.reshape(-1).to(sums.dtype)
-        total = PartialSums(maxima, sums, None, ctx.has_masks)
+        total = PartialSums(maxima, sums, None)
         # detached, for an in-place write to a leaf; it shares its version counter, so autograd still notices
         gradient = student.detach() if ctx.reuse else torch.empty_like(student)
         write_gradient(gradient, student, teacher, total, forward_weight * scale, reverse_weight * scale, ctx.shard)
@@ -129,52 +130,23 @@ def write_gradient(
 
     Args:
         out: [..., V]; may be `student` itself.
-        total: maxima and sums over the whole vocabulary; has_masks of this rank's columns.
+        total: maxima and sums over the whole vocabulary.
         forward_weight: [n], times the upstream gradient; so is reverse_weight.
     """
-    if student.numel() == 0:
-        return
     coefficients = _coefficients(total, forward_weight, reverse_weight)
-    use_ratio, use_teacher = bool((reverse_weight != 0).any()), bool((forward_weight != 0).any())
-    active = (forward_weight != 0) | (reverse_weight != 0)
-    size = min(len(total.maxima), block_rows(shard.real, student.device))
-    buffers = scratch_buffers(3, size, shard.real, student)
-    for place, (result, z, w) in row_blocks(size, out, student, teacher):
+    for place, (result, z, w) in matrices(out, student, teacher):
         result[:, shard.real :] = 0
-        teaches = active[place]
-        if shard.real == 0 or not bool(teaches.any()):
-            result.zero_()
-            continue
-        x, y, gradient = (buffer[: len(z)] for buffer in buffers)
-        alpha, minus_beta, minus_gamma, maximum_z, maximum_w = coefficients[place].unsqueeze(-1).unbind(1)
-        _subtract(z[:, : shard.real], maximum_z, out=x)
-        if use_ratio or use_teacher:
-            _subtract(w[:, : shard.real], maximum_w, out=y)
-        if use_ratio:
-            torch.addcmul(alpha, torch.sub(y, x, out=gradient), minus_beta, out=gradient)
-            if total.has_masks:
-                gradient = torch.where(minus_beta == 0, alpha, gradient)
-        else:
-            gradient.copy_(alpha.expand_as(gradient))
-        gradient.mul_(x.exp_())
-        if total.has_masks:
-            gradient.masked_fill_(x == 0, 0.0)
-        if use_teacher:
-            gradient.addcmul_(y.exp_(), minus_gamma)
-        result[:, : shard.real] = gradient
-        result[~teaches] = 0  # whatever its logits are, NaN included
+        if shard.real > 0:
+            kernels = row_kernels(z, len(z), shard.real)
+            kernels.write_gradient(result, z, w, coefficients[place], shard.real)
 
 
 def _coefficients(total: PartialSums, forward_weight: torch.Tensor, reverse_weight: torch.Tensor) -> torch.Tensor:
     """[n, 5]: α, -β, -γ, and both maxima."""
     a, b, _, _, e, _ = total.sums.unbind(-1)
-    # a weight of zero wins over an infinite divergence
-    alpha = (forward_weight + torch.where(reverse_weight == 0, 0.0, reverse_weight * (e / a))) / a
-    return torch.stack([alpha, -reverse_weight / a, -forward_weight / b, *total.maxima.unbind(-1)], dim=-1)
-
-
-def _subtract(logits: torch.Tensor, maximum: torch.Tensor, out: torch.Tensor) -> None:
-    """out = logits - maximum; low precision is widened first, which torch does faster than while it subtracts."""
-    if logits.dtype != out.dtype:
-        logits = out.copy_(logits)
-    torch.sub(logits, maximum, out=out)
+    # a weight of zero wins over an infinite divergence, and over sums of a token that was never read
+    own = torch.where(reverse_weight == 0, 0.0, reverse_weight * (e / a))
+    alpha = torch.where((forward_weight == 0) & (reverse_weight == 0), 0.0, (forward_weight + own) / a)
+    minus_beta = torch.where(reverse_weight == 0, 0.0, -reverse_weight / a)
+    minus_gamma = torch.where(forward_weight == 0, 0.0, -forward_weight / b)
+    return torch.stack([alpha, minus_beta, minus_gamma, *total.maxima.unbind(-1)], dim=-1)

@@ -2,59 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
+from torch.distributed import ProcessGroup
 
-from megatron_sead.distillation.partial_sums import accumulation_dtype
+from megatron_sead.distillation.chunks import Chunk, token_chunks
+from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 
-# Shapes: n tokens; r of them in a chunk; h hidden size; c real columns of the vocabulary on this rank
+# Shapes: n tokens on this rank; k of all ranks' chosen; r of them in a chunk; h hidden size; c real columns of the
+# vocabulary on this rank; tp ranks of the tensor-parallel group
 
+T = TypeVar("T")
+
+DEFAULT_SCRATCH_BYTES = 192 * 2**20
 TILE = 2048  # head rows turned to fp32 at a time, where the product of low-precision matrices must be made in fp32
 
 
-def chunk_rows(scratch_bytes: int, *heads: torch.Tensor) -> int:
-    """Tokens whose logits [r, V/tp], hidden states and their gradient fit the scratch memory; at least one.
+def chunk_rows(scratch_bytes: int, buffers: int, *heads: torch.Tensor) -> int:
+    """Tokens whose logits [r, V/tp] (`buffers` times), hidden states and gradients fit the scratch memory; at least 1.
 
     Counts padding too: all ranks of a group must cut the same chunks, or their collectives would not meet.
     """
     bytes_per_token = sum(
-        accumulation_dtype(head.dtype).itemsize * (head.shape[0] + 2 * head.shape[1]) for head in heads
+        accumulation_dtype(head.dtype).itemsize * (buffers * head.shape[0] + 4 * head.shape[1]) for head in heads
     )
     return max(1, scratch_bytes // bytes_per_token)
 
 
 def logit_chunks(
-    student_hidden: torch.Tensor,
-    student_head: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    teacher_head: torch.Tensor,
-    rows: torch.Tensor | None,
+    student: tuple[torch.Tensor, torch.Tensor],
+    teacher: tuple[torch.Tensor, torch.Tensor],
+    tokens: torch.Tensor,
     real: int,
+    *,
     scratch_bytes: int,
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Both models' logits [r, c] of the tokens `rows` (None: all) of [n, h], a chunk at a time.
+    buffers: int,
+    spread: ProcessGroup | None,
+) -> Iterator[tuple[Chunk, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Both models' logits [r, c] of the chosen tokens, a chunk at a time.
 
     Args:
+        student: hidden states [n, h] and head [V/tp, h]; so is teacher.
+        tokens: [k] ascending.
         real: c, the head rows that are tokens; padding takes no part in the products.
+        buffers: pairs of logits that the caller uses at a time.
+        spread: ranks over which the hidden states' tokens are split; None: each rank has all.
 
     Yields:
-        place among `rows`; the student's hidden states [r, h] in its head's type; logits of student and teacher,
-        in buffers that the next chunk overwrites and the caller may too.
+        the chunk; the student's hidden states [r, h] in its head's type; logits of student and teacher, in buffers
+        that a later chunk overwrites and the caller may too.
     """
-    count = len(student_hidden) if rows is None else len(rows)
-    size = min(count, chunk_rows(scratch_bytes, student_head, teacher_head))
+    if len(tokens) == 0:
+        return
+    heads = student[1], teacher[1]
+    size = chunk_rows(scratch_bytes, buffers, *heads)
+    rows = min(len(tokens), size if spread is None else max(size, spread.size()))
     # one type for both, or the two could not be subtracted
-    dtype = accumulation_dtype(torch.promote_types(student_head.dtype, teacher_head.dtype))
-    buffers = torch.empty(2, max(size, 1), real, dtype=dtype, device=student_head.device)
-    for start in range(0, count, max(size, 1)):
-        place = slice(start, min(start + size, count))
-        chosen = place if rows is None else rows[place]
-        hidden = student_hidden[chosen].to(student_head.dtype)
-        student, teacher = (buffer[: len(hidden)] for buffer in buffers)
-        project(hidden, student_head[:real], student)
-        project(teacher_hidden[chosen].to(teacher_head.dtype), teacher_head[:real], teacher)
-        yield place, hidden, student, teacher
+    dtype = accumulation_dtype(torch.promote_types(heads[0].dtype, heads[1].dtype))
+    memory = torch.empty(min(buffers, -(-len(tokens) // rows)), 2, rows, real, dtype=dtype, device=heads[0].device)
+
+    def start(chunk: Chunk) -> tuple[Chunk, list[Callable[[], torch.Tensor]]]:
+        return chunk, [chunk.start_gather(hidden, spread) for hidden, _ in (student, teacher)]
+
+    started = _one_ahead(map(start, token_chunks(tokens, size, spread, len(student[0]))))
+    for turn, (chunk, (student_states, teacher_states)) in enumerate(started):
+        logits = memory[turn % len(memory), :, : len(chunk.tokens)]
+        states = student_states().to(heads[0].dtype)
+        project(states, heads[0][:real], logits[0])
+        project(teacher_states().to(heads[1].dtype), heads[1][:real], logits[1])
+        yield chunk, states, logits[0], logits[1]
+
+
+def _one_ahead(started: Iterator[T]) -> Iterator[T]:
+    """The same, each but the first having started before its predecessor is handed out."""
+    previous: list[T] = []
+    for current in started:
+        yield from previous
+        previous = [current]
+    yield from previous
 
 
 def project(hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
@@ -81,14 +108,20 @@ def hidden_gradient(gradient: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def add_head_gradient(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
-    """total [c, h] += gradient of the logits [r, c] transposed @ hidden [r, h], summed in total's type."""
+def add_head_gradient(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, *, first: bool) -> None:
+    """total [c, h] += gradient of the logits [r, c] transposed @ hidden [r, h], summed in total's type.
+
+    Args:
+        first: `total` holds nothing yet, and is written instead.
+    """
+    beta = 0 if first else 1
     if _has_wide_output(hidden, total):
         narrow = gradient.to(hidden.dtype)
         for tile in _tiles(total):
-            total[tile] += torch.mm(narrow[:, tile].t(), hidden, out_dtype=total.dtype)
+            product = torch.mm(narrow[:, tile].t(), hidden, out_dtype=total.dtype)
+            total[tile] = product if first else total[tile] + product
     else:
-        total.addmm_(gradient.t().to(total.dtype), hidden.to(total.dtype))
+        total.addmm_(gradient.t().to(total.dtype), hidden.to(total.dtype), beta=beta)
 
 
 def _has_wide_output(narrow: torch.Tensor, wide: torch.Tensor) -> bool:

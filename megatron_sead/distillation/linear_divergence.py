@@ -7,30 +7,39 @@ them; otherwise it forms them again with the upstream inside the weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_sead.distillation.checks import check_heads, check_per_token
+from megatron_sead.distillation.checks import agree, check_heads, check_per_token, refuse_nan, whole_shape
+from megatron_sead.distillation.chunks import Chunk
 from megatron_sead.distillation.divergence import weighted_loss, write_gradient
-from megatron_sead.distillation.heads import add_head_gradient, hidden_gradient, logit_chunks
+from megatron_sead.distillation.heads import (
+    DEFAULT_SCRATCH_BYTES,
+    add_head_gradient,
+    hidden_gradient,
+    logit_chunks,
+)
+from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.partial_sums import (
     PartialSums,
     VocabularyShard,
-    accumulation_dtype,
-    add_sums,
     pair_sums,
-    reduce_maxima,
+    reduce_over,
+    start_maxima,
+    start_sums,
     vocabulary_shard,
 )
 
-# Shapes: [...] any leading dimensions; n tokens; k of them with a weight; h hidden size; V columns of this rank
+# Shapes: [...] any leading dimensions; n tokens; k of them with a weight; r of a chunk; h hidden size; V columns of
+# this rank
 
 
+@torch.compiler.disable
 def linear_weighted_divergence(
     student_hidden: torch.Tensor,
     student_head: torch.Tensor,
@@ -41,12 +50,14 @@ def linear_weighted_divergence(
     *,
     group: ProcessGroup | None = None,
     vocab_size: int | None = None,
-    scratch_bytes: int = 256 * 2**20,
+    scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
+    sequence_parallel: bool = False,
 ) -> torch.Tensor:
     """`weighted_divergence` of the logits hidden @ head transposed, of which only a chunk exists at a time. fp32.
 
     Differentiable in `student_hidden` (the full gradient, already summed over the group) and `student_head`, whose
-    gradient is summed over chunks in fp32. Tokens whose weights are both zero take part in nothing.
+    gradient is summed over chunks in fp32 and, where Megatron gave the parameter a `main_grad`, added to that in fp32.
+    Tokens whose weights are both zero take part in nothing.
 
     Args:
         student_hidden: [..., h], replicated over the group; taken in its head's type, its gradient comes in its own.
@@ -57,62 +68,63 @@ def linear_weighted_divergence(
         group: ranks over which the vocabulary is split; None: it is not.
         vocab_size: true size; head rows beyond it are padding, never read, gradient zero. None: all are tokens.
         scratch_bytes: memory for a chunk's logits; one token's are the least.
+        sequence_parallel: both hidden states hold this rank's part [s/tp, ..., h] of the first dimension, in rank
+            order, and so does the gradient; weights and loss are whole, [s, ...].
 
     Raises:
-        ValueError: sizes, types or devices do not fit, or vocab_size is beyond the shards.
+        ValueError: sizes, types or devices do not fit, vocab_size is beyond the shards, ranks have other weights, or
+            the logits of a token with a weight are NaN; on every rank of the group, whichever of them is at fault.
     """
-    check_heads(student_hidden, student_head, teacher_hidden, teacher_head)
-    check_per_token(
-        student_hidden.shape[:-1],
-        student_hidden.device,
-        forward_weight=forward_weight,
-        reverse_weight=reverse_weight,
-    )
-    if scratch_bytes < 1:
-        raise ValueError(f"scratch_bytes={scratch_bytes}: must be positive")
-    shard = vocabulary_shard(len(student_head), group, vocab_size)
+    try:
+        check_heads(student_hidden, student_head, teacher_hidden, teacher_head)
+        shard = vocabulary_shard(len(student_head), group, vocab_size)
+        spread = shard.group if sequence_parallel else None
+        device, shape = student_hidden.device, whole_shape(student_hidden, spread)
+        check_per_token(shape, device, forward_weight=forward_weight, reverse_weight=reverse_weight)
+        if scratch_bytes < 1:
+            raise ValueError(f"scratch_bytes={scratch_bytes}: must be positive")
+    except ValueError as problem:
+        agree(group, student_hidden.device, problem=problem)
+        raise
     needs_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
+    setting = _Setting(shard, spread, scratch_bytes, needs_gradient)
     loss: torch.Tensor = _LinearWeightedDivergence.apply(
-        student_hidden,
-        student_head,
-        teacher_hidden,
-        teacher_head,
-        forward_weight,
-        reverse_weight,
-        shard,
-        scratch_bytes,
-        needs_gradient,
+        student_hidden, student_head, teacher_hidden, teacher_head, forward_weight, reverse_weight, setting
     )
     return loss
+
+
+@dataclass(frozen=True)
+class _Setting:
+    shard: VocabularyShard
+    spread: ProcessGroup | None  # ranks over which the hidden states' tokens are split
+    scratch_bytes: int
+    needs_gradient: bool
 
 
 @dataclass
 class _Outcome:
     loss: torch.Tensor  # [n]
-    hidden: torch.Tensor | None  # [n, h] gradient, summed over the group
+    hidden: torch.Tensor | None  # [n or n/tp, h] gradient, summed over the group
     head: torch.Tensor | None  # [V, h] gradient of this rank's rows
+
+    def scale(self, upstream: torch.Tensor) -> None:
+        """Gradients of an upstream gradient of one, made those of another."""
+        for gradient in (self.hidden, self.head):
+            if gradient is not None:
+                gradient.mul_(upstream)
 
 
 class _LinearWeightedDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        student_hidden: torch.Tensor,
-        student_head: torch.Tensor,
-        teacher_hidden: torch.Tensor,
-        teacher_head: torch.Tensor,
-        forward_weight: torch.Tensor,
-        reverse_weight: torch.Tensor,
-        shard: VocabularyShard,
-        scratch_bytes: int,
-        needs_gradient: bool,
-    ) -> torch.Tensor:
-        inputs = (student_hidden, student_head, teacher_hidden, teacher_head, forward_weight, reverse_weight)
-        ctx.shard, ctx.scratch_bytes = shard, scratch_bytes
-        ctx.wanted = tuple(needs_gradient and needed for needed in ctx.needs_input_grad[:2])
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        *inputs, setting = arguments
+        ctx.setting = setting
+        ctx.wanted = tuple(setting.needs_gradient and needed for needed in ctx.needs_input_grad[:2])
+        ctx.head = inputs[1]  # itself, for the attributes that Megatron gave the parameter
         ctx.save_for_backward(*inputs)
-        ctx.outcome = fused_pass(inputs, shard, scratch_bytes, ctx.wanted)
-        return ctx.outcome.loss.float().view(forward_weight.shape)
+        ctx.outcome = fused_pass(inputs, setting, ctx.wanted)
+        return ctx.outcome.loss.float().view(inputs[4].shape)
 
     @staticmethod
     @once_differentiable
@@ -123,14 +135,25 @@ class _LinearWeightedDivergence(torch.autograd.Function):
         scale = _common_scale(upstream, forward_weight, reverse_weight)
         if outcome is None or scale is None:
             scaled = (*models, forward_weight * upstream, reverse_weight * upstream)
-            outcome = fused_pass(scaled, ctx.shard, ctx.scratch_bytes, ctx.wanted)
-            scale = None
-        gradients = []
-        for gradient, of in ((outcome.hidden, models[0]), (outcome.head, models[1])):
-            if gradient is not None:
-                gradient = (gradient if scale is None else gradient.mul_(scale)).to(of.dtype).view(of.shape)
-            gradients.append(gradient)
-        return (*gradients, *[None] * 7)
+            outcome = fused_pass(scaled, ctx.setting, ctx.wanted)
+        else:
+            outcome.scale(scale)
+        hidden = None if outcome.hidden is None else outcome.hidden.to(models[0].dtype).view(models[0].shape)
+        head = None if outcome.head is None else _hand_over(outcome.head, ctx.head)
+        return hidden, head, *[None] * 5
+
+
+def _hand_over(gradient: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """The head's gradient for autograd; where Megatron accumulates in `main_grad`, added to that without rounding.
+
+    Megatron's DistributedDataParallel then expects a gradient that it ignores, as from its own linear layers.
+    """
+    main_grad = getattr(head, "main_grad", None)
+    if main_grad is None or not hasattr(head, "grad_added_to_main_grad"):
+        return gradient.to(head.dtype)
+    main_grad.add_(gradient)
+    head.grad_added_to_main_grad = True
+    return torch.empty_like(head)
 
 
 def _common_scale(
@@ -145,56 +168,106 @@ def _common_scale(
     return active[0]
 
 
-def fused_pass(
-    inputs: tuple[torch.Tensor, ...],
-    shard: VocabularyShard,
-    scratch_bytes: int,
-    wanted: tuple[bool, ...],
-) -> _Outcome:
+@dataclass
+class _InFlight:
+    """A chunk whose sums travel while the next one's logits are computed."""
+
+    chunk: Chunk
+    states: torch.Tensor  # [r, h] the student's
+    student: torch.Tensor  # [r, c] logits; so is teacher
+    teacher: torch.Tensor
+    sums: Callable[[], PartialSums]
+
+
+def fused_pass(inputs: Sequence[torch.Tensor], setting: _Setting, wanted: tuple[bool, ...]) -> _Outcome:
     """Loss of all tokens, and the gradients of its sum with respect to the student's hidden states and head.
 
     Args:
         inputs: the six tensors of `linear_weighted_divergence`.
         wanted: which of the two gradients.
 
-    Collectives: two in all without gradients; with them two a chunk, since a chunk's gradient needs the whole
-    vocabulary's sums while its logits exist, and one over the hidden states' gradient.
+    Collectives: a small one first. Without gradients two more in all. With them three a chunk, since a chunk's
+    gradient needs the whole vocabulary's sums while its logits exist: maxima and sums, which travel while the next
+    chunk is computed, and the hidden states' gradient. Under sequence parallelism two gathers a chunk besides.
     """
     student_hidden, student_head, teacher_hidden, teacher_head, forward_weight, reverse_weight = inputs
+    shard, group = setting.shard, setting.shard.group
     hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     dtype = accumulation_dtype(torch.promote_types(student_head.dtype, teacher_head.dtype))
     weights = torch.stack([forward_weight.reshape(-1), reverse_weight.reshape(-1)]).to(dtype)
-    rows = weights.any(0).nonzero().squeeze(1)
-    weights = weights[:, rows]
+    tokens = weights.any(0).nonzero().squeeze(1)
+    agree(group, hidden.device, tokens=len(tokens))
     outcome = _Outcome(
-        hidden.new_zeros(len(hidden), dtype=dtype),
+        weights.new_zeros(weights.shape[1]),
         hidden.new_zeros(hidden.shape, dtype=dtype) if wanted[0] else None,
-        student_head.new_zeros(student_head.shape, dtype=dtype) if wanted[1] else None,
+        torch.empty_like(student_head, dtype=dtype) if wanted[1] else None,
     )
-    if len(rows) == 0:
-        return outcome
-    total = PartialSums.empty(len(rows), dtype, hidden.device, with_columns=False)
-    for place, states, student, teacher in logit_chunks(
-        hidden,
-        student_head,
-        teacher_hidden.reshape(-1, teacher_hidden.shape[-1]),
-        teacher_head,
-        rows,
+    backward = _ChunkBackward(student_head, weights, shard, setting.spread, outcome)
+    own = PartialSums.empty(len(weights[0]), dtype, hidden.device, with_columns=False)
+    total = PartialSums.empty(len(weights[0]), dtype, hidden.device, with_columns=False)
+    buffers = 2 if any(wanted) and group is not None else 1
+    chunks = logit_chunks(
+        (hidden, student_head),
+        (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_head),
+        tokens,
         shard.real,
-        scratch_bytes,
-    ):
+        scratch_bytes=setting.scratch_bytes,
+        buffers=buffers,
+        spread=setting.spread,
+    )
+    flying: list[_InFlight] = []
+    for chunk, states, student, teacher in chunks:
         part = pair_sums(student, teacher, shard)
+        own.store(chunk.tokens, part)
         if any(wanted):
-            part = add_sums(reduce_maxima(part, shard.group), shard.group)
-            write_gradient(student, student, teacher, part, weights[0, place], weights[1, place], shard)
-            if outcome.hidden is not None:
-                outcome.hidden[rows[place]] = hidden_gradient(student, student_head[: shard.real])
-            if outcome.head is not None:
-                add_head_gradient(outcome.head[: shard.real], student, states)
-        total.store(place, part)
+            maxima = start_maxima(part, group)
+            if len(flying) == buffers - 1 > 0:
+                backward(flying.pop(), total)
+            flying.append(_InFlight(chunk, states, student, teacher, start_sums(maxima(), group)))
+            if buffers == 1:
+                backward(flying.pop(), total)
+    for last in flying:
+        backward(last, total)
+    backward.finish()
     if not any(wanted):
-        total = add_sums(reduce_maxima(total, shard.group), shard.group)
-    outcome.loss[rows] = weighted_loss(total.sums, *weights)
-    if outcome.hidden is not None and shard.group is not None:
-        dist.all_reduce(outcome.hidden, group=shard.group)
+        total = reduce_over(own, group)
+    outcome.loss[tokens] = weighted_loss(total.sums[tokens], *weights[:, tokens])
+    refuse_nan(outcome.loss.isnan(), own.sums[:, :2], group)
     return outcome
+
+
+class _ChunkBackward:
+    """A chunk's gradients, into the outcome."""
+
+    def __init__(
+        self,
+        head: torch.Tensor,
+        weights: torch.Tensor,
+        shard: VocabularyShard,
+        spread: ProcessGroup | None,
+        outcome: _Outcome,
+    ) -> None:
+        self._head, self._weights, self._shard, self._outcome = head, weights, shard, outcome
+        self._first = True
+        self._returning: Callable[[], None] = lambda: None  # the last chunk's hidden gradient, on its way
+
+    def __call__(self, flying: _InFlight, total: PartialSums) -> None:
+        chunk, real, outcome = flying.chunk, self._shard.real, self._outcome
+        sums = flying.sums()
+        total.store(chunk.tokens, sums)
+        gradient = flying.student  # written over the logits
+        forward, reverse = self._weights[:, chunk.tokens]
+        write_gradient(gradient, flying.student, flying.teacher, sums, forward, reverse, self._shard)
+        if outcome.hidden is not None:
+            of_hidden = hidden_gradient(gradient, self._head[:real])
+            self._returning()
+            self._returning = chunk.start_return(of_hidden, outcome.hidden, self._shard.group)
+        if outcome.head is not None:
+            add_head_gradient(outcome.head[:real], gradient, flying.states, first=self._first)
+            self._first = False
+
+    def finish(self) -> None:
+        """Wait for what is on its way, and clear what no chunk wrote."""
+        self._returning()
+        if self._outcome.head is not None:
+            self._outcome.head[0 if self._first else self._shard.real :] = 0

@@ -14,14 +14,17 @@ So a call needs one MAX all-reduce of two numbers a token and one SUM all-reduce
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-# Shapes: n tokens; V columns on this rank, padding included; c of them real; r rows of a block
+from megatron_sead.distillation.kernels import row_kernels
+from megatron_sead.distillation.kernels.formulas import accumulation_dtype
+
+# Shapes: n tokens; V columns on this rank, padding included; c of them real
 
 MODELS = 2  # columns of `maxima` and `columns`: student, teacher
 SUMS = 6  # columns of `sums`: A B C D E F
@@ -33,17 +36,16 @@ class VocabularyShard:
 
     first: int  # token id of the first column
     real: int  # columns that are tokens; those after them are padding
-    group: ProcessGroup | None
+    group: ProcessGroup | None  # None where one rank holds all columns
 
 
 @dataclass
 class PartialSums:
-    """Per token, over this rank's columns until `reduce_over` the group."""
+    """Per token, over this rank's columns until `start_sums` adds those of the group."""
 
     maxima: torch.Tensor  # [n, 2]
     sums: torch.Tensor  # [n, 6], relative to the maxima
     columns: torch.Tensor | None  # [n, 2] int64: token ids of the maxima, the lowest of equals
-    has_masks: bool  # some of this rank's logits are -inf: 0 * inf must be kept out
 
     @staticmethod
     def empty(tokens: int, dtype: torch.dtype, device: torch.device, *, with_columns: bool) -> PartialSums:
@@ -53,15 +55,13 @@ class PartialSums:
             torch.full((tokens, MODELS), -torch.inf, dtype=dtype, device=device),
             torch.zeros(tokens, SUMS, dtype=dtype, device=device),
             columns,
-            has_masks=False,
         )
 
-    def store(self, place: slice, part: PartialSums) -> None:
+    def store(self, place: slice | torch.Tensor, part: PartialSums) -> None:
         """Put a part of the tokens in its place."""
         self.maxima[place], self.sums[place] = part.maxima, part.sums
         if self.columns is not None and part.columns is not None:
             self.columns[place] = part.columns
-        self.has_masks |= part.has_masks
 
 
 def vocabulary_shard(width: int, group: ProcessGroup | None, vocab_size: int | None) -> VocabularyShard:
@@ -72,6 +72,7 @@ def vocabulary_shard(width: int, group: ProcessGroup | None, vocab_size: int | N
     """
     size = 1 if group is None else dist.get_world_size(group)
     first = 0 if group is None else width * dist.get_rank(group)
+    group = None if size == 1 else group
     if vocab_size is None:
         return VocabularyShard(first, width, group)
     if not 0 < vocab_size <= width * size:
@@ -79,13 +80,8 @@ def vocabulary_shard(width: int, group: ProcessGroup | None, vocab_size: int | N
     return VocabularyShard(first, min(width, max(0, vocab_size - first)), group)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for everything but fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def row_blocks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[slice, tuple[torch.Tensor, ...]]]:
-    """Rows of [..., V] tensors of one shape, `size` at a time, with their place among the flattened tokens.
+def matrices(*tensors: torch.Tensor) -> Iterator[tuple[slice, tuple[torch.Tensor, ...]]]:
+    """[..., V] tensors of one shape as matrices [n, V], with their place among the flattened tokens.
 
     Views, never copies: where a tensor cannot be flattened in place, its first dimension is walked.
     """
@@ -98,63 +94,10 @@ def row_blocks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[slice, tuple
             for index in range(parts[0].shape[0]):
                 yield from walk(start + index * step, tuple(part[index] for part in parts))
             return
-        for row in range(0, len(flat[0]), size):
-            rows = tuple(part[row : row + size] for part in flat)
-            yield slice(start + row, start + row + len(rows[0])), rows
+        yield slice(start, start + len(flat[0])), flat
 
     if tensors[0].numel() > 0:
         yield from walk(0, tensors)
-
-
-def block_rows(columns: int, device: torch.device) -> int:
-    """Rows of a block whose scratch stays in a core's cache; elsewhere, rows enough to keep the device busy."""
-    elements = 2**17 if device.type == "cpu" else 2**24
-    return max(1, elements // max(1, columns))
-
-
-def scratch_buffers(count: int, rows: int, columns: int, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`count` buffers [rows, columns] in the accumulation type, allocated once a call."""
-    return torch.empty(count, rows, columns, dtype=accumulation_dtype(like.dtype), device=like.device).unbind()
-
-
-def row_argmax(rows: torch.Tensor, block: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
-    """[r] maximum of each row and its first column.
-
-    By blocks of columns: on a CPU torch vectorises amax, and takes ten times as long for the index.
-    """
-    columns = rows.shape[1]
-    whole = columns - columns % block
-    maxima = rows[:, :whole].unflatten(1, (-1, block)).amax(-1) if whole else rows[:, :0]
-    if whole < columns:
-        maxima = torch.cat([maxima, rows[:, whole:].amax(-1, keepdim=True)], dim=1)
-    best = maxima.argmax(-1)
-    inside = (best[:, None] * block + torch.arange(block, device=rows.device)).clamp_(max=columns - 1)
-    return maxima.gather(1, best[:, None]).squeeze(1), best * block + rows.gather(1, inside).argmax(-1)
-
-
-def _center(logits: torch.Tensor, out: torch.Tensor, with_column: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Write logits - max into `out`; the maximum [r, 1], and its column [r] if asked for."""
-    if logits.dtype != out.dtype:
-        logits = out.copy_(logits)
-    if with_column:
-        maximum, column = row_argmax(logits)
-    else:
-        maximum, column = logits.amax(-1), None
-    maximum = maximum.unsqueeze(-1)
-    # a row that is -inf all over this shard has no probability here, and -inf - -inf would be NaN
-    torch.sub(logits, maximum.masked_fill(maximum == -torch.inf, 0.0), out=out)
-    return maximum, column
-
-
-def _expectation(
-    exponential: torch.Tensor, value: torch.Tensor, scratch: torch.Tensor, has_masks: bool
-) -> torch.Tensor:
-    """Σ exponential * value over the columns; where the first is zero its limit is zero, whatever the second."""
-    # multiply, then torch's pairwise sum: a BLAS dot product over 100k columns loses a digit
-    torch.mul(exponential, value, out=scratch)
-    if has_masks:
-        scratch.masked_fill_(exponential == 0, 0.0)
-    return scratch.sum(-1)
 
 
 def pair_sums(
@@ -168,107 +111,79 @@ def pair_sums(
     """The six sums of logits [..., V] over this rank's real columns. No collective.
 
     Args:
-        needed: [n] bool; the others' sums mean nothing. Blocks without a needed token are not read.
+        needed: [n] bool; the other tokens' logits are not read, and their sums are zero.
         with_columns: find the maxima's token ids too.
     """
-    result = _pair_sums(student, teacher, shard, needed, with_columns, has_masks=False)
-    # A logit of -inf turns C or D into NaN: rare enough that only then the guarded pass is paid for
-    if bool(result.sums.isnan().any()):
-        result = _pair_sums(student, teacher, shard, needed, with_columns, has_masks=True)
-    return result
-
-
-def _pair_sums(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    shard: VocabularyShard,
-    needed: torch.Tensor | None,
-    with_columns: bool,
-    has_masks: bool,
-) -> PartialSums:
-    tokens = student.shape[:-1].numel()
-    dtype, device = accumulation_dtype(student.dtype), student.device
-    result = PartialSums.empty(tokens, dtype, device, with_columns=with_columns)
-    result.has_masks = has_masks
-    if shard.real == 0 or tokens == 0:
+    tokens, device = student.shape[:-1].numel(), student.device
+    result = PartialSums.empty(tokens, accumulation_dtype(student.dtype), device, with_columns=with_columns)
+    if shard.real == 0:
         return result
-    size = min(tokens, block_rows(shard.real, device))
-    buffers = scratch_buffers(4, size, shard.real, student)
-    for place, (z, w) in row_blocks(size, student, teacher):
-        if needed is not None and not bool(needed[place].any()):
+    for place, (z, w) in matrices(student, teacher):
+        wanted = torch.ones(len(z), dtype=torch.bool, device=device) if needed is None else needed[place]
+        rows = wanted.nonzero().squeeze(1)
+        if len(rows) == 0:
             continue
-        x, y, exponential, product = (buffer[: len(z)] for buffer in buffers)
-        for model, logits, centered in ((0, z, x), (1, w, y)):
-            maximum, column = _center(logits[:, : shard.real], centered, with_columns)
-            result.maxima[place, model] = maximum.squeeze(-1)
-            if result.columns is not None and column is not None:
-                result.columns[place, model] = column + shard.first
-        result.sums[place] = _block_sums(x, y, exponential, product, has_masks)
+        kernels = row_kernels(z, len(rows), shard.real)
+        maxima, sums, columns = kernels.pair_sums(z, w, rows, shard.real, with_columns=with_columns)
+        columns = None if columns is None else columns + shard.first
+        result.store(rows + place.start, PartialSums(maxima, sums, columns))
     return result
-
-
-def _block_sums(
-    x: torch.Tensor, y: torch.Tensor, exponential: torch.Tensor, product: torch.Tensor, has_masks: bool
-) -> torch.Tensor:
-    """[r, 6] of centered logits [r, c], which are overwritten; so are the other two buffers."""
-    torch.exp(x, out=exponential)
-    a, c = exponential.sum(-1), _expectation(exponential, x, product, has_masks)
-    difference = torch.sub(y, x, out=x)
-    e = _expectation(exponential, difference, product, has_masks)
-    torch.exp(y, out=exponential)
-    b, d = exponential.sum(-1), _expectation(exponential, y, product, has_masks)
-    f = _expectation(exponential, difference, product, has_masks)
-    return torch.stack([a, b, c, d, e, f], dim=-1)
 
 
 def single_sums(logits: torch.Tensor, shard: VocabularyShard) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maxima [n] and the sums A, C [n, 2] of one model's logits [..., V], for its entropy alone. No collective."""
-    maxima, sums = _single_sums(logits, shard, has_masks=False)
-    return _single_sums(logits, shard, has_masks=True) if bool(sums.isnan().any()) else (maxima, sums)
-
-
-def _single_sums(logits: torch.Tensor, shard: VocabularyShard, has_masks: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = logits.shape[:-1].numel()
-    dtype = accumulation_dtype(logits.dtype)
-    maxima = torch.full((tokens,), -torch.inf, dtype=dtype, device=logits.device)
+    """Maxima [n, 1] and the sums A, C [n, 2] of one model's logits [..., V], for its entropy alone. No collective."""
+    tokens, dtype = logits.shape[:-1].numel(), accumulation_dtype(logits.dtype)
+    maxima = torch.full((tokens, 1), -torch.inf, dtype=dtype, device=logits.device)
     sums = torch.zeros(tokens, 2, dtype=dtype, device=logits.device)
-    if shard.real == 0 or tokens == 0:
-        return maxima, sums
-    size = min(tokens, block_rows(shard.real, logits.device))
-    buffers = scratch_buffers(2, size, shard.real, logits)
-    for place, (rows,) in row_blocks(size, logits):
-        x, exponential = (buffer[: len(rows)] for buffer in buffers)
-        maximum, _ = _center(rows[:, : shard.real], x, with_column=False)
-        maxima[place] = maximum.squeeze(-1)
-        torch.exp(x, out=exponential)
-        sums[place, 0] = exponential.sum(-1)
-        sums[place, 1] = _expectation(exponential, x, x, has_masks)
+    if shard.real > 0:
+        for place, (rows,) in matrices(logits):
+            kernels = row_kernels(rows, len(rows), shard.real)
+            maxima[place], sums[place] = kernels.single_sums(rows, shard.real)
     return maxima, sums
 
 
-def reduce_maxima(part: PartialSums, group: ProcessGroup | None) -> PartialSums:
-    """Global maxima and their columns: the first collective. The sums stay this rank's, moved to those maxima."""
+def start_maxima(part: PartialSums, group: ProcessGroup | None) -> Callable[[], PartialSums]:
+    """Start the first collective. Call what it returns to wait for global maxima, with their columns.
+
+    The sums stay this rank's, moved to those maxima. Whoever waits late does other work meanwhile.
+    """
     if group is None or len(part.maxima) == 0:
-        return part
-    if part.columns is None:
-        maxima, columns = part.maxima.clone(), None
-        dist.all_reduce(maxima, dist.ReduceOp.MAX, group=group)
-    else:
-        maxima, columns = _reduce_argmax(part.maxima, part.columns, group)
-    return PartialSums(maxima, move_sums(part.sums, part.maxima, maxima), columns, part.has_masks)
+        return lambda: part
+    keys = part.maxima.clone() if part.columns is None else _keys(part.maxima, part.columns)
+    work = dist.all_reduce(keys, dist.ReduceOp.MAX, group=group, async_op=True)
+
+    def finish() -> PartialSums:
+        work.wait()
+        maxima, columns = (keys, None) if part.columns is None else _from_keys(keys, part.maxima.dtype)
+        return PartialSums(maxima, move_sums(part.sums, part.maxima, maxima), columns)
+
+    return finish
 
 
-def add_sums(part: PartialSums, group: ProcessGroup | None, *others: torch.Tensor) -> PartialSums:
-    """Sums over all ranks: the second collective. `others` [n, ...] ride along and are summed in place."""
+def start_sums(part: PartialSums, group: ProcessGroup | None, *others: torch.Tensor) -> Callable[[], PartialSums]:
+    """Start the second collective, of sums that are relative to the global maxima; call what it returns to wait.
+
+    `others` [n, ...] ride along: they hold their sums over the ranks, too, once that call is back.
+    """
     if group is None or len(part.sums) == 0:
-        return part
+        return lambda: part
     widths = [part.sums.shape[1], *(other.shape[1] for other in others)]
     together = torch.cat([part.sums, *others], dim=1)
-    dist.all_reduce(together, group=group)
-    sums, *rest = together.split(widths, dim=1)
-    for other, total in zip(others, rest, strict=True):
-        other.copy_(total)
-    return PartialSums(part.maxima, sums, part.columns, part.has_masks)
+    work = dist.all_reduce(together, group=group, async_op=True)
+
+    def finish() -> PartialSums:
+        work.wait()
+        sums, *rest = together.split(widths, dim=1)
+        for other, total in zip(others, rest, strict=True):
+            other.copy_(total)
+        return PartialSums(part.maxima, sums, part.columns)
+
+    return finish
+
+
+def reduce_over(part: PartialSums, group: ProcessGroup | None) -> PartialSums:
+    """Maxima and sums over all ranks of the group. Two collectives."""
+    return start_sums(start_maxima(part, group)(), group)()
 
 
 def move_sums(sums: torch.Tensor, own: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -281,18 +196,18 @@ def move_sums(sums: torch.Tensor, own: torch.Tensor, target: torch.Tensor) -> to
     return (moved * scale).masked_fill_(scale == 0, 0.0)  # nothing of this shard is left beside the global maximum
 
 
-def _reduce_argmax(
-    maxima: torch.Tensor, columns: torch.Tensor, group: ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maximum over ranks with its column, the lowest of equals, in one MAX all-reduce of int64 keys.
+def _keys(maxima: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """int64 whose maximum over ranks is the greatest maximum and, of equals, its lowest column.
 
     High half: the maximum's fp32 bits, made to sort as integers; low half: the column, counted down.
     """
     bits = (maxima.float() + 0.0).contiguous().view(torch.int32)  # + 0.0: -0.0 equals 0.0
-    keys = (_sortable(bits).long() << 32) | (0xFFFFFFFF - columns)
-    dist.all_reduce(keys, dist.ReduceOp.MAX, group=group)
+    return (_sortable(bits).long() << 32) | (0xFFFFFFFF - columns)
+
+
+def _from_keys(keys: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     bits = _sortable((keys >> 32).int())
-    return bits.view(torch.float32).to(maxima.dtype), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+    return bits.view(torch.float32).to(dtype), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
 
 
 def _sortable(bits: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sead.distillation import linear_divergence, linear_weighted_divergence, partial_sums, weighted_divergence
+from megatron_sead.distillation import linear_divergence, linear_weighted_divergence, weighted_divergence
+from megatron_sead.distillation.kernels import eager, formulas
 from tests.distillation.reference import reference, relative_error
 
 
@@ -100,12 +101,42 @@ def test_tokens_without_weight_may_hold_anything() -> None:
 
 def test_tokens_without_weight_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    real = partial_sums._block_sums
-    monkeypatch.setattr(partial_sums, "_block_sums", lambda x, *rest: (read.append(len(x)), real(x, *rest))[1])
-    monkeypatch.setattr(partial_sums, "block_rows", lambda columns, device: 1)
+    real = formulas.pair_sums
+    monkeypatch.setattr(formulas, "pair_sums", lambda z, w: (read.append(len(z)), real(z, w))[1])
+    monkeypatch.setattr(eager, "BLOCK_ELEMENTS", 1)
     weight = torch.tensor([1.0, 0.0, 0.0, 1.0])
     weighted_divergence(*pair(4, 60), weight, torch.zeros(4))
     assert read == [1, 1]
+
+
+def test_nan_is_refused_where_a_token_has_a_weight() -> None:
+    student, teacher = pair(4, 60)
+    student[2, 5] = torch.nan
+    weight = torch.ones(4)
+    with pytest.raises(ValueError, match="student logits of token 2 \\(of 4\\) are NaN"):
+        weighted_divergence(student, teacher, weight, weight)
+    arguments = fused_arguments()
+    arguments["teacher_hidden"][7] = torch.nan
+    with pytest.raises(ValueError, match="teacher logits of token 7 \\(of 9\\) are NaN"):
+        linear_weighted_divergence(**arguments)
+    weight[1] = torch.nan
+    with pytest.raises(ValueError, match="token 1 .* a weight is NaN"):
+        weighted_divergence(teacher, teacher, weight, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_gradient_goes_to_main_grad_unrounded(dtype: torch.dtype) -> None:
+    arguments = fused_arguments()
+    for name in ("student_hidden", "student_head", "teacher_hidden", "teacher_head"):
+        arguments[name] = arguments[name].to(dtype)
+    exact = fused_gradients({name: tensor.double() for name, tensor in arguments.items()})[2]
+    head = torch.nn.Parameter(arguments["student_head"])
+    head.main_grad = torch.ones_like(head, dtype=torch.float32)
+    head.grad_added_to_main_grad = False
+    arguments["student_head"] = head
+    (2 * linear_weighted_divergence(**arguments)).sum().backward()
+    assert head.grad_added_to_main_grad and head.grad.dtype == dtype  # which Megatron ignores
+    assert relative_error(head.main_grad - 1, 2 * exact) < 3e-6
 
 
 def fused_arguments(tokens: int = 9, columns: int = 130) -> dict[str, Any]:
@@ -173,7 +204,7 @@ def test_only_gradients_that_are_wanted_are_formed(wanted: tuple[bool, bool], mo
 
     def record(name: str) -> Callable[..., Any]:
         real = getattr(linear_divergence, name)
-        return lambda *inputs: (formed.append(name), real(*inputs))[1]
+        return lambda *inputs, **options: (formed.append(name), real(*inputs, **options))[1]
 
     for name in ("hidden_gradient", "add_head_gradient"):
         monkeypatch.setattr(linear_divergence, name, record(name))

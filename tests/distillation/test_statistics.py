@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sead.distillation import linear_token_scores, partial_sums, token_statistics, vocab_parallel_entropy
-from megatron_sead.distillation.partial_sums import move_sums, pair_sums, row_argmax, row_blocks, vocabulary_shard
+from megatron_sead.distillation import linear_token_scores, token_statistics, vocab_parallel_entropy
+from megatron_sead.distillation.kernels import eager, formulas
+from megatron_sead.distillation.partial_sums import matrices, move_sums, pair_sums, vocabulary_shard
 from tests.distillation.reference import pad, reference, relative_error
 
 FIELDS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl")
@@ -85,8 +86,7 @@ def test_a_split_of_the_vocabulary_changes_nothing(seed: int, columns: int, data
 @given(seed=seeds, columns=sizes, levels=st.integers(1, 50))
 def test_argmax_is_the_first_of_the_greatest(seed: int, columns: int, levels: int) -> None:
     rows = torch.randint(levels, (5, columns), generator=torch.Generator().manual_seed(seed)).float()
-    maximum, column = row_argmax(rows)
-    assert torch.equal(maximum, rows.amax(-1))
+    column = formulas.columns_of(rows, rows.amax(-1, keepdim=True))
     assert column.tolist() == [row.index(max(row)) for row in rows.tolist()]
 
 
@@ -104,7 +104,7 @@ def test_sums_are_wide_whatever_the_type_of_the_logits(dtype: torch.dtype) -> No
 def test_block_size_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = logits(0, 23, 900), logits(1, 23, 900)
     expected = token_statistics(student, teacher)
-    monkeypatch.setattr(partial_sums, "block_rows", lambda columns, device: rows)
+    monkeypatch.setattr(eager, "BLOCK_ELEMENTS", rows * 900)
     for name, value in vars(token_statistics(student, teacher)).items():
         assert torch.equal(value, getattr(expected, name))
 
@@ -113,7 +113,7 @@ def test_rows_are_walked_in_place_whatever_the_strides() -> None:
     tensor = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
     for strided in (tensor, tensor.transpose(0, 1), tensor.transpose(0, 2), tensor[:, :, ::2], tensor[..., :3]):
         seen = torch.full((strided.shape[:-1].numel(), strided.shape[-1]), -1)
-        for place, (rows,) in row_blocks(4, strided):
+        for place, (rows,) in matrices(strided):
             assert rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
             seen[place] = rows
         assert torch.equal(seen, strided.reshape(-1, strided.shape[-1]))
@@ -168,6 +168,41 @@ def test_scores_do_not_depend_on_the_chunks() -> None:
     assert not results[0].teacher_stop_probability.any()
 
 
+def test_tokens_without_a_target_are_not_scored() -> None:
+    torch.manual_seed(0)
+    hidden, head, targets = torch.randn(6, 8), torch.randn(70, 8), torch.randint(0, 70, (6,))
+    some = torch.where(torch.arange(6) % 2 == 0, targets, -1)
+    hidden_with_junk = hidden.clone()
+    hidden_with_junk[1::2] = torch.nan
+    stops = {"student_stop_token_ids": (4,), "teacher_stop_token_ids": (5,)}
+    expected = linear_token_scores(hidden, head, hidden * 0.5, head, targets, **stops)
+    found = linear_token_scores(hidden_with_junk, head, hidden * 0.5, head, some, **stops)
+    for name, value in (vars(found) | vars(found.statistics)).items():
+        if name != "statistics":
+            whole = vars(expected) | vars(expected.statistics)
+            torch.testing.assert_close(value[::2], whole[name][::2], rtol=2e-6, atol=2e-6)
+            assert name == "same_argmax" or not value[1::2].any(), name
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ([0.0, torch.nan], [0.0, 0.0], "student logits of token 4 (of 6)"),
+        ([0.0, 0.0], [torch.nan, 0.0], "teacher logits of token 4 (of 6)"),
+        ([torch.inf, 0.0], [torch.nan, 0.0], "student and teacher logits of token 4 (of 6)"),
+        ([-torch.inf, -torch.inf], [0.0, 0.0], "token 4 (of 6): all its logits are -inf"),
+    ],
+)
+def test_logits_without_a_distribution_are_refused(student: list[float], teacher: list[float], message: str) -> None:
+    pair = [torch.zeros(2, 3, 2), torch.zeros(2, 3, 2)]
+    pair[0][1, 1], pair[1][1, 1] = torch.tensor(student), torch.tensor(teacher)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        token_statistics(*pair)
+    if "student" in message or "all" in message:
+        with pytest.raises(ValueError, match="token 4"):
+            vocab_parallel_entropy(pair[0])
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "vocab_size", "message"),
     [
@@ -192,7 +227,6 @@ def test_bad_logits_are_refused(
     ("changes", "message"),
     [
         ({"targets": torch.tensor([0, 9])}, "token 9"),
-        ({"targets": torch.tensor([0, -1])}, "token -1"),
         ({"targets": torch.zeros(3, dtype=torch.int64)}, "targets is [3]"),
         ({"targets": torch.zeros(2)}, "integers"),
         ({"student_stop_token_ids": (12,)}, "token 12"),

@@ -1,0 +1,145 @@
+"""Statistics of tokens straight from hidden states, with what the same pass tells about sampled and stop tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_sead.distillation.checks import agree, check_heads, check_per_token, refuse_nan, whole_shape
+from megatron_sead.distillation.heads import DEFAULT_SCRATCH_BYTES, logit_chunks
+from megatron_sead.distillation.kernels.formulas import accumulation_dtype
+from megatron_sead.distillation.partial_sums import (
+    PartialSums,
+    VocabularyShard,
+    pair_sums,
+    start_maxima,
+    start_sums,
+    vocabulary_shard,
+)
+from megatron_sead.distillation.statistics import TokenStatistics, has_no_distribution, statistics_of
+
+# Shapes: V vocabulary padded; tp ranks of `group`; n tokens; r of a chunk; h hidden size
+
+
+@dataclass
+class TokenScores:
+    """Statistics of sampled tokens, with what the same pass tells about the sampled token and about stopping."""
+
+    statistics: TokenStatistics
+    student_log_prob: torch.Tensor  # [n] of the sampled token
+    teacher_log_prob: torch.Tensor  # [n]
+    student_stop_probability: torch.Tensor  # [n] summed over the stop tokens
+    teacher_stop_probability: torch.Tensor  # [n]
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def linear_token_scores(
+    student_hidden: torch.Tensor,
+    student_head: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    student_stop_token_ids: tuple[int, ...],
+    teacher_stop_token_ids: tuple[int, ...],
+    group: ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
+    sequence_parallel: bool = False,
+) -> TokenScores:
+    """Statistics and log-probabilities of the tokens `targets` [n], straight from hidden states. No gradient.
+
+    Hidden states [n, h] are replicated over the group (the two h may differ) and taken in the type of their heads
+    [V/tp, h]. Logits exist for as many tokens at a time as fit `scratch_bytes`. Three collectives a call.
+
+    Args:
+        targets: [n] what each hidden state was followed by; below zero: not scored, its fields are zero.
+        sequence_parallel: hidden states are this rank's part [n/tp, h], in rank order; gathered chunk by chunk.
+
+    Raises:
+        ValueError: sizes, types or devices do not fit, a target or stop token is not in the vocabulary, vocab_size is
+            beyond the shards, or a token's logits are NaN; on every rank, whichever of them is at fault.
+    """
+    stops = student_stop_token_ids, teacher_stop_token_ids
+    try:
+        check_heads(student_hidden, student_head, teacher_hidden, teacher_head)
+        if student_hidden.dim() != 2:
+            raise ValueError(f"student_hidden has shape {list(student_hidden.shape)}: must be [n, h]")
+        shard = vocabulary_shard(len(student_head), group, vocab_size)
+        spread = shard.group if sequence_parallel else None
+        check_per_token(whole_shape(student_hidden, spread), student_hidden.device, targets=targets)
+        _check_tokens(targets, (*stops[0], *stops[1]), shard, len(student_head), vocab_size)
+    except ValueError as problem:
+        agree(group, student_hidden.device, problem=problem)
+        raise
+    dtype = accumulation_dtype(torch.promote_types(student_head.dtype, teacher_head.dtype))
+    tokens = (targets >= 0).nonzero().squeeze(1)
+    agree(shard.group, targets.device, tokens=len(tokens))
+    own = PartialSums.empty(len(targets), dtype, targets.device, with_columns=True)
+    extras = torch.zeros(len(targets), 4, dtype=dtype, device=targets.device)
+    for chunk, _, student, teacher in logit_chunks(
+        (student_hidden, student_head),
+        (teacher_hidden, teacher_head),
+        tokens,
+        shard.real,
+        scratch_bytes=scratch_bytes,
+        buffers=1,
+        spread=spread,
+    ):
+        part = pair_sums(student, teacher, shard, with_columns=True)
+        own.store(chunk.tokens, part)
+        for model, logits in enumerate((student, teacher)):
+            extras[chunk.tokens, model] = _target_logit(logits, targets[chunk.tokens], shard)
+            extras[chunk.tokens, 2 + model] = _stop_sum(logits, part.maxima[:, model], stops[model], shard)
+    return _scores(own, extras, targets >= 0, shard.group)
+
+
+def _scores(own: PartialSums, extras: torch.Tensor, scored: torch.Tensor, group: ProcessGroup | None) -> TokenScores:
+    """From this rank's sums and, for both models, the targets' logits and the stop tokens' sums [n, 4]."""
+    moved = start_maxima(own, group)()
+    scale = (own.maxima - moved.maxima).exp()
+    extras[:, 2:] = torch.where(scale == 0, 0.0, extras[:, 2:] * scale)
+    total = start_sums(moved, group, extras)()
+    refuse_nan(has_no_distribution(total) & scored, own.sums[:, :2], group)
+    # of tokens that are not scored: one possible token, in both models
+    total.sums[~scored] = total.sums.new_tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    total.maxima[~scored] = 0.0
+    extras[~scored] = 0.0
+    normalizers = total.sums[:, :2]
+    log_probs = (extras[:, :2] - total.maxima - normalizers.log()).float()
+    stops = (extras[:, 2:] / normalizers).float()
+    return TokenScores(statistics_of(total, own.maxima.shape[:1]), *log_probs.unbind(-1), *stops.unbind(-1))
+
+
+def _target_logit(logits: torch.Tensor, targets: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+    """[r] the target's logit where this rank holds it, else zero, so that the sum over ranks is the logit."""
+    column = targets - shard.first
+    mine = (column >= 0) & (column < shard.real)
+    if shard.real == 0:
+        return logits.new_zeros(len(targets))
+    return torch.where(mine, logits.gather(1, column.clamp(0, shard.real - 1)[:, None]).squeeze(1), 0.0)
+
+
+def _stop_sum(
+    logits: torch.Tensor, maximum: torch.Tensor, tokens: tuple[int, ...], shard: VocabularyShard
+) -> torch.Tensor:
+    """[r] sum of exp(logit - maximum) over the stop tokens that this rank holds."""
+    columns = [token - shard.first for token in set(tokens) if 0 <= token - shard.first < shard.real]
+    return (logits[:, columns] - maximum.masked_fill(maximum == -torch.inf, 0.0)[:, None]).exp().sum(-1)
+
+
+def _check_tokens(
+    targets: torch.Tensor, stops: tuple[int, ...], shard: VocabularyShard, width: int, vocab_size: int | None
+) -> None:
+    size = 1 if shard.group is None else dist.get_world_size(shard.group)
+    limit = width * size if vocab_size is None else vocab_size
+    if targets.is_floating_point():
+        raise ValueError(f"targets are {targets.dtype}: must be token ids, integers")
+    found = [*stops, *(targets.max().clamp(min=0).unsqueeze(0) if len(targets) else ())]
+    outside = [int(token) for token in found if not 0 <= token < limit]
+    if outside:
+        raise ValueError(f"token {outside[0]} among targets or stop tokens: must be from 0 to {limit - 1}")
