@@ -32,6 +32,10 @@ from megatron_sead.errors import UserError
 FITS = 0.8  # of the memory that is free at the start
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     python: Annotated[
         Path, typer.Option(exists=True, dir_okay=False, help="interpreter of the ranks; peers must import there")
@@ -57,13 +61,12 @@ def main(
 ) -> None:
     """Measure, print a table, write it with the machine, the versions and the command."""
     with one_line_errors():
+        _choices("--device", device, ("cpu", "cuda"))
         losses = all_losses(also)
         cases = _cases(forms, tokens, vocab, hidden, dtypes, tp, shares)
         families = _families(only, losses)
         limit = memory_gb * 1e9 or FITS * _free_bytes(device)
-        plan = {case: _fitting(case, losses, families, limit) for case in cases}
-        if device not in ("cpu", "cuda"):
-            raise UserError(f"--device {device}: cpu or cuda")
+        plan = {case: fitting(case, losses, families, limit) for case in cases}
         settings = {"rounds": rounds, "budget": budget, "error_tokens": error_tokens, "device": device}
         result = _measure(str(python), plan, losses, settings | {"also": list(map(str, also))}, cores)
     result["settings"] = settings | {"dtypes": dtypes.split(",")}
@@ -120,7 +123,7 @@ def _families(only: str, losses: list[Loss]) -> set[str]:
     return set(_choices("--only", only, tuple(sorted(known)))) if only else known
 
 
-def _fitting(case: Case, losses: list[Loss], families: set[str], limit: float) -> dict[int, str | None]:
+def fitting(case: Case, losses: list[Loss], families: set[str], limit: float) -> dict[int, str | None]:
     """Losses that there are for the case, by index; with the reason where one is left out."""
     found: dict[int, str | None] = {}
     for index, loss in enumerate(losses):
@@ -252,6 +255,4 @@ def command_line(arguments: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
     app()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 # Shapes: T tokens; V vocabulary; h hidden size
@@ -129,39 +130,39 @@ class Loss:
 FLOOR_ROWS = 2048  # logits that a floor's preallocated buffers hold at a time
 
 
-def make_inputs(case: Case, group: ProcessGroup, device: torch.device) -> Inputs:
-    """The same values whatever the split; student and teacher are correlated, as a student in training is."""
+def make_inputs(case: Case, device: torch.device) -> Inputs:
+    """This rank's, over all ranks there are: the same values whatever the split.
+
+    Student and teacher are correlated, as a student in training and its teacher are.
+    """
+    group = dist.group.WORLD
+    assert group is not None
     generator = torch.Generator().manual_seed(0)
-    rank = torch.distributed.get_rank(group)
-    columns = slice(rank * case.columns, (rank + 1) * case.columns)
-    dtype = DTYPES[case.dtype]
-
-    def place(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device=device, dtype=dtype)
-
     active = torch.zeros(case.tokens, dtype=torch.bool)
     active[torch.randperm(case.tokens, generator=generator)[: case.active]] = True
     weights = torch.rand(2, case.tokens, generator=generator)
-    common = {"case": case, "group": group, "active": active.to(device), "random_weights": weights.to(device)}
+    rank = dist.get_rank(group)
+    columns = slice(rank * case.columns, (rank + 1) * case.columns)
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=device, dtype=DTYPES[case.dtype])
+
+    block: torch.Tensor | None = None
+    heads: tuple[torch.Tensor, ...] = ()
     if case.form == LOGITS:
-        rows = min(case.tokens, BLOCK)
-        student = 3 * torch.randn(rows, case.vocab, generator=generator)
-        teacher = student + torch.randn(rows, case.vocab, generator=generator)
-        blocks = [place(logits[:, columns].contiguous()) for logits in (student, teacher)]
-        whole = [_repeat(block, block.new_empty(case.tokens, case.columns)) for block in blocks]
-        return Inputs(student=whole[0].requires_grad_(), teacher=whole[1], block=blocks[0], **common)
-    scale = 3 / case.hidden**0.5  # logits with a standard deviation of 3
-    hidden = torch.randn(case.tokens, case.hidden, generator=generator)
-    teacher_hidden = hidden + torch.randn(hidden.shape, generator=generator) / 3
-    head = scale * torch.randn(case.vocab, case.hidden, generator=generator)
-    teacher_head = head + scale / 3 * torch.randn(head.shape, generator=generator)
-    student_head, teacher_head = (place(whole[columns].clone()) for whole in (head, teacher_head))
-    return Inputs(
-        student=place(hidden).requires_grad_(),
-        teacher=place(teacher_hidden),
-        heads=(student_head.requires_grad_(), teacher_head),
-        **common,
-    )
+        logits = 3 * torch.randn(min(case.tokens, BLOCK), case.vocab, generator=generator)
+        teacher_logits = logits + torch.randn(logits.shape, generator=generator)
+        block, teacher_block = (place(whole[:, columns].contiguous()) for whole in (logits, teacher_logits))
+        student = _repeat(block, block.new_empty(case.tokens, case.columns))
+        teacher = _repeat(teacher_block, block.new_empty(case.tokens, case.columns))
+    else:
+        scale = 3 / case.hidden**0.5  # logits with a standard deviation of 3
+        hidden = torch.randn(case.tokens, case.hidden, generator=generator)
+        student, teacher = place(hidden), place(hidden + torch.randn(hidden.shape, generator=generator) / 3)
+        head = scale * torch.randn(case.vocab, case.hidden, generator=generator)
+        teacher_head = head + scale / 3 * torch.randn(head.shape, generator=generator)
+        heads = place(head[columns].clone()).requires_grad_(), place(teacher_head[columns].clone())
+    return Inputs(case, group, student.requires_grad_(), teacher, active.to(device), weights.to(device), heads, block)
 
 
 def _repeat(block: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

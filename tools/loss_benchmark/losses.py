@@ -14,6 +14,7 @@ from megatron_sead.distillation import linear_weighted_divergence, weighted_dive
 
 BOTH = Computes()
 Step = Callable[[], Any]
+Function = Callable[..., torch.Tensor]
 
 
 def ours_on_logits(inputs: Inputs, reuse: bool) -> Step:
@@ -43,9 +44,11 @@ def ours_fused(inputs: Inputs) -> Step:
 def plain_torch(inputs: Inputs, compiled: bool) -> Step:
     """What one writes first: both log-softmaxes in fp32, both divergences, autograd."""
     weights = inputs.weights(BOTH)
-    divergence = _sharded_divergence(inputs.group, compiled) if inputs.case.tp > 1 else _divergence
-    if compiled and inputs.case.tp == 1:
-        divergence = torch.compile(divergence, dynamic=False)
+    compile_maybe = _compiled if compiled else _unchanged
+    if inputs.case.tp > 1:
+        divergence = _sharded_divergence(inputs.group, compile_maybe)
+    else:
+        divergence = compile_maybe(_divergence)
 
     def step() -> None:
         student, teacher = inputs.student, inputs.teacher
@@ -73,12 +76,18 @@ def _weighted(
     return (forward_weight * forward + reverse_weight * reverse).sum()
 
 
-def _sharded_divergence(group: ProcessGroup, compiled: bool) -> Callable[..., torch.Tensor]:
+def _compiled(function: Function) -> Function:
+    """For the very sizes of the case, as often as there are cases."""
+    torch._dynamo.config.recompile_limit = 1024
+    return torch.compile(function, dynamic=False)
+
+
+def _unchanged(function: Function) -> Function:
+    return function
+
+
+def _sharded_divergence(group: ProcessGroup, compile_maybe: Callable[[Function], Function]) -> Function:
     """The same over a sharded vocabulary: what lies between the collectives is compiled, or not."""
-
-    def compile_maybe(function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, dynamic=False) if compiled else function
-
     maxima = compile_maybe(lambda x, y: torch.stack([x.amax(-1), y.amax(-1)]).float())
     sums = compile_maybe(
         lambda x, y, m: torch.stack([(z.float() - t[:, None]).exp().sum(-1) for z, t in ((x, m[0]), (y, m[1]))])

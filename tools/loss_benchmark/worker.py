@@ -52,7 +52,6 @@ def main(settings: dict[str, Any], rank: int) -> None:
     """Measure every case with every loss that fits."""
     report = Reporter(rank)
     torch.set_num_threads(settings["threads"])
-    torch._dynamo.config.recompile_limit = 1024  # type: ignore[attr-defined]  # every case is compiled for itself
     on_cuda = settings["device"] == "cuda"
     device = torch.device("cuda", rank) if on_cuda else torch.device("cpu")
     if on_cuda:
@@ -119,7 +118,7 @@ def _measure_times(
     case: Case, losses: list[tuple[int, Loss]], settings: dict[str, Any], device: torch.device, report: Reporter
 ) -> None:
     """Interleaved rounds, each beginning with another loss; slow ones take part in fewer of them."""
-    inputs = make_inputs(case, dist.group.WORLD, device)
+    inputs = make_inputs(case, device)
     steps, rounds = {}, {}
     for index, loss in losses:
         report("doing", text=f"{_title(case)}: {loss.name}, first call")
@@ -172,7 +171,7 @@ def _measure_errors(
     case: Case, losses: list[tuple[int, Loss]], device: torch.device, report: Reporter
 ) -> dict[int, dict[str, Any]]:
     """Gradient error and collectives by loss, on few tokens with the true vocabulary: fp64 has to fit."""
-    inputs = make_inputs(case, dist.group.WORLD, device)
+    inputs = make_inputs(case, device)
     found: dict[int, dict[str, Any]] = {}
     for index, loss in losses:
         if loss.computes is None:
@@ -199,7 +198,7 @@ def _measure_errors(
 
 def _measure_memory(case: Case, losses: list[tuple[int, Loss]], device: torch.device, report: Reporter) -> None:
     """The second call's peak, and what of it are gradients. The first pays for code, compilers and lazy set-up."""
-    inputs = make_inputs(case, dist.group.WORLD, device)
+    inputs = make_inputs(case, device)
     for index, loss in losses:
         if loss.computes is None:
             continue
