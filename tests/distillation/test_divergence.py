@@ -120,7 +120,7 @@ def test_nan_is_refused_where_a_token_has_a_weight() -> None:
     with pytest.raises(ValueError, match="teacher logits of token 7 \\(of 9\\) are NaN"):
         linear_weighted_divergence(**arguments)
     weight[1] = torch.nan
-    with pytest.raises(ValueError, match="token 1 .* a weight is NaN"):
+    with pytest.raises(ValueError, match=r"token 1 .* a weight is NaN"):
         weighted_divergence(teacher, teacher, weight, weight)
 
 

@@ -91,13 +91,13 @@ def test_fused_loss_and_scores() -> None:
     assert peak_growth(score) < 0.25
 
 
-@pytest.mark.parametrize("share", [0.5, 0.1])
+@pytest.mark.parametrize("share", [1.0, 0.5])
 def test_scratch_does_not_grow_with_tokens(share: float) -> None:
     """In bytes: what is left of the peak without the outputs, which are the loss and both gradients."""
     torch.manual_seed(0)
     head = torch.randn(COLUMNS, HIDDEN, requires_grad=True)
-    peaks = []
-    for tokens in (TOKENS, 8 * TOKENS):
+
+    def peak(tokens: int) -> float:
         hidden, weights = torch.randn(tokens, HIDDEN, requires_grad=True), (torch.rand(tokens) < share).float()
 
         def train() -> None:
@@ -105,5 +105,6 @@ def test_scratch_does_not_grow_with_tokens(share: float) -> None:
             loss.sum().backward()
 
         train()
-        peaks.append(peak_growth(train))
-    assert peaks[1] < peaks[0] + 0.02
+        return peak_growth(train)
+
+    assert peak(8 * TOKENS) < peak(TOKENS) + 0.02
