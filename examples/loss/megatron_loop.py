@@ -137,7 +137,7 @@ def main() -> None:
     teacher = build_model(hidden_size=64, init_std=0.1).requires_grad_(False).eval()
     model = build_model(hidden_size=32, init_std=0.02)
     student = DDP(model.config, DistributedDataParallelConfig(), model)
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-2), [student])
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=3e-3), [student])
     model.config.finalize_model_grads_func = finalize_model_grads
     for step in range(args.steps):
         loss = train_step(student, teacher, optimizer, step)
