@@ -154,6 +154,17 @@ def test_a_rest_that_the_student_holds_impossible_is_infinite() -> None:
     assert loss.view(-1)[3] == torch.inf and loss.view(-1)[4:].isfinite().all()
 
 
+def test_a_top_k_that_the_student_holds_impossible_is_the_teachers_rest() -> None:
+    case = make_case(60)
+    top = case.teacher.sort(dim=-1, descending=True).indices[..., :5]
+    logits = case.student.scatter(-1, top, -torch.inf).requires_grad_()
+    loss = top_k_divergence(logits, case.teacher, torch.zeros(3, 5), torch.ones(3, 5), k=5)
+    loss.sum().backward()
+    expected = -textbook_buckets(case.teacher, case.teacher, 5, "bucket")[..., -1]
+    assert relative_error(loss.detach(), expected) < 1e-6
+    assert not logits.grad.any()  # p of the last bucket is one, whatever its tokens do
+
+
 def test_the_tail_bucket_teaches_tokens_outside_the_top_k() -> None:
     """Also where the bucket's divergence is nearly zero, or would be below it by rounding."""
     torch.manual_seed(0)
