@@ -4,7 +4,8 @@
 warp, because a block's maximum must be known before its exponentials: shuffles within a warp, a barrier a block among
 several. Spans, because few rows, one program each, would leave most of a GPU idle; `_row_kernel` then puts the spans of
 a row together. A block is a tile whose rows follow each other in memory, as wide as a warp's 16-byte loads, so that a
-thread adds up its own columns and the sums cross threads once a span.
+thread adds up its own columns and the sums cross threads once a span. With 128 registers a thread nothing is spilled
+and sixteen such warps fit on a multiprocessor, enough to hide its memory.
 
 Only a row's last block is read under a mask: the run-time number of columns would cut a masked load into single
 elements. That number, like the number of rows, is not specialised; strides and alignments are, and they do not change
@@ -25,10 +26,7 @@ import triton.language as tl
 BLOCK = 512
 BLOCKS = 16
 GRADIENT_BLOCK = 2048
-OPTIONS = {
-    "maxnreg": 128,  # nothing is spilled, and a quarter of an SM's warps fit, enough to hide its memory
-    "enable_fp_fusion": True,  # off by default from triton 3.10 on
-}
+OPTIONS = {"enable_fp_fusion": True}  # off by default from triton 3.10 on
 MINUS_INFINITY = tl.constexpr(float("-inf"))
 
 
@@ -39,22 +37,23 @@ def pair_sums(
 
     fp32 from bf16, fp16 or fp32, of any strides. A NaN logit makes A (the student's) or B (the teacher's) NaN.
     """
-    maxima = torch.full((len(rows), 2), -torch.inf, device=student.device)
-    sums = torch.zeros(len(rows), 6, device=student.device)
-    columns = torch.zeros(len(rows), 2, dtype=torch.int64, device=student.device) if with_columns else None
-    if real == 0 or len(rows) == 0:
-        return maxima, sums, columns
+    tokens, device = len(rows), student.device
+    maxima = torch.empty(tokens, 2, device=device)
+    sums = torch.empty(tokens, 6, device=device)
+    columns = torch.empty(tokens, 2, dtype=torch.int64, device=device) if with_columns else None
+    if real == 0 or tokens == 0:
+        return maxima.fill_(-torch.inf), sums.zero_(), None if columns is None else columns.zero_()
     spans = triton.cdiv(real, BLOCKS * BLOCK)
-    partial = torch.empty(len(rows), spans, 8, device=student.device)
-    blocks = torch.empty(len(rows), spans, 2, dtype=torch.int32, device=student.device)
+    partial = torch.empty(tokens, spans, 8, device=device)
+    blocks = torch.empty(tokens, spans, 2, dtype=torch.int32, device=device)
     width = 32 * 16 // student.element_size()
     with torch.cuda.device_of(student):
-        _span_kernel[(len(rows) * spans,)](
+        _span_kernel[(tokens * spans,)](
             student, teacher, rows, partial, blocks, real, spans,
             *student.stride(), *teacher.stride(),
-            HEIGHT=BLOCK // width, WIDTH=width, SPAN=BLOCKS * BLOCK, num_warps=1, **OPTIONS,
+            HEIGHT=BLOCK // width, WIDTH=width, SPAN=BLOCKS * BLOCK, num_warps=1, maxnreg=128, **OPTIONS,
         )  # fmt: skip
-        _row_kernel[(len(rows),)](
+        _row_kernel[(tokens,)](
             student, teacher, rows, partial, blocks, maxima, sums, columns, real, spans,
             *student.stride(), *teacher.stride(),
             SPANS=triton.next_power_of_2(spans), BLOCK=BLOCK, num_warps=1, **OPTIONS,
@@ -65,7 +64,7 @@ def pair_sums(
 def single_sums(logits: torch.Tensor, real: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Maxima [n, 1] and sums A, C [n, 2] of one model's logits [n, V].
 
-    As a pair with itself: the second read comes from the L1 cache, and the pass is bound by memory, not arithmetic.
+    As a pair with itself, whose second read comes from the L1 cache: never slower than a pair, for no code of its own.
     """
     rows = torch.arange(len(logits), device=logits.device)
     maxima, sums, _ = pair_sums(logits, logits, rows, real, with_columns=False)
