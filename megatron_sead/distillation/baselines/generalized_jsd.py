@@ -28,7 +28,8 @@ from megatron_sead.distillation.baselines.normalizers import (
     token_blocks,
 )
 from megatron_sead.distillation.checks import check_logits
-from megatron_sead.distillation.partial_sums import VocabularyShard, accumulation_dtype, vocabulary_shard
+from megatron_sead.distillation.kernels.formulas import accumulation_dtype
+from megatron_sead.distillation.partial_sums import VocabularyShard, vocabulary_shard
 
 # Shapes: [...] any leading dimensions; V columns of this rank, padding included; c real ones; n tokens; r rows
 

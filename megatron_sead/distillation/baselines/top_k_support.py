@@ -18,7 +18,8 @@ from megatron_sead.distillation.baselines.normalizers import (
     own_normalizer,
     token_blocks,
 )
-from megatron_sead.distillation.partial_sums import VocabularyShard, accumulation_dtype
+from megatron_sead.distillation.kernels.formulas import accumulation_dtype
+from megatron_sead.distillation.partial_sums import VocabularyShard
 
 # Shapes: n tokens; V columns of this rank, padding included; c real ones; r rows of a block; s = min(k, V), sent
 

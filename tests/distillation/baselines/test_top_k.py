@@ -150,8 +150,12 @@ def test_extreme_and_masked_logits_have_their_limits(ranks: Ranks, tp: str, tail
 def test_a_rest_that_the_student_holds_impossible_is_infinite() -> None:
     case = extreme_case()
     case.forward_weight.fill_(1.0)
-    loss = loss_of(case, case.student, case.teacher, k=10)
+    case.reverse_weight.fill_(0.0)
+    logits = case.student.requires_grad_()
+    loss = loss_of(case, logits, case.teacher, k=10)
+    loss.sum().backward()
     assert loss.view(-1)[3] == torch.inf and loss.view(-1)[4:].isfinite().all()
+    assert logits.grad.isfinite().all()
 
 
 def test_a_top_k_that_the_student_holds_impossible_is_the_teachers_rest() -> None:
