@@ -19,7 +19,6 @@ from megatron_sead.distillation.checks import agree, check_heads, check_per_toke
 from megatron_sead.distillation.chunks import Chunk
 from megatron_sead.distillation.divergence import weighted_loss, write_gradient
 from megatron_sead.distillation.heads import (
-    DEFAULT_SCRATCH_BYTES,
     add_head_gradient,
     hidden_gradient,
     logit_chunks,
@@ -50,7 +49,7 @@ def linear_weighted_divergence(
     *,
     group: ProcessGroup | None = None,
     vocab_size: int | None = None,
-    scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
+    scratch_bytes: int | None = None,
     sequence_parallel: bool = False,
 ) -> torch.Tensor:
     """`weighted_divergence` of the logits hidden @ head transposed, of which only a chunk exists at a time. fp32.
@@ -67,7 +66,8 @@ def linear_weighted_divergence(
         forward_weight: [...], the same on every rank of the group; so is reverse_weight.
         group: ranks over which the vocabulary is split; None: it is not.
         vocab_size: true size; head rows beyond it are padding, never read, gradient zero. None: all are tokens.
-        scratch_bytes: memory for a chunk's logits; one token's are the least.
+        scratch_bytes: memory for a chunk's logits, whatever the number of tokens; one token's are the least. None: as
+            much as 512 tokens need.
         sequence_parallel: both hidden states hold this rank's part [s/tp, ..., h] of the first dimension, in rank
             order, and so does the gradient; weights and loss are whole, [s, ...].
 
@@ -81,7 +81,7 @@ def linear_weighted_divergence(
         spread = shard.group if sequence_parallel else None
         device, shape = student_hidden.device, whole_shape(student_hidden, spread)
         check_per_token(shape, device, forward_weight=forward_weight, reverse_weight=reverse_weight)
-        if scratch_bytes < 1:
+        if scratch_bytes is not None and scratch_bytes < 1:
             raise ValueError(f"scratch_bytes={scratch_bytes}: must be positive")
     except ValueError as problem:
         agree(group, student_hidden.device, problem=problem)
@@ -98,7 +98,7 @@ def linear_weighted_divergence(
 class _Setting:
     shard: VocabularyShard
     spread: ProcessGroup | None  # ranks over which the hidden states' tokens are split
-    scratch_bytes: int
+    scratch_bytes: int | None
     needs_gradient: bool
 
 
@@ -146,14 +146,15 @@ class _LinearWeightedDivergence(torch.autograd.Function):
 def _hand_over(gradient: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """The head's gradient for autograd; where Megatron accumulates in `main_grad`, added to that without rounding.
 
-    Megatron's DistributedDataParallel then expects a gradient that it ignores, as from its own linear layers.
+    Megatron's DistributedDataParallel then expects a gradient that it ignores, as from its own linear layers; or adds
+    too, where the weight is tied to the embedding's.
     """
     main_grad = getattr(head, "main_grad", None)
     if main_grad is None or not hasattr(head, "grad_added_to_main_grad"):
         return gradient.to(head.dtype)
     main_grad.add_(gradient)
     head.grad_added_to_main_grad = True
-    return torch.empty_like(head)
+    return torch.zeros_like(head) if getattr(head, "zero_out_wgrad", False) else torch.empty_like(head)
 
 
 def _common_scale(
@@ -205,7 +206,7 @@ def fused_pass(inputs: Sequence[torch.Tensor], setting: _Setting, wanted: tuple[
     backward = _ChunkBackward(student_head, weights, shard, setting.spread, outcome)
     own = PartialSums.empty(len(weights[0]), dtype, hidden.device, with_columns=False)
     total = PartialSums.empty(len(weights[0]), dtype, hidden.device, with_columns=False)
-    buffers = 2 if any(wanted) and group is not None else 1
+    buffers = 2 if any(wanted) and _overlaps(group, hidden.device) else 1
     chunks = logit_chunks(
         (hidden, student_head),
         (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_head),
@@ -234,6 +235,11 @@ def fused_pass(inputs: Sequence[torch.Tensor], setting: _Setting, wanted: tuple[
     outcome.loss[tokens] = weighted_loss(total.sums[tokens], *weights[:, tokens])
     refuse_nan(outcome.loss.isnan(), own.sums[:, :2], group)
     return outcome
+
+
+def _overlaps(group: ProcessGroup | None, device: torch.device) -> bool:
+    """May a chunk's sums travel while the next is computed? Chunks are then half as large, so only on GPUs."""
+    return group is not None and device.type == "cuda"
 
 
 class _ChunkBackward:

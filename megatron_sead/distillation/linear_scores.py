@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation.checks import agree, check_heads, check_per_token, refuse_nan, whole_shape
-from megatron_sead.distillation.heads import DEFAULT_SCRATCH_BYTES, logit_chunks
+from megatron_sead.distillation.heads import logit_chunks
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.partial_sums import (
     PartialSums,
@@ -48,13 +48,14 @@ def linear_token_scores(
     teacher_stop_token_ids: tuple[int, ...],
     group: ProcessGroup | None = None,
     vocab_size: int | None = None,
-    scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
+    scratch_bytes: int | None = None,
     sequence_parallel: bool = False,
 ) -> TokenScores:
     """Statistics and log-probabilities of the tokens `targets` [n], straight from hidden states. No gradient.
 
     Hidden states [n, h] are replicated over the group (the two h may differ) and taken in the type of their heads
-    [V/tp, h]. Logits exist for as many tokens at a time as fit `scratch_bytes`. Three collectives a call.
+    [V/tp, h]. Logits exist for as many tokens at a time as fit `scratch_bytes` (None: 512). Three collectives a
+    call.
 
     Args:
         targets: [n] what each hidden state was followed by; below zero: not scored, its fields are zero.

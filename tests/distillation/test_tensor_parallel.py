@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sead.distillation import (
+    linear_divergence,
     linear_token_scores,
     linear_weighted_divergence,
     token_statistics,
@@ -148,9 +149,10 @@ def test_loss_on_logits(ranks: Ranks, tp: str, vocab_size: int, reuse: bool) -> 
 
 
 def fused_loss_on_rank(
-    groups: Groups, tp: str, vocab_size: int, upstream: str | None, scratch_bytes: int
+    groups: Groups, tp: str, vocab_size: int, upstream: str | None, scratch_bytes: int, overlap: bool
 ) -> dict[str, Any]:
     case = make_case(vocab_size)
+    linear_divergence._overlaps = lambda group, device: overlap and group is not None  # as on a GPU
     hidden = case.student_hidden.requires_grad_()
     head = shard(case.student_head, groups, tp, 0).requires_grad_()
     with CountedCollectives() as sizes:
@@ -177,26 +179,30 @@ def fused_loss_on_rank(
     }
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("upstream", [None, "per token"])
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("tp", ["1", "2", "4"])
-def test_loss_fused_with_the_heads(ranks: Ranks, tp: str, vocab_size: int, upstream: str | None) -> None:
+def test_loss_fused_with_the_heads(ranks: Ranks, tp: str, vocab_size: int, upstream: str | None, overlap: bool) -> None:
     case = make_case(vocab_size)
-    hidden = case.student_hidden.double().requires_grad_()
+    student_hidden = case.student_hidden.double().requires_grad_()
     head = case.student_head.double().requires_grad_()
     teacher = case.teacher_hidden.double() @ case.teacher_head.double().t()
-    loss = reference(hidden @ head.t(), teacher).loss(case.forward_weight, case.reverse_weight)
+    loss = reference(student_hidden @ head.t(), teacher).loss(case.forward_weight, case.reverse_weight)
     loss.backward(torch.full((3, 5), 1.7) if upstream is None else case.upstream)
     # room for 4 tokens at a time: of the 10 that have a weight, the last chunk holds 2
-    buffers = 1 if tp == "1" else 2
+    buffers = 2 if overlap and tp != "1" else 1
     scratch_bytes = 4 * 4 * (buffers * 2 * PADDED // int(tp) + 4 * (24 + 40))
-    found = ranks.run(fused_loss_on_rank, tp, vocab_size, upstream, scratch_bytes)[: int(tp)]
+    found = ranks.run(fused_loss_on_rank, tp, vocab_size, upstream, scratch_bytes, overlap)[: int(tp)]
     for rank in found:
         assert relative_error(torch.from_numpy(rank["loss"]), loss.detach()) < 2e-6
-        assert relative_error(torch.from_numpy(rank["hidden"]), hidden.grad) < 3e-6
-        # agreement; then maxima and sums of a chunk before the hidden gradient of the one before it
-        maxima, sums, hidden_gradient = 4 * 2, 4 * 6, 4 * 24
-        a_pass = [3, maxima, sums, maxima, hidden_gradient, sums, 2 * 2, hidden_gradient, 2 * 6, 2 * 24]
+        assert relative_error(torch.from_numpy(rank["hidden"]), student_hidden.grad) < 3e-6
+        # agreement; then maxima, sums and hidden gradient of each chunk
+        maxima, sums, hidden = 4 * 2, 4 * 6, 4 * 24
+        if overlap:  # a chunk's hidden gradient is formed once the next one's maxima are on their way
+            a_pass = [3, maxima, sums, maxima, hidden, sums, 2 * 2, hidden, 2 * 6, 2 * 24]
+        else:
+            a_pass = [3, maxima, sums, hidden, maxima, sums, hidden, 2 * 2, 2 * 6, 2 * 24]
         assert rank["sizes"] == ([] if tp == "1" else a_pass if upstream is None else a_pass * 2)
     gradient = torch.cat([torch.from_numpy(rank["head"]) for rank in found])
     assert relative_error(gradient[:vocab_size], head.grad) < 3e-6
