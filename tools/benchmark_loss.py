@@ -51,7 +51,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 11,
     budget: Annotated[float, typer.Option(help="seconds of one loss in one case; slow ones sit rounds out")] = 60,
     cores: Annotated[int, typer.Option(min=1, help="cores of all ranks together")] = os.cpu_count() or 1,
-    error_tokens: Annotated[int, typer.Option(min=1, help="T of the comparison with fp64")] = 64,
+    error_tokens: Annotated[int, typer.Option(min=1, help="T of the comparison with fp64")] = 256,
     memory_gb: Annotated[float, typer.Option(help="leave out what needs more; 0: most of what is free")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda, one GPU a rank")] = "cpu",
     also: Annotated[

@@ -12,7 +12,8 @@ from loss_benchmark.cases import Computes, Inputs
 
 # Shapes: T tokens; V vocabulary; h hidden size
 
-ROWS = 4096  # head rows widened to fp64 at a time
+HEAD_ROWS = 4096  # widened to fp64 at a time
+TOKENS = 64  # whose whole logits exist at a time
 
 
 def gradient_errors(inputs: Inputs, computes: Computes) -> dict[str, float]:
@@ -21,29 +22,25 @@ def gradient_errors(inputs: Inputs, computes: Computes) -> dict[str, float]:
     The gradients are those in `.grad` of the inputs' leaves. A loss that overwrites the logits must have them
     restored first.
     """
-    student, teacher = (_whole_logits(inputs, index) for index in range(2))
-    student.requires_grad_()
-    _loss(student, teacher, computes, *inputs.weights(computes)).backward()
-    assert student.grad is not None
-    rank, columns = dist.get_rank(inputs.group), inputs.case.columns
-    gradient = student.grad[:, rank * columns : (rank + 1) * columns]
+    gradient = _logit_gradient(inputs, computes)
     errors = {}
     for name, leaf in inputs.leaves.items():
-        squares = torch.zeros(2, dtype=torch.float64, device=student.device)  # of the error, of the reference
+        squares = gradient.new_zeros(2)  # of the error, of the reference
         if leaf.grad is None:
             squares[0] = torch.nan
         elif name == "logits":
             squares += _squares(leaf.grad, gradient)
         elif name == "head":
             hidden = inputs.student.detach().double()
-            for start in range(0, columns, ROWS):
-                rows = slice(start, start + ROWS)
+            for start in range(0, len(leaf), HEAD_ROWS):
+                rows = slice(start, start + HEAD_ROWS)
                 squares += _squares(leaf.grad[rows], gradient[:, rows].t() @ hidden)
         else:
             right = torch.zeros(leaf.shape, dtype=torch.float64, device=leaf.device)
-            for start in range(0, columns, ROWS):
-                rows = slice(start, start + ROWS)
-                right.addmm_(gradient[:, rows], inputs.heads[0].detach()[rows].double())
+            for columns, rows in zip(
+                gradient.split(HEAD_ROWS, dim=1), inputs.heads[0].detach().split(HEAD_ROWS), strict=True
+            ):
+                right.addmm_(columns, rows.double())
             dist.all_reduce(right, group=inputs.group)
             squares += _squares(leaf.grad, right)
         dist.all_reduce(squares, group=inputs.group)
@@ -55,15 +52,33 @@ def _squares(value: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.stack([(value.double() - right).square().sum(), right.square().sum()])
 
 
-def _whole_logits(inputs: Inputs, index: int) -> torch.Tensor:
-    """[T, V] in fp64, of the student (0) or the teacher (1)."""
+def _logit_gradient(inputs: Inputs, computes: Computes) -> torch.Tensor:
+    """[T, V/tp] in fp64, of the student's logits."""
+    own = [_own_logits(inputs, index).split(TOKENS) for index in range(2)]
+    weights = [weight.double().split(TOKENS) for weight in inputs.weights(computes)]
+    columns = slice(*(inputs.case.columns * (dist.get_rank(inputs.group) + i) for i in (0, 1)))
+    gradients = []
+    for student_part, teacher_part, *weight in zip(*own, *weights, strict=True):
+        student = _gather(student_part, inputs).requires_grad_()
+        _loss(student, _gather(teacher_part, inputs), computes, *weight).backward()
+        assert student.grad is not None
+        gradients.append(student.grad[:, columns].clone())
+    return torch.cat(gradients)
+
+
+def _own_logits(inputs: Inputs, index: int) -> torch.Tensor:
+    """[T, V/tp] in fp64, of the student (0) or the teacher (1)."""
     own = (inputs.student, inputs.teacher)[index].detach().double()
     if inputs.heads:
-        head = inputs.heads[index].detach()
-        own = torch.cat([own @ rows.double().t() for rows in head.split(ROWS)], dim=1)
-    shards = [torch.empty_like(own) for _ in range(inputs.case.tp)]
-    dist.all_gather(shards, own.contiguous(), group=inputs.group)
-    return torch.cat(shards, dim=1)
+        own = torch.cat([own @ rows.double().t() for rows in inputs.heads[index].detach().split(HEAD_ROWS)], dim=1)
+    return own
+
+
+def _gather(shard: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """[..., V] from [..., V/tp]."""
+    shards = [torch.empty_like(shard) for _ in range(inputs.case.tp)]
+    dist.all_gather(shards, shard.contiguous(), group=inputs.group)
+    return torch.cat(shards, dim=-1)
 
 
 def _loss(
@@ -78,4 +93,4 @@ def _loss(
     if computes.top is not None:
         terms = terms.gather(-1, log_q.topk(computes.top, dim=-1).indices)
     reverse = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return (forward_weight.double() * terms.sum(-1) + reverse_weight.double() * reverse).sum()
+    return (forward_weight * terms.sum(-1) + reverse_weight * reverse).sum()

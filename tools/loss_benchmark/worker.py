@@ -179,14 +179,14 @@ def _measure_errors(
         report("doing", text=f"{_title(case)}: {loss.name}, gradient against fp64")
         try:
             step = loss.build(inputs)
-            count = meters.collectives(step)
-            _clean(inputs, loss)
             step()
             if loss.overwrites:
                 gradient = inputs.student.grad.clone() if inputs.student.grad is not None else None
                 inputs.restore()
                 inputs.student.grad = gradient
             errors = gradient_errors(inputs, loss.computes)
+            _clean(inputs, loss)
+            count = meters.collectives(step)  # after it has run, and compiled, as it should
             finite = {name: error if math.isfinite(error) else None for name, error in errors.items()}
             found[index] = {"kind": "result", "collectives": count, "gradient_errors": finite}
         except Exception as error:
