@@ -92,7 +92,7 @@ def test_fused_loss_and_scores() -> None:
     targets = torch.zeros(TOKENS, dtype=torch.int64)
     train(), score()  # compile
     assert peak_growth(train) < 0.45
-    assert peak_growth(score) < 0.3
+    assert peak_growth(score) < 0.45
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
