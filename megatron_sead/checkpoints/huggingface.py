@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,15 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from megatron_sead.checkpoints.manifest import flush_directory, from_first_rank
+from megatron_sead.checkpoints.durable import clear_way, take_name, write_json
+from megatron_sead.checkpoints.manifest import from_first_rank
+from megatron_sead.checkpoints.model_files import model_weights
+from megatron_sead.checkpoints.shard_writer import SHARD_BYTES, ShardWriter
 from megatron_sead.errors import UserError
 from megatron_sead.models.builder import read_hf_config
 from megatron_sead.models.olmo3.config import YarnScaling, olmo3_fields
-
-SHARD_BYTES = 5 * 10**9  # the size that transformers and the hub use
-INDEX = "model.safetensors.index.json"
 
 # What a model directory holds beside weights and config.json. Not its README: that speaks of another model.
 COMPANIONS = (
@@ -58,40 +55,65 @@ def write_huggingface_directory(
         source: the directory that the model began as: gives config.json, generation settings, tokenizer and chat
             template.
         group: gloo, all ranks.
-        dtype: of the tensors written; None: as they come.
-        max_shard_bytes: tensors are collected in host memory up to this size, then written. A larger tensor is a
-            shard of its own.
+        dtype: of the tensors written; None: the first one's.
+        max_shard_bytes: of a file's tensors. A larger tensor has a file of its own.
 
     Raises:
         UserError: the disk refuses, or `directory` holds something else than a model.
     """
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    writer: _ShardWriter | None = None
+    writer: _DirectoryWriter | None = None
     refusal: UserError | None = None
-    first = dist.get_rank(group) == 0
-    try:
-        if first:
-            _make_way(directory, temporary)
-            writer = _ShardWriter(temporary, dtype, max_shard_bytes)
-    except (OSError, UserError) as error:
-        refusal = _refusal(directory, error)
+    if dist.get_rank(group) == 0:
+        try:
+            writer = _DirectoryWriter(directory, source, dtype, max_shard_bytes)
+        except (OSError, UserError) as error:
+            refusal = _refusal(directory, error)
     for name, tensor in weights:  # to the end on every rank, even when the disk has refused: making them is collective
         if writer is not None and refusal is None:
             try:
                 writer.add(name, tensor)
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 refusal = _refusal(directory, error)
     if writer is not None and refusal is None:
         try:
-            written = writer.finish()
-            _write_config(source, temporary, written)
-            _copy_companions(source, temporary)
-            _replace(directory, temporary)
-        except (OSError, SafetensorError) as error:
+            writer.finish()
+        except OSError as error:
             refusal = _refusal(directory, error)
     refusal = from_first_rank(refusal, group)
     if refusal is not None:
         raise refusal
+
+
+class _DirectoryWriter:
+    """What the first rank writes. The dtype of the files may be known only with the first tensor."""
+
+    def __init__(self, directory: Path, source: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+        self.directory = directory
+        self.source = source
+        self.dtype = dtype
+        self.max_shard_bytes = max_shard_bytes
+        self.shapes = huggingface_shapes(source)
+        self.temporary = clear_way(directory)
+        self._shards: ShardWriter | None = None
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        if self._shards is None:
+            dtype = self.dtype or tensor.dtype
+            self._shards = ShardWriter(self.temporary, self.shapes, dtype, self.max_shard_bytes)
+        self._shards.add(name, tensor)
+
+    def finish(self) -> None:
+        assert self._shards is not None, "no weights came"
+        self._shards.finish()
+        write_config(self.source, self.temporary, self._shards.dtype)
+        copy_companions(self.source, self.temporary)
+        take_name(self.directory, self.temporary)
+
+
+def huggingface_shapes(hf_dir: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that config.json calls for, in the order of the files."""
+    _, weights = model_weights(hf_dir)
+    return {name: shape for named in weights for name, shape in zip(named.names, named.weight.shapes, strict=True)}
 
 
 def verify_huggingface_directory(
@@ -120,56 +142,6 @@ def verify_huggingface_directory(
         raise RuntimeError(f"{directory} is not the trained model: {problem}")
 
 
-class _ShardWriter:
-    """Collects tensors, writes a file when it would be too large. Files are named at the end, with their count."""
-
-    def __init__(self, directory: Path, dtype: torch.dtype | None, max_bytes: int) -> None:
-        self.directory = directory
-        self.dtype = dtype
-        self.max_bytes = max_bytes
-        self.pending: dict[str, torch.Tensor] = {}
-        self.shards: list[list[str]] = []  # tensor names
-        self.total_bytes = 0
-        self.dtypes: set[torch.dtype] = set()
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        # A copy: the tensor may be a view of a buffer that is filled again
-        tensor = tensor.detach().to("cpu", self.dtype or tensor.dtype, copy=True).contiguous()
-        pending_bytes = sum(other.nbytes for other in self.pending.values())
-        if self.pending and pending_bytes + tensor.nbytes > self.max_bytes:
-            self._write()
-        self.pending[name] = tensor
-        self.total_bytes += tensor.nbytes
-        self.dtypes.add(tensor.dtype)
-
-    def finish(self) -> torch.dtype:
-        """Write the rest, and the index of several files. Returns the dtype that the model is in."""
-        self._write()
-        count = len(self.shards)
-        if count == 1:
-            (self.directory / _part(1)).rename(self.directory / "model.safetensors")
-        else:
-            weight_map: dict[str, str] = {}
-            for number, names in enumerate(self.shards, 1):
-                file = f"model-{number:05d}-of-{count:05d}.safetensors"
-                (self.directory / _part(number)).rename(self.directory / file)
-                weight_map |= dict.fromkeys(names, file)
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            _write_json(self.directory / INDEX, index)
-        return max(self.dtypes, key=lambda dtype: dtype.itemsize)
-
-    def _write(self) -> None:
-        self.shards.append(list(self.pending))
-        path = self.directory / _part(len(self.shards))
-        save_file(self.pending, path, metadata={"format": "pt"})
-        self.pending = {}
-        _flush(path)
-
-
-def _part(number: int) -> str:
-    return f"part-{number}.safetensors"
-
-
 class _WrittenTensors:
     """The tensors of a directory, by name."""
 
@@ -196,10 +168,11 @@ class _WrittenTensors:
         return None
 
 
-def _write_config(source: Path, directory: Path, dtype: torch.dtype) -> None:
+def write_config(source: Path, directory: Path, dtype: torch.dtype) -> None:
+    """config.json for weights of this dtype, in forms that all transformers versions read."""
     config = portable_config(read_hf_config(source), source / "config.json")
     name = str(dtype).removeprefix("torch.")
-    _write_json(directory / "config.json", config | {"dtype": name, "torch_dtype": name})
+    write_json(directory / "config.json", config | {"dtype": name, "torch_dtype": name})
 
 
 def portable_config(hf: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -237,42 +210,16 @@ def _yarn_fields(yarn: YarnScaling) -> dict[str, Any]:
     return fields if yarn.truncate else fields | {"truncate": False}
 
 
-def _copy_companions(source: Path, directory: Path) -> None:
+def copy_companions(source: Path, directory: Path) -> None:
+    """Generation settings, tokenizer and chat template. The caller flushes the directory."""
     for name in COMPANIONS:
         if (source / name).is_dir():
             shutil.copytree(source / name, directory / name)
         elif (source / name).exists():
             shutil.copyfile(source / name, directory / name)
-            _flush(directory / name)
-
-
-def _make_way(directory: Path, temporary: Path) -> None:
-    if directory.exists() and not (directory / "config.json").exists():
-        raise UserError(f"{directory}: exists and holds no model; move it away, or choose another directory")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-
-
-def _replace(directory: Path, temporary: Path) -> None:
-    flush_directory(temporary)
-    if directory.exists():
-        shutil.rmtree(directory)
-    temporary.rename(directory)
-    flush_directory(directory.parent)
 
 
 def _refusal(directory: Path, error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error
     return UserError(f"{directory}: the model cannot be written there ({error})")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

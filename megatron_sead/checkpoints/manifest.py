@@ -27,6 +27,8 @@ class Manifest:
     megatron_core: str  # version that wrote it
     layout: dict[str, int]  # sizes: tensor, pipeline, virtual (chunks a rank), data
     files: dict[str, tuple[int, int]]  # name -> (bytes, CRC-32)
+    dtype: str | None = None  # of a converted model's weights: bf16 or fp32
+    parameters: int | None = None  # of a converted model, without padding
 
 
 def describe_files(directory: Path, group: dist.ProcessGroup) -> dict[str, tuple[int, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 
-from megatron_sead.errors import UserError
 from megatron_sead.models.olmo3.config import Olmo3Config
 from megatron_sead.models.olmo3.model import Olmo3Model
 from megatron_sead.models.olmo3.weights import Weight, first_stage_weights, last_stage_weights, layer_weights
 from megatron_sead.models.parallel import ParallelContext
+from megatron_sead.models.tensor_files import TensorFiles
 
-IGNORED_SUFFIX = "rotary_emb.inv_freq"  # buffers that old transformers saved
+
+@dataclass(frozen=True)
+class NamedWeight:
+    """A `Weight` of the whole model, with the full names of its Hugging Face tensors."""
+
+    weight: Weight
+    layer: int | None  # from 0, over the whole model; None: outside the layers
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -32,18 +37,30 @@ class PlacedWeight:
     chunk: int
 
 
-def placed_weights(config: Olmo3Config, parallel: ParallelContext) -> Iterator[PlacedWeight]:
+def named_weights(config: Olmo3Config) -> Iterator[NamedWeight]:
     """Every weight of the model, in Hugging Face's order: embedding, layers, final norm, head."""
     for weight in first_stage_weights(config):
-        yield PlacedWeight(weight, weight.megatron, weight.huggingface, 0, 0)
-    per_chunk = config.num_layers // (parallel.pp_size * parallel.chunks)
+        yield NamedWeight(weight, None, weight.huggingface)
     for layer in range(config.num_layers):
-        chunk, pp_rank = divmod(layer // per_chunk, parallel.pp_size)  # Megatron deals chunks out round robin
         for weight in layer_weights(config):
-            names = tuple(f"model.layers.{layer}.{name}" for name in weight.huggingface)
-            yield PlacedWeight(weight, f"decoder.layers.{layer % per_chunk}.{weight.megatron}", names, pp_rank, chunk)
+            yield NamedWeight(weight, layer, tuple(f"model.layers.{layer}.{name}" for name in weight.huggingface))
     for weight in last_stage_weights(config):
-        yield PlacedWeight(weight, weight.megatron, weight.huggingface, parallel.pp_size - 1, parallel.chunks - 1)
+        yield NamedWeight(weight, None, weight.huggingface)
+
+
+def placed_weights(config: Olmo3Config, parallel: ParallelContext) -> Iterator[PlacedWeight]:
+    """`named_weights`, and where each is under this layout."""
+    first_stage = True
+    per_chunk = config.num_layers // (parallel.pp_size * parallel.chunks)
+    for named in named_weights(config):
+        parameter, pp_rank, chunk = named.weight.megatron, 0, 0
+        if named.layer is not None:
+            first_stage = False
+            chunk, pp_rank = divmod(named.layer // per_chunk, parallel.pp_size)  # Megatron deals them out round robin
+            parameter = f"decoder.layers.{named.layer % per_chunk}.{parameter}"
+        elif not first_stage:
+            chunk, pp_rank = parallel.chunks - 1, parallel.pp_size - 1
+        yield PlacedWeight(named.weight, parameter, named.names, pp_rank, chunk)
 
 
 def unwrap(chunk: torch.nn.Module) -> Olmo3Model:
@@ -70,10 +87,9 @@ def load_huggingface_weights(chunks: list[torch.nn.Module], hf_dir: Path, parall
     """
     models = [unwrap(chunk) for chunk in chunks]
     config = models[0].config
-    with _Files(hf_dir) as files:
+    with TensorFiles(hf_dir) as files:
         weights = list(placed_weights(config, parallel))
-        _check_names(files, weights)
-        _check_shapes(files, weights)
+        files.check(weights)
         parameters = [dict(model.named_parameters()) for model in models]
         for placed in weights:
             if placed.pp_rank == parallel.pp_rank:
@@ -84,78 +100,7 @@ def load_huggingface_weights(chunks: list[torch.nn.Module], hf_dir: Path, parall
         assert not left, f"no Hugging Face tensor for {left}"
 
 
-class _Files:
-    """The safetensors files of a directory, opened once, by tensor name."""
-
-    def __init__(self, hf_dir: Path) -> None:
-        self.hf_dir = hf_dir
-        self.file_of = self._locate()
-        self._open: dict[Path, Any] = {}
-
-    def __enter__(self) -> _Files:
-        for path in sorted(set(self.file_of.values())):
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise UserError(
-                    f"{path}: missing, but {self.hf_dir / 'model.safetensors.index.json'} names it"
-                ) from None
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._open.clear()
-
-    def _locate(self) -> dict[str, Path]:
-        index, single = self.hf_dir / "model.safetensors.index.json", self.hf_dir / "model.safetensors"
-        if index.exists():
-            try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-                return {name: self.hf_dir / file for name, file in weight_map.items()}
-            except (ValueError, KeyError, AttributeError):
-                raise UserError(f"{index}: not a safetensors index; copy or download it again") from None
-        if not single.exists():
-            raise UserError(f"{self.hf_dir}: holds neither model.safetensors nor model.safetensors.index.json")
-        try:
-            with safe_open(single, framework="pt") as file:
-                return dict.fromkeys(file.keys(), single)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{single}: not a whole safetensors file ({error}); copy or download it again") from None
-
-    def slice(self, name: str) -> Any:
-        path = self.file_of[name]
-        try:
-            return self._open[path].get_slice(name)
-        except SafetensorError:
-            raise UserError(f"{path}: tensor {name} is missing, but the index places it there") from None
-
-
-def _check_names(files: _Files, weights: list[PlacedWeight]) -> None:
-    expected = {name for placed in weights for name in placed.names}
-    present = {name for name in files.file_of if not name.endswith(IGNORED_SUFFIX)}
-    if missing := sorted(expected - present):
-        raise UserError(f"{files.hf_dir}: tensors are missing: {_some(missing)}")
-    if unknown := sorted(present - expected):
-        raise UserError(f"{files.hf_dir}: tensors that its config.json does not call for: {_some(unknown)}")
-
-
-def _check_shapes(files: _Files, weights: list[PlacedWeight]) -> None:
-    for placed in weights:
-        for name, expected in zip(placed.names, placed.weight.shapes, strict=True):
-            found = tuple(files.slice(name).get_shape())
-            if found != expected:
-                raise UserError(
-                    f"{files.file_of[name]}: {name} has shape {list(found)}; its config.json calls for {list(expected)}"
-                )
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def _read_share(files: _Files, name: str, weight: Weight, parallel: ParallelContext) -> torch.Tensor:
+def _read_share(files: TensorFiles, name: str, weight: Weight, parallel: ParallelContext) -> torch.Tensor:
     """This tensor-parallel rank's part of one Hugging Face tensor, zero rows in place of padding."""
     tensor = files.slice(name)
     if weight.tp_dim is None:

@@ -160,7 +160,7 @@ def test_a_full_disk_ends_in_one_line_after_all_weights_were_made(
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatron_sead.checkpoints.huggingface.save_file", refuse)
+    monkeypatch.setattr("megatron_sead.checkpoints.shard_writer.ShardWriter.add", refuse)
     made = []
     weights = ((made.append(name) or name, tensor) for name, tensor in weights_of(tiny_olmo3))
     with pytest.raises(UserError, match=r"cannot be written there .*No space left"):

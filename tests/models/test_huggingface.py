@@ -181,7 +181,7 @@ def numbers_read(hf_dir: Path, layout: Layout) -> int:
     from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
 
     counted = 0
-    slice_of = huggingface._Files.slice
+    slice_of = huggingface.TensorFiles.slice
 
     class Counting:
         def __init__(self, inner: Any) -> None:
@@ -197,7 +197,7 @@ def numbers_read(hf_dir: Path, layout: Layout) -> int:
             return part
 
     parallel = initialize_parallel(layout.settings(), "cpu", seed=0)
-    with mock.patch.object(huggingface._Files, "slice", lambda files, name: Counting(slice_of(files, name))):
+    with mock.patch.object(huggingface.TensorFiles, "slice", lambda files, name: Counting(slice_of(files, name))):
         build_model(hf_dir, parallel, precision="fp32")
     destroy_parallel(keep_world=True)
     return counted

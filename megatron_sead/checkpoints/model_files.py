@@ -1,0 +1,279 @@
+"""A model on disk, in either format, behind one interface: read one weight, one layer or one tensor, the rest stays.
+
+with open_model(directory) as model:
+    for weight in model.weights:
+        parts = model.read(weight)  # its Hugging Face tensors, whole
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatron_sead.checkpoints.manifest import FILE_NAME, Damage, Manifest, read_manifest
+from megatron_sead.checkpoints.torch_dist_reader import SavedTensor, TorchDistCheckpoint
+from megatron_sead.errors import UserError
+from megatron_sead.models.builder import read_hf_config
+from megatron_sead.models.huggingface import NamedWeight, named_weights
+from megatron_sead.models.olmo3.config import Olmo3Config, olmo3_fields
+from megatron_sead.models.tensor_files import TensorFiles
+
+STEP = re.compile(r"step-(\d{8,})")
+
+
+def model_weights(hf_dir: Path) -> tuple[Olmo3Config, list[NamedWeight]]:
+    """Configuration and weights of the model that ``config.json`` describes, in Hugging Face's order.
+
+    Raises:
+        UserError: no config.json, another architecture, or a value that this family does not have.
+    """
+    config = Olmo3Config(**olmo3_fields(read_hf_config(hf_dir), hf_dir / "config.json"))
+    return config, list(named_weights(config))
+
+
+class ModelFiles(ABC):
+    """Common to both formats. A context manager.
+
+    Attributes:
+        directory: with the weights.
+        source: directory with config.json and tokenizer files.
+        config: the architecture.
+        weights: in Hugging Face's order.
+    """
+
+    def __init__(self, directory: Path, source: Path) -> None:
+        self.directory = directory
+        self.source = source
+        self.config, self.weights = model_weights(source)
+        self._weight_of = {name: (named, i) for named in self.weights for i, name in enumerate(named.names)}
+
+    def __enter__(self) -> ModelFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every Hugging Face tensor, in order."""
+        return {n: s for named in self.weights for n, s in zip(named.names, named.weight.shapes, strict=True)}
+
+    @property
+    def parameters(self) -> int:
+        """How many, without padding."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    @abstractmethod
+    def dtypes(self) -> set[torch.dtype]:
+        """Of the weights as they are stored. Reads no weight."""
+
+    @abstractmethod
+    def read(self, named: NamedWeight) -> list[torch.Tensor]:
+        """The Hugging Face tensors of one weight, whole, in the dtype that they are stored in.
+
+        Raises:
+            UserError: damaged files.
+        """
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One Hugging Face tensor. `read` is cheaper for all of a weight's."""
+        named, i = self._weight_of[name]
+        return self.read(named)[i]
+
+    def layer(self, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, whole tensor) of one layer, from 0, one weight at a time."""
+        for named in self.weights:
+            if named.layer == layer:
+                yield from zip(named.names, self.read(named), strict=True)
+
+    def single_dtype(self) -> torch.dtype:
+        """
+        Raises:
+            UserError: there are several, or one that is not trained in.
+        """
+        found = self.dtypes()
+        if len(found) == 1 and found <= {torch.float32, torch.bfloat16}:
+            return found.pop()
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+        raise UserError(f"{self.directory}: holds {names}; choose one with --dtype bf16 or --dtype fp32")
+
+
+class HuggingFaceModel(ModelFiles):
+    """A directory with config.json and safetensors.
+
+    Raises:
+        UserError: damaged files; tensors that are missing, unknown or misshapen.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, directory)
+        self.files = TensorFiles(directory)
+
+    def __enter__(self) -> HuggingFaceModel:
+        self.files.__enter__()
+        self.files.check(self.weights)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.files.__exit__(*exc)
+
+    def dtypes(self) -> set[torch.dtype]:
+        return {self.files.dtype(name) for named in self.weights for name in named.names}
+
+    def read(self, named: NamedWeight) -> list[torch.Tensor]:
+        return [self.files.read(name) for name in named.names]
+
+
+class MegatronModel(ModelFiles):
+    """A torch_dist checkpoint: converted, or of a training run under any layout. The weights alone are looked at.
+
+    Args:
+        directory: of the checkpoint itself; `find_checkpoint` finds it.
+
+    Attributes:
+        manifest: what wrote it, at which step; None when other software did.
+
+    Raises:
+        UserError: not a whole checkpoint, or of another model than its config.json.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.checkpoint = TorchDistCheckpoint(directory)
+        super().__init__(directory, find_model_source(directory))
+        self.manifest = _manifest(directory)
+        self._check()
+
+    def _check(self) -> None:
+        for named in self.weights:
+            saved, key = self._saved(named), megatron_key(named)
+            rows = sum(shape[0] for shape in named.weight.shapes)
+            whole = (rows, *named.weight.shapes[0][1:])
+            expected = whole if named.layer is None else (self.config.num_layers, *whole)
+            padded = named.weight.padded_rows is not None and saved.shape[0] >= rows and saved.shape[1:] == whole[1:]
+            if saved.shape != expected and not padded:
+                raise UserError(
+                    f"{self.directory}: {key} has shape {list(saved.shape)}; {self.source / 'config.json'} calls for "
+                    f"{list(expected)}"
+                )
+
+    def _saved(self, named: NamedWeight) -> SavedTensor:
+        key = megatron_key(named)
+        if key not in self.checkpoint.tensors:
+            raise UserError(f"{self.directory}: tensors are missing: {key}, of {named.names[0]}")
+        return self.checkpoint.tensors[key]
+
+    def dtypes(self) -> set[torch.dtype]:
+        return {self._saved(named).dtype for named in self.weights}
+
+    def read(self, named: NamedWeight) -> list[torch.Tensor]:
+        parts = named.weight.split(self.checkpoint.read(megatron_key(named), named.layer))
+        return [part[: shape[0]] for part, shape in zip(parts, named.weight.shapes, strict=True)]
+
+
+def megatron_key(named: NamedWeight) -> str:
+    """Megatron's key of a weight in a checkpoint: the layers of a model share one, stacked along a leading axis."""
+    return named.weight.megatron if named.layer is None else f"decoder.layers.{named.weight.megatron}"
+
+
+def open_model(directory: Path, iteration: int | None = None) -> ModelFiles:
+    """Whichever of the two formats `directory` is in.
+
+    Args:
+        iteration: of a training run; None: the latest.
+
+    Raises:
+        UserError: neither.
+    """
+    if any(directory.glob("*.safetensors*")) and not (directory / "metadata.json").exists():
+        return HuggingFaceModel(directory)
+    return MegatronModel(find_checkpoint(directory, iteration))
+
+
+def find_checkpoint(directory: Path, iteration: int | None = None) -> Path:
+    """The checkpoint that `directory` is or holds: converted, a step's folder, a run, or a run's ``checkpoints``.
+
+    Args:
+        iteration: step to take; None: the latest that is whole.
+
+    Raises:
+        UserError: there is none, or not at that step, or none is whole.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory")
+    if (directory / "metadata.json").exists():
+        match = STEP.fullmatch(directory.absolute().name)
+        if iteration is not None and iteration != (int(match[1]) if match else 0):
+            raise UserError(f"--iteration {iteration}: {directory} is one checkpoint; give its run's directory instead")
+        if (directory / FILE_NAME).exists() and (problem := _incomplete(directory)):
+            raise UserError(f"{directory}: not a whole checkpoint: {problem}")
+        return directory
+    folder = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
+    steps = {int(match[1]): path for path in folder.iterdir() if (match := STEP.fullmatch(path.name))}
+    if not steps:
+        raise UserError(
+            f"{directory}: holds no checkpoint; must be a Megatron-Core distributed checkpoint (with metadata.json), "
+            "or a training run's directory"
+        )
+    if iteration is not None and iteration not in steps:
+        there = ", ".join(map(str, sorted(steps)))
+        raise UserError(f"--iteration {iteration}: {folder} holds none of that step; there are {there}")
+    wanted = sorted(steps, reverse=True) if iteration is None else [iteration]
+    problems = []
+    for step in wanted:
+        problem = _incomplete(steps[step])
+        if problem is None:
+            return steps[step]
+        problems.append(f"{steps[step].name}: {problem}")
+    raise UserError(f"{folder}: no whole checkpoint ({'; '.join(problems)})")
+
+
+def _incomplete(directory: Path) -> str | None:
+    """Why a run's checkpoint is not whole, by its manifest; sizes alone, contents are checked as they are read."""
+    try:
+        manifest = read_manifest(directory)
+    except Damage as damage:
+        return str(damage)
+    for name, (size, _) in manifest.files.items():
+        path = directory / name
+        if not path.exists() or path.stat().st_size != size:
+            return f"{name} is missing or has not {size:,} bytes"
+    return None
+
+
+def _manifest(directory: Path) -> Manifest | None:
+    try:
+        return read_manifest(directory)
+    except Damage:
+        return None
+
+
+def find_model_source(checkpoint: Path) -> Path:
+    """Where the Hugging Face configuration and tokenizer of a checkpoint are: beside it, or where its run began.
+
+    Raises:
+        UserError: nowhere.
+    """
+    if (checkpoint / "config.json").exists():
+        return checkpoint
+    run = checkpoint.absolute().parent.parent
+    recorded = run / "config.yaml"
+    places = []
+    if recorded.exists():
+        try:
+            settings: Any = yaml.safe_load(recorded.read_text())
+            places.append(Path(settings["student"]["path"]))
+        except (yaml.YAMLError, KeyError, TypeError):
+            raise UserError(f"{recorded}: does not say student.path, where the model's config.json is") from None
+    for place in [*places, run / "student-hf"]:
+        if (place / "config.json").exists():
+            return place
+    tried = f"; {recorded} names {places[0]}, which holds none" if places else ""
+    raise UserError(
+        f"{checkpoint}: holds no config.json{tried}; put the model's config.json and tokenizer files into it"
+    )

@@ -1,0 +1,192 @@
+"""Reads tensors out of Megatron-Core's ``torch_dist`` checkpoints in one process, without Megatron, whoever wrote them.
+
+The table of the files, ``.metadata``, is a pickle, and a pickle can run any program: only the handful of classes that
+the format needs are let through. ``common.pt`` holds nothing about weights and is not opened. The pieces themselves go
+through torch.load's own restricted unpickler.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections import OrderedDict, defaultdict
+from pathlib import Path, PosixPath
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.checkpoint import filesystem, planner
+from torch.distributed.checkpoint import metadata as format_classes
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_sead.errors import UserError
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_PLANNER = "torch.distributed.checkpoint.planner"
+_NAMES: dict[str, tuple[Any, ...]] = {
+    _METADATA: (format_classes, "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+                "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    _PLANNER: (planner, "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+    "torch.distributed.checkpoint.filesystem": (filesystem, "_StorageInfo", "_StoragePrefix"),
+}  # fmt: skip
+
+
+class _Inert:
+    """Stands for what Megatron keeps beside the table and reading needs not."""
+
+
+ALLOWED: dict[tuple[str, str], Any] = {
+    (module, name): getattr(source, name)
+    for module, (source, *names) in _NAMES.items()
+    for name in names
+    if hasattr(source, name)  # not every torch release has each
+}
+ALLOWED |= {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("pathlib", "PosixPath"): PosixPath,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _Inert,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Inert,
+}
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ALLOWED:
+            return ALLOWED[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it calls for {module}.{name}, which no checkpoint needs")
+
+
+class _Piece(NamedTuple):
+    """Part of a tensor in a file."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    begin: int
+    length: int
+
+
+class SavedTensor(NamedTuple):
+    """What a checkpoint says of one key."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: list[_Piece]
+
+
+class TorchDistCheckpoint:
+    """The tensors of one checkpoint, by Megatron's keys.
+
+    Raises:
+        UserError: not such a checkpoint, of another format, or its table cannot be read or is refused.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        _require_format(directory)
+        self.tensors: dict[str, SavedTensor] = _tensors(_read_table(directory / ".metadata"))
+
+    def read(self, key: str, layer: int | None = None) -> torch.Tensor:
+        """A whole tensor, assembled from the pieces that the ranks wrote.
+
+        Args:
+            layer: index along the leading axis, along which Megatron stacks a model's layers.
+
+        Raises:
+            UserError: a file is missing, truncated or damaged; pieces do not cover the tensor.
+        """
+        saved = self.tensors[key]
+        shape = saved.shape if layer is None else saved.shape[1:]
+        pieces = [piece for piece in saved.pieces if layer is None or piece.offsets[0] <= layer < _end(piece, 0)]
+        covered = 0
+        whole = None
+        for piece in pieces:
+            part, offsets = self._load(key, piece, saved.dtype), piece.offsets
+            if layer is not None:
+                part, offsets = part[layer - offsets[0]], offsets[1:]
+            covered += part.numel()
+            if part.shape == shape:
+                return part
+            if whole is None:
+                whole = torch.empty(shape, dtype=saved.dtype)
+            whole[tuple(slice(first, first + n) for first, n in zip(offsets, part.shape, strict=True))] = part
+        if whole is None or covered != whole.numel():
+            raise UserError(f"{self.directory}: pieces of {key} are missing: the checkpoint is not whole")
+        return whole
+
+    def _load(self, key: str, piece: _Piece, dtype: torch.dtype) -> torch.Tensor:
+        path = self.directory / piece.file
+        try:
+            with open(path, "rb") as file:
+                view = _create_file_view(file, piece.begin, piece.length)
+                tensor = torch.load(view, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        except FileNotFoundError:
+            raise UserError(f"{path}: missing, but the checkpoint's table places {key} there") from None
+        except Exception as error:  # whatever torch's reader raises on bytes that are not what they were
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: {key} cannot be read, the file is truncated or damaged ({reason})") from None
+        if not isinstance(tensor, torch.Tensor) or (tensor.dtype, tuple(tensor.shape)) != (dtype, piece.sizes):
+            raise UserError(f"{path}: holds something else than the piece of {key} that the checkpoint's table names")
+        return tensor
+
+
+def _end(piece: _Piece, axis: int) -> int:
+    return piece.offsets[axis] + piece.sizes[axis]
+
+
+def _require_format(directory: Path) -> None:
+    path = directory / "metadata.json"
+    try:
+        found = json.loads(path.read_text())
+        backend, version = found["sharded_backend"], found["sharded_backend_version"]
+    except FileNotFoundError:
+        raise UserError(f"{directory}: holds no metadata.json: not a Megatron-Core distributed checkpoint") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: does not name a format: not a Megatron-Core distributed checkpoint") from None
+    if (backend, version) != ("torch_dist", 1):
+        raise UserError(f"{path}: the format is {backend} {version}; only torch_dist 1 can be read")
+
+
+def _read_table(path: Path) -> Any:
+    try:
+        with open(path, "rb") as file:
+            table = _RestrictedUnpickler(file).load()
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing: the checkpoint was not written to the end") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: refused: {error}") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+    if not isinstance(table, format_classes.Metadata) or not isinstance(table.storage_data, dict):
+        raise UserError(f"{path}: is not the table of a distributed checkpoint")
+    return table
+
+
+def _tensors(table: Any) -> dict[str, SavedTensor]:
+    pieces: dict[str, list[_Piece]] = defaultdict(list)
+    sizes = {
+        (key, tuple(chunk.offsets)): tuple(chunk.sizes)
+        for key, entry in table.state_dict_metadata.items()
+        if isinstance(entry, format_classes.TensorStorageMetadata)
+        for chunk in entry.chunks
+    }
+    for index, info in table.storage_data.items():
+        if index.offset is not None and (size := sizes.get((index.fqn, tuple(index.offset)))) is not None:
+            file = _plain_name(info.relative_path)
+            pieces[index.fqn].append(_Piece(tuple(index.offset), size, file, info.offset, info.length))
+    return {
+        key: SavedTensor(entry.properties.dtype, tuple(entry.size), pieces[key])
+        for key, entry in table.state_dict_metadata.items()
+        if isinstance(entry, format_classes.TensorStorageMetadata)
+    }
+
+
+def _plain_name(file: str) -> str:
+    """Files of a checkpoint lie in its directory."""
+    if not re.fullmatch(r"[\w.-]+", file):
+        raise UserError(f".metadata: refused: it names the file {file!r}, which is not within the checkpoint")
+    return file

@@ -1,0 +1,156 @@
+"""OLMo-3 between Hugging Face and Megatron-Core: ``python tools/convert_checkpoint.py COMMAND --help``.
+
+Tensors stream from one format to the other: a few gigabytes of memory do for 32B, and no GPU is used.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_sead.cli import one_line_errors
+from megatron_sead.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_sead.checkpoints.conversion import Conversion
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the model or checkpoint that OUTPUT is")]
+
+
+class Dtype(StrEnum):
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+@app.command()
+def hf_to_megatron(
+    source: Annotated[str, typer.Option("--input", help="Hugging Face directory, or a model's name on the hub")],
+    output: Annotated[Path, typer.Option(help="directory of the checkpoint; appears when it is whole")],
+    dtype: Annotated[Dtype | None, typer.Option(help="of the checkpoint [default: as the input]")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a Megatron-Core distributed checkpoint (torch_dist) that loads under any TP x PP x VPP x SP layout.
+
+    The configuration, tokenizer and chat template lie beside it. Megatron-Core 0.16 and newer read it.
+    """
+    with one_line_errors():
+        prepare_megatron()
+        from megatron_sead.checkpoints.conversion import huggingface_to_megatron
+        from megatron_sead.models.builder import DTYPES
+
+        chosen = None if dtype is None else DTYPES[dtype.value]
+        directory = local_directory(source)
+        with progress("hf-to-megatron") as advance:
+            began = time.monotonic()
+            done = huggingface_to_megatron(directory, output, dtype=chosen, overwrite=overwrite, advance=advance)
+        tell(done, output, time.monotonic() - began)
+
+
+@app.command()
+def megatron_to_hf(
+    source: Annotated[Path, typer.Option("--input", help="converted checkpoint, or a training run's directory")],
+    output: Annotated[Path, typer.Option(help="directory of the model; appears when it is whole")],
+    iteration: Annotated[int | None, typer.Option(help="step of a run [default: the latest that is whole]")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="of a safetensors file, such as 500MB or 5GB")] = "5GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a complete Hugging Face directory that transformers and vLLM load as it is.
+
+    From a converted checkpoint, or from a run under any layout; of a run's checkpoint, the model's weights alone.
+    """
+    with one_line_errors():
+        prepare_megatron()
+        from megatron_sead.checkpoints.conversion import megatron_to_huggingface
+        from megatron_sead.checkpoints.model_files import find_checkpoint
+
+        limit = parse_size(max_shard_size)
+        checkpoint = find_checkpoint(source, iteration)
+        with progress("megatron-to-hf") as advance:
+            began = time.monotonic()
+            done = megatron_to_huggingface(
+                checkpoint, output, max_shard_bytes=limit, overwrite=overwrite, advance=advance
+            )
+        tell(done, output, time.monotonic() - began)
+
+
+def prepare_megatron() -> None:
+    """Conversion is work for a CPU, where Megatron-Core cannot even be imported without this."""
+    from megatron_sead.training.cpu_adaptor import adapt_to_cpu
+
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # of what it would use for training
+    adapt_to_cpu()
+
+
+def local_directory(source: str) -> Path:
+    """The directory itself, or the hub's model, downloaded: safetensors, configuration and tokenizer alone.
+
+    Raises:
+        UserError: no such directory, and no such model on the hub.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise UserError(
+            f"--input {source}: no such directory; must be a Hugging Face directory or a hub name, org/model"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+        )
+    except Exception as error:  # its many errors have no common class, and each means that the model is not to be had
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--input {source}: no such directory, and the hub does not give it ({reason})") from None
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from 500MB or 5GB.
+
+    Raises:
+        UserError: something else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"--max-shard-size {text}: must be a size such as 500MB or 5GB")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with bytes and the time that is left, on a terminal; nothing in a log file."""
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def tell(done: Conversion, output: Path, seconds: float) -> None:
+    if done.ignored:
+        print(f"left out {len(done.ignored)} buffers that no model needs, among them {done.ignored[0]}")
+    for name in done.all_zero:
+        print(f"warning: {name} is all zeros in {done.source}", file=sys.stderr)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
+    print(
+        f"{output}: {done.tensors} tensors, {done.parameters:,} parameters in {done.dtype}, {done.bytes / 1e9:.2f} GB, "
+        f"{seconds:.1f} s, at most {memory / 1e9:.2f} GB of memory"
+    )
+
+
+if __name__ == "__main__":
+    app()
