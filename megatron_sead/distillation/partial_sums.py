@@ -119,8 +119,7 @@ def pair_sums(
     if shard.real == 0:
         return result
     for place, (z, w) in matrices(student, teacher):
-        wanted = torch.ones(len(z), dtype=torch.bool, device=device) if needed is None else needed[place]
-        rows = wanted.nonzero().squeeze(1)
+        rows = torch.arange(len(z), device=device) if needed is None else needed[place].nonzero().squeeze(1)
         if len(rows) == 0:
             continue
         kernels = row_kernels(z, len(rows), shard.real)
