@@ -340,3 +340,13 @@ def test_gradient_beside_masks() -> None:
     expected[1, 9] = 0.5 * (student[1, 9].cpu().double() - 9.0).exp()
     expected[2] = 0.5 * (masked[2].cpu().double() - 9.0).exp()
     assert relative_error(out.cpu(), expected) < TOLERANCE
+
+
+def test_any_one_coefficient_makes_a_gradient() -> None:
+    student, teacher = pair(3, 100)
+    coefficients = torch.cat([torch.diag(torch.tensor([0.5, -0.3, -0.2])), torch.tensor([[9.0, 8.0]] * 3)], 1).to(
+        DEVICE
+    )
+    out = torch.empty_like(student)
+    write_gradient(out, student, teacher, coefficients, 100)
+    assert relative_error(out.cpu(), exact_gradient(student, teacher, coefficients)) < TOLERANCE
