@@ -128,10 +128,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     dtype = result["settings"]["dtypes"][0]
     rows = [row for row in result["rows"] if row["case"]["dtype"] == dtype and row["case"]["share"] == 1]
-    columns = sorted({(row["case"]["form"], row["case"]["tp"]) for row in rows}, reverse=True)
+    columns = list(dict.fromkeys((row["case"]["form"], row["case"]["tp"]) for row in rows))
     figure, axes = pyplot.subplots(2, max(1, len(columns)), figsize=(4.5 * max(1, len(columns)), 8), squeeze=False)
     names = list(dict.fromkeys(row["name"] for row in rows))
-    colours = {name: f"C{number % 10}" for number, name in enumerate(names)}
+    losses = [name for name in names if not name.startswith("floor")]
+    colours = {name: pyplot.get_cmap("tab20").colors[2 * number % 19] for number, name in enumerate(losses)}
     for column, (form, tp) in enumerate(columns):
         own = [row for row in rows if (row["case"]["form"], row["case"]["tp"]) == (form, tp)]
         for axis, key, label in zip(
@@ -140,7 +141,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             for name in names:
                 points = [(row["case"]["tokens"], row[key]) for row in own if row["name"] == name and row.get(key)]
                 if points:
-                    axis.plot(*zip(*points, strict=True), marker="o", label=name, color=colours[name])
+                    style = {"color": colours[name]} if name in colours else {"color": "black", "linestyle": "--"}
+                    axis.plot(*zip(*points, strict=True), marker="o", label=name, **style)
             axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{form}, {dtype}, TP {tp}")
             axis.set_ylabel(label if column == 0 else "")
             axis.grid(alpha=0.3)
