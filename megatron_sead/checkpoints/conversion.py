@@ -1,11 +1,13 @@
-"""Hugging Face directory to Megatron-Core checkpoint and back: one weight in memory, the next being read meanwhile."""
+"""Hugging Face directory to Megatron-Core checkpoint and back: a few pieces of a tensor in memory, read ahead."""
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +21,10 @@ from megatron_sead.checkpoints.torch_dist_writer import FORMAT_VERSION, TorchDis
 from megatron_sead.errors import UserError
 from megatron_sead.models.builder import DTYPES
 from megatron_sead.models.huggingface import NamedWeight
+
+# A rank reads whole pieces to get its share: small ones let it read little beside that. And the C library gives memory
+# of up to 32 MiB back to the next piece; larger pieces would cost a page fault every 4 KiB, a second for each GB.
+PIECE_BYTES = 16 * 2**20
 
 Advance = Callable[[int, int], None]  # bytes of weights done, of how many
 
@@ -78,12 +84,14 @@ def huggingface_to_megatron(
         with whole_directory(output, overwrite=overwrite, weight_bytes=conversion.bytes) as temporary:
             writer = TorchDistWriter(temporary)
             layers, done = model.config.num_layers, 0
-            for named, tensor in read_ahead(_joined(_checked_weights(model, conversion, dtype))):
-                layer = None if named.layer is None else (named.layer, layers)
-                writer.add_tensor(megatron_key(named), tensor, layer=layer, padding_rows=_padding_rows(named))
-                done += _bytes(named, dtype)
+            for named in model.weights:
+                whole = _padded_shape(named)
+                writer.announce(megatron_key(named), dtype, whole if named.layer is None else (layers, *whole))
+            for piece in read_ahead(_megatron_pieces(model, dtype, conversion)):
+                writer.add_rows(megatron_key(piece.named), piece.row, piece.rows, layer=piece.named.layer)
+                done += piece.rows.nbytes
                 if advance:
-                    advance(done, conversion.bytes)
+                    advance(min(done, conversion.bytes), conversion.bytes)  # padding is not counted
             _add_states(writer, layers)
             writer.finish()
             shutil.copyfile(source / "config.json", temporary / "config.json")
@@ -120,10 +128,9 @@ def megatron_to_huggingface(
         with whole_directory(output, overwrite=overwrite, weight_bytes=conversion.bytes) as temporary:
             writer = ShardWriter(temporary, model.shapes, dtype, max_shard_bytes)
             done = 0
-            for named, parts in read_ahead(_checked_weights(model, conversion, dtype)):
-                for name, part in zip(named.names, parts, strict=True):
-                    writer.add(name, part)
-                done += _bytes(named, dtype)
+            for name, row, rows in read_ahead(_huggingface_pieces(model, conversion)):
+                writer.add_rows(name, row, rows)
+                done += rows.nbytes
                 if advance:
                     advance(done, conversion.bytes)
             writer.finish()
@@ -138,22 +145,6 @@ def _begin(model: ModelFiles, dtype: torch.dtype) -> Conversion:
     return Conversion(model.directory, len(model.shapes), parameters, parameters * dtype.itemsize, name)
 
 
-def _bytes(named: NamedWeight, dtype: torch.dtype) -> int:
-    return sum(torch.Size(shape).numel() for shape in named.weight.shapes) * dtype.itemsize
-
-
-def _padding_rows(named: NamedWeight) -> int:
-    return (named.weight.padded_rows or named.weight.shapes[0][0]) - named.weight.shapes[0][0]
-
-
-def _joined(
-    weights: Iterable[tuple[NamedWeight, list[torch.Tensor]]],
-) -> Iterator[tuple[NamedWeight, torch.Tensor]]:
-    """Megatron's tensor of each weight, whole, without padding."""
-    for named, parts in weights:
-        yield named, named.weight.join(parts).contiguous()
-
-
 def _add_states(writer: TorchDistWriter, layers: int) -> None:
     for module in LAYER_STATES:
         for layer in range(layers):
@@ -162,24 +153,77 @@ def _add_states(writer: TorchDistWriter, layers: int) -> None:
         writer.add_object(f"{module}._extra_state", None)
 
 
-def _checked_weights(
-    model: ModelFiles, conversion: Conversion, dtype: torch.dtype
-) -> Iterator[tuple[NamedWeight, list[torch.Tensor]]]:
-    """Every weight with its Hugging Face tensors, in `dtype`."""
+class _Piece(NamedTuple):
+    """Rows of Megatron's tensor of a weight."""
+
+    named: NamedWeight
+    row: int
+    rows: torch.Tensor
+
+
+def _padded_shape(named: NamedWeight) -> tuple[int, ...]:
+    whole = named.weight.whole_shape
+    return (named.weight.padded_rows or whole[0], *whole[1:])
+
+
+def _megatron_pieces(model: HuggingFaceModel, dtype: torch.dtype, conversion: Conversion) -> Iterator[_Piece]:
+    """Every weight as Megatron has it, read where its rows are in the safetensors; then its padding."""
+    values = _Values(model)
     for named in model.weights:
-        parts = model.read(named)
-        for name, part in zip(named.names, parts, strict=True):
-            _check(model, name, part, conversion)
-        yield named, [part.to(dtype) for part in parts]
+        shape = named.weight.whole_shape
+        step = max(1, PIECE_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+        runs = named.weight.runs()
+        for row in range(0, shape[0], step):
+            rows = torch.empty(min(step, shape[0] - row), *shape[1:], dtype=dtype)
+            for run in runs:
+                first, last = max(run.megatron_row, row), min(run.megatron_row + run.rows, row + len(rows))
+                if first < last:
+                    name, part = named.names[run.part], rows[first - row : last - row]
+                    _read_rows(model, name, run.row + first - run.megatron_row, part)
+                    values.check(name, part)
+            yield _Piece(named, row, rows)
+        if padding := _padded_shape(named)[0] - shape[0]:
+            yield _Piece(named, shape[0], torch.zeros(padding, *shape[1:], dtype=dtype))
+    conversion.all_zero = values.all_zero()
 
 
-def _check(model: ModelFiles, name: str, tensor: torch.Tensor, conversion: Conversion) -> None:
-    """One pass over the tensor: its extremes are NaN or infinite where any element is."""
-    low, high = torch.aminmax(tensor)
-    if not (low.isfinite() and high.isfinite()):
-        bad = int((~tensor.isfinite()).sum())
-        raise UserError(
-            f"{model.directory}: {name} has {bad:,} of {tensor.numel():,} elements that are NaN or infinite"
-        )
-    if low == high == 0:
-        conversion.all_zero.append(name)
+def _read_rows(model: HuggingFaceModel, name: str, row: int, into: torch.Tensor) -> None:
+    stored = model.files.dtype(name)
+    if stored == into.dtype:
+        model.files.read_rows(name, row, into)
+    else:
+        own = torch.empty(into.shape, dtype=stored)
+        model.files.read_rows(name, row, own)
+        into.copy_(own)
+
+
+def _huggingface_pieces(model: MegatronModel, conversion: Conversion) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """(Hugging Face name, first row, rows) of every weight, from the pieces that the ranks wrote."""
+    values = _Values(model)
+    for named in model.weights:
+        for name, row, rows in model.rows(named):
+            values.check(name, rows)
+            yield name, row, rows
+    conversion.all_zero = values.all_zero()
+
+
+class _Values:
+    """Looks at every element once: the extremes of rows are NaN or infinite where any element is."""
+
+    def __init__(self, model: ModelFiles) -> None:
+        self.model = model
+        self.not_zero: set[str] = set()
+
+    def check(self, name: str, rows: torch.Tensor) -> None:
+        low, high = torch.aminmax(rows)
+        if not (low.isfinite() and high.isfinite()):
+            whole = self.model.tensor(name)
+            bad = int((~whole.isfinite()).sum())
+            raise UserError(
+                f"{self.model.directory}: {name} has {bad:,} of {whole.numel():,} elements that are NaN or infinite"
+            )
+        if low != 0 or high != 0:
+            self.not_zero.add(name)
+
+    def all_zero(self) -> list[str]:
+        return [name for name in self.model.shapes if name not in self.not_zero]

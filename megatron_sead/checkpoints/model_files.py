@@ -11,7 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import yaml
@@ -53,7 +53,7 @@ class ModelFiles(ABC):
         self.config, self.weights = model_weights(source)
         self._weight_of = {name: (named, i) for named in self.weights for i, name in enumerate(named.names)}
 
-    def __enter__(self) -> ModelFiles:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -115,7 +115,7 @@ class HuggingFaceModel(ModelFiles):
         super().__init__(directory, directory)
         self.files = TensorFiles(directory)
 
-    def __enter__(self) -> HuggingFaceModel:
+    def __enter__(self) -> Self:
         self.files.__enter__()
         self.files.check(self.weights)
         return self
@@ -152,10 +152,11 @@ class MegatronModel(ModelFiles):
     def _check(self) -> None:
         for named in self.weights:
             saved, key = self._saved(named), megatron_key(named)
-            rows = sum(shape[0] for shape in named.weight.shapes)
-            whole = (rows, *named.weight.shapes[0][1:])
+            whole = named.weight.whole_shape
             expected = whole if named.layer is None else (self.config.num_layers, *whole)
-            padded = named.weight.padded_rows is not None and saved.shape[0] >= rows and saved.shape[1:] == whole[1:]
+            padded = (
+                named.weight.padded_rows is not None and saved.shape[0] >= whole[0] and saved.shape[1:] == whole[1:]
+            )
             if saved.shape != expected and not padded:
                 raise UserError(
                     f"{self.directory}: {key} has shape {list(saved.shape)}; {self.source / 'config.json'} calls for "
@@ -174,6 +175,22 @@ class MegatronModel(ModelFiles):
     def read(self, named: NamedWeight) -> list[torch.Tensor]:
         parts = named.weight.split(self.checkpoint.read(megatron_key(named), named.layer))
         return [part[: shape[0]] for part, shape in zip(parts, named.weight.shapes, strict=True)]
+
+    def rows(self, named: NamedWeight) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """(Hugging Face name, first row, rows) of one weight, in the order of the files, a written piece at a time.
+
+        Pieces of columns are put together first. Errors as `read` has.
+        """
+        key = megatron_key(named)
+        if any(piece.sizes[-1] != self._saved(named).shape[-1] for piece in self._saved(named).pieces):
+            yield from ((name, 0, part) for name, part in zip(named.names, self.read(named), strict=True))
+            return
+        runs = named.weight.runs()
+        for (row, *_), piece in self.checkpoint.pieces(key, named.layer):
+            for run in runs:
+                first, last = max(run.megatron_row, row), min(run.megatron_row + run.rows, row + len(piece))
+                if first < last:
+                    yield named.names[run.part], run.row + first - run.megatron_row, piece[first - row : last - row]
 
 
 def megatron_key(named: NamedWeight) -> str:

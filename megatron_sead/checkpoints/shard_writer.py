@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -37,7 +38,8 @@ class ShardWriter:
         self.shapes = dict(shapes)
         self.dtype = dtype
         self._places: dict[str, tuple[Path, int]] = {}  # file, offset of the first byte
-        self._left: dict[Path, int] = {}  # tensors that are still to come
+        self._tensors_left: dict[Path, int] = {}
+        self._rows_left = {name: shape[0] for name, shape in self.shapes.items()}  # of tensors that are not whole
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._flushes: list[Future[None]] = []
         shards = self._plan(max_shard_bytes)
@@ -53,21 +55,31 @@ class ShardWriter:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor, of the shape that was announced."""
-        if name not in self._places or tuple(tensor.shape) != self.shapes[name]:
+        self.add_rows(name, 0, tensor)
+        if name in self._rows_left:
+            raise ValueError(f"{name} {list(tensor.shape)} was announced with {self.shapes[name][0]} rows")
+
+    def add_rows(self, name: str, row: int, tensor: torch.Tensor) -> None:
+        """Write some rows of a tensor, from `row` on; each row once, in any order."""
+        left = self._rows_left.pop(name, 0) - tensor.shape[0]
+        if left < 0 or tuple(tensor.shape[1:]) != self.shapes[name][1:]:
             raise ValueError(f"{name} {list(tensor.shape)} was not announced, or came before, or has another shape")
-        path, offset = self._places.pop(name)
+        path, offset = self._places[name]
         tensor = tensor.detach().to("cpu", self.dtype).contiguous()
-        with open(path, "r+b") as file:
-            file.seek(offset)
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        self._left[path] -= 1
-        if not self._left[path]:  # in the background, while the next file fills
+        with open(path, "r+b", buffering=0) as file:
+            file.seek(offset + row * self._bytes(name) // self.shapes[name][0])
+            _write_all(file, tensor)
+        if left:
+            self._rows_left[name] = left
+            return
+        self._tensors_left[path] -= 1
+        if not self._tensors_left[path]:  # in the background, while the next file fills
             self._flushes.append(self._flusher.submit(flush_file, path))
 
     def finish(self) -> None:
         """Returns when all is on the disk."""
-        if self._places:
-            raise ValueError(f"{len(self._places)} tensors never came, among them {next(iter(self._places))}")
+        if self._rows_left:
+            raise ValueError(f"{len(self._rows_left)} tensors are not whole, among them {next(iter(self._rows_left))}")
         for flush in self._flushes:
             flush.result()
         self._flusher.shutdown()
@@ -101,4 +113,10 @@ class ShardWriter:
             self._places[name] = (path, 8 + len(text) + self._places[name][1])
         with open(path, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-        self._left[path] = len(names)
+        self._tensors_left[path] = len(names)
+
+
+def _write_all(file: FileIO, tensor: torch.Tensor) -> None:
+    rest = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    while rest:
+        rest = rest[file.write(rest) :]

@@ -8,9 +8,11 @@ through torch.load's own restricted unpickler.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
 from pathlib import Path, PosixPath
 from typing import Any, NamedTuple
 
@@ -100,23 +102,27 @@ class TorchDistCheckpoint:
             UserError: a file is missing, truncated or damaged; pieces do not cover the tensor.
         """
         saved = self.tensors[key]
-        shape = saved.shape if layer is None else saved.shape[1:]
-        pieces = [piece for piece in saved.pieces if layer is None or piece.offsets[0] <= layer < _end(piece, 0)]
-        covered = 0
         whole = None
-        for piece in pieces:
-            part, offsets = self._load(key, piece, saved.dtype), piece.offsets
-            if layer is not None:
-                part, offsets = part[layer - offsets[0]], offsets[1:]
-            covered += part.numel()
-            if part.shape == shape:
-                return part
+        for offsets, part in self.pieces(key, layer):
             if whole is None:
+                shape = saved.shape if layer is None else saved.shape[1:]
+                if part.shape == shape:
+                    return part
                 whole = torch.empty(shape, dtype=saved.dtype)
             whole[tuple(slice(first, first + n) for first, n in zip(offsets, part.shape, strict=True))] = part
-        if whole is None or covered != whole.numel():
-            raise UserError(f"{self.directory}: pieces of {key} are missing: the checkpoint is not whole")
+        assert whole is not None
         return whole
+
+    def pieces(self, key: str, layer: int | None = None) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+        """(Offsets, part) of a tensor, as the ranks wrote it, one at a time. Arguments and errors as `read` has."""
+        saved = self.tensors[key]
+        if sum(math.prod(piece.sizes) for piece in saved.pieces) != math.prod(saved.shape):
+            raise UserError(f"{self.directory}: pieces of {key} are missing: the checkpoint is not whole")
+        for piece in saved.pieces:
+            if layer is None:
+                yield piece.offsets, self._load(key, piece, saved.dtype)
+            elif piece.offsets[0] <= layer < piece.offsets[0] + piece.sizes[0]:
+                yield piece.offsets[1:], self._load(key, piece, saved.dtype)[layer - piece.offsets[0]]
 
     def _load(self, key: str, piece: _Piece, dtype: torch.dtype) -> torch.Tensor:
         path = self.directory / piece.file
@@ -132,10 +138,6 @@ class TorchDistCheckpoint:
         if not isinstance(tensor, torch.Tensor) or (tensor.dtype, tuple(tensor.shape)) != (dtype, piece.sizes):
             raise UserError(f"{path}: holds something else than the piece of {key} that the checkpoint's table names")
         return tensor
-
-
-def _end(piece: _Piece, axis: int) -> int:
-    return piece.offsets[axis] + piece.sizes[axis]
 
 
 def _require_format(directory: Path) -> None:

@@ -12,7 +12,9 @@ import io
 import json
 import pickle
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,18 +29,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_sead.checkpoints.durable import flush_file
 
 FORMAT_VERSION = "0.16.1"  # of Megatron-Core, whose format this is
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
 FORMAT |= {"common_backend_version": 1}
-PIECE_BYTES = 64 * 2**20  # a rank reads whole pieces to get its share: small ones let each read little beside it
 FILE_BYTES = 2**30
 
 
 class TorchDistWriter:
-    """Use `add_tensor` and `add_object`, then `finish`.
+    """Use `announce` and `add_rows`, and `add_object`, then `finish`.
 
     Raises:
         OSError: the disk refuses, in any method.
@@ -53,38 +55,19 @@ class TorchDistWriter:
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._flushes: list[Future[None]] = []
 
-    def add_tensor(
-        self, key: str, tensor: torch.Tensor, *, layer: tuple[int, int] | None = None, padding_rows: int = 0
-    ) -> None:
-        """Write a whole tensor, in pieces of rows.
+    def announce(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        """A tensor whose rows will come; with a leading axis if the tensors of all layers are stacked under one key."""
+        self._table[key] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
 
-        Args:
-            tensor: contiguous, on the CPU.
-            layer: (which, of how many): the tensors of all layers are stacked along a leading axis under one key.
-            padding_rows: zero rows that follow its own.
-        """
-        rows, rest = tensor.shape[0] + padding_rows, tensor.shape[1:]
-        size = torch.Size((rows, *rest) if layer is None else (layer[1], rows, *rest))
-        if key not in self._table:
-            self._table[key] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, [])
+    def add_rows(self, key: str, row: int, tensor: torch.Tensor, *, layer: int | None = None) -> None:
+        """Write rows of an announced tensor, or of one layer's, from `row` on. Contiguous, on the CPU."""
         entry = self._table[key]
-        assert isinstance(entry, TensorStorageMetadata) and entry.size == size
-        pieces = max(1, -(-tensor.nbytes // PIECE_BYTES))
-        row = 0
-        for piece in tensor.split(-(-tensor.shape[0] // pieces)):
-            self._add_piece(key, entry, _with_own_storage(piece), row, layer)
-            row += piece.shape[0]
-        if padding_rows:
-            self._add_piece(key, entry, tensor.new_zeros(padding_rows, *rest), row, layer)
-
-    def _add_piece(
-        self, key: str, entry: TensorStorageMetadata, piece: torch.Tensor, row: int, layer: tuple[int, int] | None
-    ) -> None:
-        offsets = torch.Size((row, *(0 for _ in piece.shape[1:])))
+        assert isinstance(entry, TensorStorageMetadata) and entry.properties.dtype == tensor.dtype
+        offsets = [row, *(0 for _ in tensor.shape[1:])]
         if layer is not None:
-            offsets, piece = torch.Size((layer[0], *offsets)), piece.unsqueeze(0)
-        entry.chunks.append(ChunkStorageMetadata(offsets, piece.shape))
-        self._write(MetadataIndex(key, offsets), piece)
+            offsets, tensor = [layer, *offsets], tensor.unsqueeze(0)
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), tensor.shape))
+        self._write(MetadataIndex(key, offsets), tensor)
 
     def add_object(self, key: str, value: Any, *, layer: tuple[int, int] | None = None) -> None:
         """Write what Megatron calls a sharded object; of one layer, or of the model."""
@@ -111,7 +94,8 @@ class TorchDistWriter:
             self._close()
             self._file = _CountedFile(self.directory / f"__0_{len(self.files)}.distcp")
         begin = self._file.size
-        torch.save(value, self._file)  # type: ignore[arg-type]
+        with _no_checksums_of_torch():  # the manifest has those of whole files; nobody looks at these
+            torch.save(value, self._file)  # type: ignore[arg-type]
         self._places[index] = _StorageInfo(self._file.path.name, begin, self._file.size - begin)
 
     def _close(self) -> None:
@@ -151,6 +135,11 @@ class _CountedFile(io.RawIOBase):
         super().close()
 
 
-def _with_own_storage(rows: torch.Tensor) -> torch.Tensor:
-    """The same memory, as a tensor that has nothing else in its storage: torch.save writes whole storages."""
-    return torch.frombuffer(rows.reshape(-1).view(torch.uint8).numpy(), dtype=rows.dtype).view(rows.shape)
+@contextmanager
+def _no_checksums_of_torch() -> Iterator[None]:
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)

@@ -132,18 +132,11 @@ def check_layout(fields: dict[str, Any], parallel: ParallelContext, source: Path
         UserError: names the setting and which values are valid.
     """
     tp = parallel.tp_size
-    divided = {
-        "attention heads": fields["num_attention_heads"],
-        "key/value heads": fields["num_query_groups"],
-        "feed-forward rows": fields["ffn_hidden_size"],
-        "padded vocabulary rows": fields["padded_vocab_size"],
-    }
-    for what, count in divided.items():
+    for what, count in divided_by_tensor_parallelism(fields).items():
         if count % tp:
-            valid = [n for n in range(1, min(divided.values()) + 1) if all(c % n == 0 for c in divided.values())]
             raise UserError(
                 f"parallel.tensor_model_parallel_size={tp}: does not divide the {count} {what} of {source}; "
-                f"valid are {', '.join(map(str, valid))}"
+                f"valid are {', '.join(map(str, tensor_parallel_sizes(fields)))}"
             )
     layers, stages = fields["num_layers"], parallel.pp_size * parallel.chunks
     if layers % stages:
@@ -155,3 +148,19 @@ def check_layout(fields: dict[str, Any], parallel: ParallelContext, source: Path
             f"{setting}: {stages} stages do not divide the {layers} layers of {source}; valid are "
             f"{', '.join(map(str, valid))} stages in all"
         )
+
+
+def divided_by_tensor_parallelism(fields: dict[str, Any]) -> dict[str, int]:
+    """What every tensor-parallel rank has an equal share of, and how many there are, from `olmo3_fields`."""
+    return {
+        "attention heads": fields["num_attention_heads"],
+        "key/value heads": fields["num_query_groups"],
+        "feed-forward rows": fields["ffn_hidden_size"],
+        "padded vocabulary rows": fields["padded_vocab_size"],
+    }
+
+
+def tensor_parallel_sizes(fields: dict[str, Any]) -> list[int]:
+    """Sizes that divide the model."""
+    counts = divided_by_tensor_parallelism(fields).values()
+    return [n for n in range(1, min(counts) + 1) if all(count % n == 0 for count in counts)]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -51,6 +53,7 @@ class TensorFiles:
         self.hf_dir = hf_dir
         self.file_of = self._locate()
         self._open: dict[Path, Any] = {}
+        self._raw: dict[Path, FileIO] = {}
         self._places: dict[Path, dict[str, _Place]] = {}
 
     def __enter__(self) -> TensorFiles:
@@ -65,6 +68,9 @@ class TensorFiles:
 
     def __exit__(self, *exc: object) -> None:
         self._open.clear()
+        for file in self._raw.values():
+            file.close()
+        self._raw.clear()
 
     def _locate(self) -> dict[str, Path]:
         index, single = self.hf_dir / INDEX, self.hf_dir / "model.safetensors"
@@ -140,20 +146,31 @@ class TensorFiles:
         Raises:
             UserError: the file ends before the tensor does, or cannot be read.
         """
-        place, path = self._place(name), self.file_of[name]
+        place = self._place(name)
         tensor = torch.empty(place.shape, dtype=place.dtype)
-        rest = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        self.read_rows(name, 0, tensor)
+        return tensor
+
+    def read_rows(self, name: str, row: int, into: torch.Tensor) -> None:
+        """Fill `into`, contiguous and of the tensor's dtype, with as many rows as it has, from `row` on.
+
+        Raises:
+            UserError: the file ends before the tensor does, or cannot be read.
+        """
+        place, path = self._place(name), self.file_of[name]
+        assert into.dtype == place.dtype and tuple(into.shape[1:]) == place.shape[1:]
+        offset = place.offset + row * math.prod(place.shape[1:]) * place.dtype.itemsize
+        rest = memoryview(into.reshape(-1).view(torch.uint8).numpy().data)
         try:
-            with open(path, "rb", buffering=0) as file:
-                file.seek(place.offset)
-                while rest:
-                    count = file.readinto(rest)
-                    if not count:
-                        raise UserError(f"{path}: ends within tensor {name}; copy or download it again")
-                    rest = rest[count:]
+            if path not in self._raw:
+                self._raw[path] = open(path, "rb", buffering=0)  # noqa: SIM115 (closed on leaving)
+            while rest:
+                count = os.preadv(self._raw[path].fileno(), [rest], offset)
+                if not count:
+                    raise UserError(f"{path}: ends within tensor {name}; copy or download it again")
+                rest, offset = rest[count:], offset + count
         except OSError as error:
             raise UserError(f"{path}: tensor {name} cannot be read ({error.strerror})") from None
-        return tensor
 
     def _place(self, name: str) -> _Place:
         path = self.file_of[name]

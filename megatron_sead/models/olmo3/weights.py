@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,15 @@ from megatron_sead.models.olmo3.config import Olmo3Config
 # Shapes: H hidden size, F feed-forward size, V true vocabulary, d head dimension, G key/value heads, r queries a key
 
 Parts = list[torch.Tensor]
+
+
+class Run(NamedTuple):
+    """Rows that follow one another in a Hugging Face tensor and in Megatron's."""
+
+    part: int  # which Hugging Face tensor
+    row: int  # first one there
+    megatron_row: int  # first one in Megatron's whole tensor
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,26 @@ class Weight:
     join: Callable[[Parts], torch.Tensor] = lambda parts: parts[0]
     split: Callable[[torch.Tensor], Parts] = lambda shard: [shard]
     padded_rows: int | None = None  # rows in Megatron, zero beyond the true ones
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Of Megatron's tensor over all tensor-parallel ranks, without padding."""
+        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
+
+    def runs(self) -> list[Run]:
+        """What `join` does to whole tensors, as runs of rows, in Megatron's order: found by joining row numbers."""
+        lengths = [shape[0] for shape in self.shapes]
+        ends = torch.tensor(lengths).cumsum(0)
+        order = self.join(list(torch.arange(sum(lengths)).split(lengths)))
+        begins = torch.cat([order.new_tensor([True]), (order[1:] != order[:-1] + 1) | torch.isin(order[1:], ends)])
+        starts = begins.nonzero().flatten()
+        parts = torch.searchsorted(ends, order[starts], right=True).tolist()
+        stops = [*starts[1:].tolist(), len(order)]
+        first_rows = [0, *ends.tolist()]
+        return [
+            Run(part, int(order[start]) - first_rows[part], start, stop - start)
+            for part, start, stop in zip(parts, starts.tolist(), stops, strict=True)
+        ]
 
 
 def first_stage_weights(config: Olmo3Config) -> list[Weight]:
