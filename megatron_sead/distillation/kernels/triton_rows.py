@@ -5,7 +5,7 @@ warp, because a block's maximum must be known before its exponentials: shuffles 
 several. Spans, because few rows, one program each, would leave most of a GPU idle; `_row_kernel` then puts the spans of
 a row together. A block is a tile whose rows follow each other in memory, as wide as a warp's 16-byte loads, so that a
 thread adds up its own columns and the sums cross threads once a span. With 128 registers a thread nothing is spilled
-and sixteen such warps fit on a multiprocessor, enough to hide its memory.
+and sixteen such warps fit on a multiprocessor.
 
 Only a row's last block is read under a mask: the run-time number of columns would cut a masked load into single
 elements. That number, like the number of rows, is not specialised; strides and alignments are, and they do not change
