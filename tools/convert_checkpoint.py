@@ -9,16 +9,13 @@ import re
 import resource
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from checkpoint_checks import checks
+from conversion_console import prepare_megatron, progress
 
 from megatron_sead.cli import one_line_errors
 from megatron_sead.errors import UserError
@@ -27,6 +24,7 @@ if TYPE_CHECKING:
     from megatron_sead.checkpoints.conversion import Conversion
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+app.add_typer(checks)
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the model or checkpoint that OUTPUT is")]
 
@@ -87,14 +85,6 @@ def megatron_to_hf(
         tell(done, output, time.monotonic() - began)
 
 
-def prepare_megatron() -> None:
-    """Conversion is work for a CPU, where Megatron-Core cannot even be imported without this."""
-    from megatron_sead.training.cpu_adaptor import adapt_to_cpu
-
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # of what it would use for training
-    adapt_to_cpu()
-
-
 def local_directory(source: str) -> Path:
     """The directory itself, or the hub's model, downloaded: safetensors, configuration and tokenizer alone.
 
@@ -128,16 +118,6 @@ def parse_size(text: str) -> int:
     if match is None or float(match[1]) == 0:
         raise UserError(f"--max-shard-size {text}: must be a size such as 500MB or 5GB")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with bytes and the time that is left, on a terminal; nothing in a log file."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def tell(done: Conversion, output: Path, seconds: float) -> None:
