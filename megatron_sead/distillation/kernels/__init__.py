@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 from types import ModuleType
 
 import torch
 
 from megatron_sead.distillation.kernels import compiled, eager
 
+log = logging.getLogger(__name__)
+
 
 def row_kernels(logits: torch.Tensor, rows: int, real: int) -> ModuleType:
     """The module whose `pair_sums`, `single_sums` and `write_gradient` serve this many rows of `logits` [n, V]."""
+    if logits.is_cuda and logits.dtype != torch.float64:
+        return _on_cuda()
     return compiled if compiled.is_worth_compiling(logits, rows, real) else eager
+
+
+@functools.cache
+def _on_cuda() -> ModuleType:
+    if importlib.util.find_spec("triton") is None:  # torch's CUDA builds bring it, but for Windows
+        log.warning("triton is not installed, so the loss runs eagerly on the GPU, several times slower")
+        return eager
+    from megatron_sead.distillation.kernels import triton_rows
+
+    return triton_rows
