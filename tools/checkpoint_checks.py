@@ -31,15 +31,32 @@ def verify(
     megatron: Annotated[Path, typer.Option(help="converted checkpoint, or a training run's directory")],
     tokens: Annotated[
         int | None,
-        typer.Option(min=0, help="of text; 0: compare tensors alone [default: past the window and YaRN's length]"),
+        typer.Option(min=0, help="of text; 0: compare tensors alone (default: past the window and YaRN's length)"),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 file [default: Python's own documentation]")] = None,
-    iteration: Annotated[int | None, typer.Option(help="step of a run [default: the latest that is whole]")] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 file (default: Python's own documentation)")] = None,
+    iteration: Annotated[int | None, typer.Option(help="step of a run (default: the latest that is whole)")] = None,
 ) -> None:
     """Is the Megatron checkpoint the same model as the Hugging Face directory? Exit code 0: yes, 1: no.
 
     Every tensor is compared by SHA-256. Then both models read a text, transformers' own and ours, in fp32 and layer
     by layer, so that memory holds one layer; it must be longer than the sliding window and than YaRN's original length.
+
+    What the numbers look like: a random model, 8 layers of width 512 in bf16, window 64, YaRN from 256, 512 tokens.
+    Number of tensors that differ; states of the first layer that does (of the worst, where none does);
+    log-probabilities, largest difference and mean.
+
+    \b
+    checkpoint                  tensors  states   log-probabilities
+    the same model              0        7.7e-07  1.4e-06  2.4e-07
+    window off by one           0        2.5e-01  4.3e-01  4.1e-02
+    YaRN on no layer            0        1.5e-01  3.1e-01  5.3e-02
+    YaRN on every layer         0        6.3e-01  1.4e+00  2.0e-01
+    a layer's q and k swapped   2        4.6e-01  8.9e-01  1.4e-01
+    its gate and up swapped     2        4.4e-01  9.4e-01  1.7e-01
+    a bit of an exponent        1        3.1e-01  6.7e-01  1.1e-01
+    a weight's lowest bit       1        2.1e-05  2.6e-05  1.4e-06
+
+    So the hash alone shows a small change of a weight, and the text alone a wrong reading of the configuration.
     """
     with one_line_errors():
         prepare_megatron()
@@ -47,7 +64,7 @@ def verify(
         from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel, find_checkpoint
         from megatron_sead.checkpoints.verification import compare_tensors, meaning_differences
         from megatron_sead.config import ParallelSettings
-        from megatron_sead.training.parallel import initialize_parallel
+        from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
 
         with HuggingFaceModel(hf) as ours, MegatronModel(find_checkpoint(megatron, iteration)) as theirs:
             probe = None if tokens == 0 else read_tokens(ours, tokens, text)
@@ -62,8 +79,11 @@ def verify(
             same = tell_tensors(comparison) and not config
             if probe is not None:
                 parallel = initialize_parallel(ParallelSettings(), "cpu", seed=0)
-                with progress("text") as advance:
-                    agreement = compare_on_text(ours, theirs, probe, parallel, advance)
+                try:
+                    with progress("text") as advance:
+                        agreement = compare_on_text(ours, theirs, probe, parallel, advance)
+                finally:
+                    destroy_parallel()
                 same = tell_agreement(agreement) and same
         print("the same model" if same else "not the same model")
         sys.exit(0 if same else DIFFERENT)
@@ -73,7 +93,7 @@ def verify(
 def roundtrip(
     source: Annotated[Path, typer.Option("--input", help="Hugging Face directory")],
     workdir: Annotated[
-        Path | None, typer.Option(help="for two copies of the model, deleted afterwards [default: beside the input]")
+        Path | None, typer.Option(help="for two copies of the model, deleted afterwards (default: beside the input)")
     ] = None,
 ) -> None:
     """To Megatron's format and back, and every bit compared. Exit code 0: all are the same, 1: not."""
