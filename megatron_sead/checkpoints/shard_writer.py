@@ -15,6 +15,7 @@ from megatron_sead.checkpoints.durable import flush_file, write_json
 from megatron_sead.models.tensor_files import DTYPES, INDEX
 
 SHARD_BYTES = 5 * 10**9  # the size that transformers and the hub use
+FLUSH_BYTES = 2**29  # a disk that waits for whole files idles until the first is there
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -40,6 +41,7 @@ class ShardWriter:
         self._places: dict[str, tuple[Path, int]] = {}  # file, offset of the first byte
         self._tensors_left: dict[Path, int] = {}
         self._rows_left = {name: shape[0] for name, shape in self.shapes.items()}  # of tensors that are not whole
+        self._not_flushed = 0
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._flushes: list[Future[None]] = []
         shards = self._plan(max_shard_bytes)
@@ -71,9 +73,11 @@ class ShardWriter:
             _write_all(file, tensor)
         if left:
             self._rows_left[name] = left
-            return
-        self._tensors_left[path] -= 1
-        if not self._tensors_left[path]:  # in the background, while the next file fills
+        else:
+            self._tensors_left[path] -= 1
+        self._not_flushed += tensor.nbytes
+        if not self._tensors_left[path] or self._not_flushed > FLUSH_BYTES:  # in the background, while more is written
+            self._not_flushed = 0
             self._flushes.append(self._flusher.submit(flush_file, path))
 
     def finish(self) -> None:

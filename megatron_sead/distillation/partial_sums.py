@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation.kernels import row_kernels
-from megatron_sead.distillation.kernels.formulas import accumulation_dtype
+from megatron_sead.distillation.kernels.formulas import accumulation_dtype, move_sums
 
 # Shapes: n tokens; V columns on this rank, padding included; c of them real
 
@@ -183,16 +183,6 @@ def start_sums(part: PartialSums, group: ProcessGroup | None, *others: torch.Ten
 def reduce_over(part: PartialSums, group: ProcessGroup | None) -> PartialSums:
     """Maxima and sums over all ranks of the group. Two collectives."""
     return start_sums(start_maxima(part, group)(), group)()
-
-
-def move_sums(sums: torch.Tensor, own: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The six sums [n, 6] relative to maxima `own` [n, 2], made relative to `target`."""
-    a, b, c, d, e, f = sums.unbind(-1)
-    dx, dy = (own - target).unbind(-1)
-    scale_x, scale_y = dx.exp(), dy.exp()
-    moved = torch.stack([a, b, c + dx * a, d + dy * b, e + (dy - dx) * a, f + (dy - dx) * b], dim=-1)
-    scale = torch.stack([scale_x, scale_y, scale_x, scale_y, scale_x, scale_y], dim=-1)
-    return (moved * scale).masked_fill_(scale == 0, 0.0)  # nothing of this shard is left beside the global maximum
 
 
 def _keys(maxima: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

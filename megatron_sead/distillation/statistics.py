@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation.checks import check_logits, refuse, refuse_nan
+from megatron_sead.distillation.kernels.formulas import move_single_sums
 from megatron_sead.distillation.partial_sums import (
     PartialSums,
     pair_sums,
@@ -84,9 +85,7 @@ def vocab_parallel_entropy(
     if shard.group is not None and len(own) > 0:
         maxima = own.clone()
         dist.all_reduce(maxima, dist.ReduceOp.MAX, group=shard.group)
-        shift = own - maxima
-        a, c = sums.split(1, dim=1)
-        sums = (torch.cat([a, c + shift * a], dim=1) * shift.exp()).masked_fill_(shift.exp() == 0, 0.0)
+        sums = move_single_sums(sums, own, maxima)
         dist.all_reduce(sums, group=shard.group)
     a, c = sums.unbind(-1)
     refuse_nan(c.isnan() | (a == 0), own_normalizers, shard.group)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_sead.distillation import linear_token_scores, token_statistics, vocab_parallel_entropy
 from megatron_sead.distillation.kernels import eager, formulas
-from megatron_sead.distillation.partial_sums import matrices, move_sums, pair_sums, vocabulary_shard
+from megatron_sead.distillation.partial_sums import matrices, pair_sums, vocabulary_shard
 from tests.distillation.reference import pad, reference, relative_error
 
 FIELDS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl")
@@ -78,7 +78,7 @@ def test_a_split_of_the_vocabulary_changes_nothing(seed: int, columns: int, data
         for part in (slice(cut), slice(cut, None))
     ]
     maxima = torch.maximum(parts[0].maxima, parts[1].maxima)
-    together = sum(move_sums(part.sums, part.maxima, maxima) for part in parts)
+    together = sum(formulas.move_sums(part.sums, part.maxima, maxima) for part in parts)
     torch.testing.assert_close(together, whole.sums, rtol=2e-6, atol=5e-5)  # E, F: terms of hundreds may cancel
 
 

@@ -8,7 +8,7 @@ a process takes some seconds, so only large blocks come here: it is the size of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 # Shapes as in `eager`
 
 LEAST_ELEMENTS = 2**22  # rows * columns: some 30 ms of eager work
+FOLDS = 4  # equal parts of a row that are added up side by side
 LEAST_COLUMNS = 4097  # inductor sums shorter rows in another way, and would compile for them once more
 MOST_VARIANTS = 32  # of a kernel: types, layouts, gradient in place or not; torch's own limit is 8
 
@@ -45,16 +46,32 @@ def pair_sums(
     student: torch.Tensor, teacher: torch.Tensor, rows: torch.Tensor, real: int, *, with_columns: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     kernel = _pair_sums_with_columns if with_columns else _pair_sums
-    result = _run(kernel, student[:, :real], teacher[:, :real], rows)
+    folded = real - real % FOLDS
+    result = _run(kernel, _folds(student, folded), _folds(teacher, folded), rows)
     if result is None:
         return eager.pair_sums(student, teacher, rows, real, with_columns=with_columns)
     maxima, sums, *columns = result
+    if folded < real:  # the last columns, as if of another shard
+        rest = student[:, folded:], teacher[:, folded:]
+        more = eager.pair_sums(*rest, rows, real - folded, with_columns=with_columns)
+        own, maxima = maxima, torch.maximum(maxima, more[0])
+        sums = formulas.move_sums(sums, own, maxima) + formulas.move_sums(more[1], more[0], maxima)
+        if more[2] is not None:
+            columns = [torch.where(more[0] > own, more[2] + folded, columns[0])]
     return maxima, sums, columns[0] if columns else None
 
 
 def single_sums(logits: torch.Tensor, real: int) -> tuple[torch.Tensor, torch.Tensor]:
-    result = _run(_single_sums, logits[:, :real])
-    return eager.single_sums(logits, real) if result is None else result
+    folded = real - real % FOLDS
+    result = _run(_single_sums, _folds(logits, folded))
+    if result is None:
+        return eager.single_sums(logits, real)
+    maxima, sums = result
+    if folded < real:
+        own, more = result, eager.single_sums(logits[:, folded:], real - folded)
+        maxima = torch.maximum(own[0], more[0])
+        sums = sum(formulas.move_single_sums(part, of, maxima) for of, part in (own, more))
+    return maxima, sums
 
 
 def write_gradient(
@@ -88,9 +105,14 @@ def _layout(argument: torch.Tensor) -> tuple[torch.dtype, bool]:
     return argument.dtype, argument.is_contiguous()
 
 
+def _folds(logits: torch.Tensor, columns: int) -> torch.Tensor:
+    """[n, FOLDS, columns / FOLDS] a view."""
+    return logits[:, :columns].unflatten(1, (FOLDS, -1))
+
+
 @torch.compile(dynamic=True, fullgraph=True)
 def _pair_sums(student: torch.Tensor, teacher: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return formulas.pair_sums(student[rows], teacher[rows])
+    return _sums_of_folds(student[rows], teacher[rows])
 
 
 @torch.compile(dynamic=True, fullgraph=True)
@@ -98,14 +120,39 @@ def _pair_sums_with_columns(
     student: torch.Tensor, teacher: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     z, w = student[rows], teacher[rows]
-    maxima, sums = formulas.pair_sums(z, w)
-    columns = [formulas.columns_of(z, maxima[:, :1]), formulas.columns_of(w, maxima[:, 1:])]
+    maxima, sums = _sums_of_folds(z, w)
+    columns = [_column_of_folds(z, maxima[:, :1]), _column_of_folds(w, maxima[:, 1:])]
     return maxima, sums, torch.stack(columns, dim=-1)
 
 
 @torch.compile(dynamic=True, fullgraph=True)
 def _single_sums(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return formulas.single_sums(logits)
+    x, maximum = formulas.center(logits, (-2, -1))
+    return maximum.squeeze(1), _add_folds(formulas.single_terms(x[:, fold]) for fold in range(FOLDS))
+
+
+def _sums_of_folds(z: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maxima [r, 2] and the six sums [r, 6] of logits [r, FOLDS, c / FOLDS]."""
+    (x, student_maximum), (y, teacher_maximum) = formulas.center(z, (-2, -1)), formulas.center(w, (-2, -1))
+    sums = _add_folds(formulas.pair_terms(x[:, fold], y[:, fold]) for fold in range(FOLDS))
+    return torch.cat([student_maximum, teacher_maximum], dim=-1).squeeze(1), sums
+
+
+def _add_folds(terms: Iterable[list[torch.Tensor]]) -> torch.Tensor:
+    """[r, terms] sums of each fold's terms [r, c / FOLDS]: over folds in fp32, then along them in fp64.
+
+    The compiled loop adds up a lane's terms one after another, and over 100k columns fp32 would lose two digits so. The
+    folds pay for fp64, in which one number of four is added.
+    """
+    added = [sum(of_folds[1:], of_folds[0]) for of_folds in zip(*terms, strict=True)]
+    return torch.stack([term.double().sum(-1).float() for term in added], dim=-1)
+
+
+def _column_of_folds(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
+    """[r] first column of [r, FOLDS, c / FOLDS] that holds the maximum [r, 1]."""
+    width = logits.shape[2]
+    first = torch.stack([formulas.columns_of(logits[:, fold], maxima) for fold in range(FOLDS)], dim=-1)
+    return torch.where(first < width, first + width * torch.arange(FOLDS), FOLDS * width).amin(-1)
 
 
 @torch.compile(dynamic=True, fullgraph=True)

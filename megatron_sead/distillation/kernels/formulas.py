@@ -18,37 +18,65 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def pair_sums(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Maxima [r, 2] and the sums A to F [r, 6] of logits [r, c]."""
-    x, student_maximum = _center(student)
-    y, teacher_maximum = _center(teacher)
-    p, q = x.exp(), y.exp()  # not yet normalised
-    difference = y - x
-    sums = [
-        p.sum(-1),
-        q.sum(-1),
-        _expectation(p, x),
-        _expectation(q, y),
-        _expectation(p, difference),
-        _expectation(q, difference),
-    ]
-    return torch.cat([student_maximum, teacher_maximum], dim=-1), torch.stack(sums, dim=-1)
+    x, student_maximum = center(student, (-1,))
+    y, teacher_maximum = center(teacher, (-1,))
+    sums = torch.stack([term.sum(-1) for term in pair_terms(x, y)], dim=-1)
+    return torch.cat([student_maximum, teacher_maximum], dim=-1), sums
 
 
 def single_sums(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Maxima [r, 1] and the sums A, C [r, 2] of one model's logits [r, c]."""
-    x, maximum = _center(logits)
+    x, maximum = center(logits, (-1,))
+    return maximum, torch.stack([term.sum(-1) for term in single_terms(x)], dim=-1)
+
+
+def center(logits: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits less their maximum over the last dimensions, and that maximum, which keeps them with size 1."""
+    wide = logits.to(accumulation_dtype(logits.dtype))
+    maximum = wide.amax(dims, keepdim=True)
+    # a row that is -inf all over this shard has no probability here, and -inf - -inf would be NaN
+    return wide - maximum.masked_fill(maximum == -torch.inf, 0.0), maximum
+
+
+def pair_terms(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    """What A to F sum, of centered logits of one shape."""
+    p, q, difference = x.exp(), y.exp(), y - x  # p and q not yet normalised
+    return [p, q, _weighted(p, x), _weighted(q, y), _weighted(p, difference), _weighted(q, difference)]
+
+
+def single_terms(x: torch.Tensor) -> list[torch.Tensor]:
+    """What A and C sum."""
     p = x.exp()
-    return maximum, torch.stack([p.sum(-1), _expectation(p, x)], dim=-1)
+    return [p, _weighted(p, x)]
+
+
+def move_sums(sums: torch.Tensor, own: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The six sums [n, 6] relative to maxima `own` [n, 2], made relative to `target`: see `partial_sums`."""
+    a, b, c, d, e, f = sums.unbind(-1)
+    dx, dy = torch.where(own == target, 0.0, own - target).unbind(-1)  # equal, too, where both are -inf
+    scale_x, scale_y = dx.exp(), dy.exp()
+    moved = torch.stack([a, b, c + dx * a, d + dy * b, e + (dy - dx) * a, f + (dy - dx) * b], dim=-1)
+    scale = torch.stack([scale_x, scale_y, scale_x, scale_y, scale_x, scale_y], dim=-1)
+    # nothing of these columns is left beside a maximum far above theirs; NaN stays, to be found out
+    return torch.where((scale == 0) & ~sums.isnan(), 0.0, moved * scale)
+
+
+def move_single_sums(sums: torch.Tensor, own: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The sums A, C [n, 2] relative to maxima `own` [n, 1], made relative to `target`."""
+    a, c = sums.split(1, dim=1)
+    delta = torch.where(own == target, 0.0, own - target)
+    scale = delta.exp()
+    return torch.where((scale == 0) & ~sums.isnan(), 0.0, torch.cat([a, c + delta * a], dim=1) * scale)
 
 
 def columns_of(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
-    """[r] int64: first column that holds the maximum [r, 1]; 0 where none does, of a row of NaN.
+    """[r] int64: first column that holds the maximum [r, 1]; c where none does, in a row with NaN.
 
     An elementwise pass and a minimum: on a CPU torch vectorises both, and does not vectorise argmax.
     """
     width = logits.shape[1]
     columns = torch.arange(width, dtype=torch.float32, device=logits.device)  # exact up to 2^24
-    first = torch.where(logits == maxima, columns, width).amin(-1).long()
-    return torch.where(first == width, 0, first)
+    return torch.where(logits == maxima, columns, width).amin(-1).long()
 
 
 def gradient(student: torch.Tensor, teacher: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
@@ -69,13 +97,5 @@ def gradient(student: torch.Tensor, teacher: torch.Tensor, coefficients: torch.T
     return torch.where(teaches, total, 0.0)
 
 
-def _center(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits less their maximum [r, c], and the maximum [r, 1]."""
-    wide = logits.to(accumulation_dtype(logits.dtype))
-    maximum = wide.amax(-1, keepdim=True)
-    # a row that is -inf all over this shard has no probability here, and -inf - -inf would be NaN
-    return wide - maximum.masked_fill(maximum == -torch.inf, 0.0), maximum
-
-
-def _expectation(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return torch.where(p == 0, 0.0, p * value).sum(-1)
+def _weighted(p: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return torch.where(p == 0, 0.0, p * value)
