@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +15,19 @@ def prepare_megatron() -> None:
     """Conversion is work for a CPU, where Megatron-Core cannot even be imported without this."""
     from megatron_sead.training.cpu_adaptor import adapt_to_cpu
 
+    _reuse_freed_memory()
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # of what it would use for training
     adapt_to_cpu()
+
+
+def _reuse_freed_memory() -> None:
+    """Pieces are allocated in one thread and freed in another: the C library would give each back to the system, and
+    the next one would cost a page fault every 4 KiB. C libraries without this setting are left as they are."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h's numbers
+        for option, value in ((arena_max, 1), (mmap_threshold, 2**25), (trim_threshold, 2**28)):
+            set_option(option, value)
 
 
 @contextmanager
