@@ -34,6 +34,12 @@ class TokenScores:
     student_stop_probability: torch.Tensor  # [n] summed over the stop tokens
     teacher_stop_probability: torch.Tensor  # [n]
 
+    def select(self, index: torch.Tensor) -> TokenScores:
+        """Of the tokens `index` alone."""
+        statistics = TokenStatistics(**{name: value[index] for name, value in vars(self.statistics).items()})
+        others = {name: value[index] for name, value in vars(self).items() if name != "statistics"}
+        return TokenScores(statistics, **others)
+
 
 @torch.compiler.disable
 @torch.no_grad()

@@ -24,6 +24,7 @@ def build_model(
     *,
     precision: Literal["fp32", "bf16"],
     sequence_parallel: bool = False,
+    spread_hidden_states: bool = False,
     recompute_granularity: Literal["full", "selective"] | None = None,
     attention_backend: AttentionBackend = "torch",
     load_weights: bool = True,
@@ -35,6 +36,7 @@ def build_model(
 
     Args:
         hf_dir: ``config.json`` and safetensors.
+        spread_hidden_states: under sequence parallelism the final hidden states stay spread over the ranks.
         load_weights: False leaves Megatron's random initial weights.
 
     Raises:
@@ -45,6 +47,7 @@ def build_model(
         parallel,
         precision=precision,
         sequence_parallel=sequence_parallel,
+        spread_hidden_states=spread_hidden_states,
         recompute_granularity=recompute_granularity,
     )
     chunks = []
@@ -63,6 +66,7 @@ def model_config(
     *,
     precision: Literal["fp32", "bf16"],
     sequence_parallel: bool = False,
+    spread_hidden_states: bool = False,
     recompute_granularity: Literal["full", "selective"] | None = None,
 ) -> Olmo3Config:
     """The model's configuration under this layout. Raises UserError as `build_model` does."""
@@ -80,6 +84,7 @@ def model_config(
         pipeline_model_parallel_size=parallel.pp_size,
         virtual_pipeline_model_parallel_size=parallel.vpp_size,
         sequence_parallel=sequence_parallel,
+        spread_hidden_states=sequence_parallel and spread_hidden_states,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",

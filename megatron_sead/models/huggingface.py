@@ -94,13 +94,13 @@ def load_huggingface_weights(chunks: list[torch.nn.Module], hf_dir: Path, parall
         for placed in weights:
             if placed.pp_rank == parallel.pp_rank:
                 parameter = parameters[placed.chunk].pop(placed.parameter)
-                parts = [_read_share(files, name, placed.weight, parallel) for name in placed.names]
+                parts = [read_share(files, name, placed.weight, parallel) for name in placed.names]
                 parameter.copy_(placed.weight.join(parts))
         left = [name for rest in parameters for name in rest]
         assert not left, f"no Hugging Face tensor for {left}"
 
 
-def _read_share(files: TensorFiles, name: str, weight: Weight, parallel: ParallelContext) -> torch.Tensor:
+def read_share(files: TensorFiles, name: str, weight: Weight, parallel: ParallelContext) -> torch.Tensor:
     """This tensor-parallel rank's part of one Hugging Face tensor, zero rows in place of padding."""
     tensor = files.slice(name)
     if weight.tp_dim is None:

@@ -14,6 +14,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_sead.models import ParallelContext
+from megatron_sead.models.huggingface import unwrap
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.communicator import schedule_arguments
 
@@ -38,7 +39,8 @@ def run_schedule(
         micro_batches: this data-parallel rank's share of the step.
         view: whose tokens the model reads.
         on_hidden: called on the last stage as ``on_hidden(index, hidden)`` with hidden [n, h], one row a response
-            token. Forward only: returns anything. Training: returns (summed loss, token count, anything), Megatron's
+            token; of a model that leaves its hidden states spread, this rank's part of them all [s/tp * b, h].
+            Forward only: returns anything. Training: returns (summed loss, token count, anything), Megatron's
             per-token protocol: gradients are divided by the global count.
         forward_only: no gradients.
 
@@ -73,6 +75,8 @@ def _forward_step(
     output = model(input_ids=tokens, position_ids=positions, attention_mask=None)
 
     def on_last_stage(hidden: torch.Tensor, non_loss_data: bool = False) -> Any:
-        return on_hidden(index, hidden.flatten(0, 1).index_select(0, predictors))
+        rows = hidden.flatten(0, 1)
+        spread = unwrap(model).config.spread_hidden_states
+        return on_hidden(index, rows if spread else rows.index_select(0, predictors))
 
     return output, on_last_stage

@@ -11,6 +11,7 @@ from megatron_sead.distillation import TokenScores, TokenWeights, linear_token_s
 from megatron_sead.models import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.pipeline import run_schedule
+from megatron_sead.training.sequence_places import SequencePlaces
 
 # Shapes: n response tokens of a micro-batch, h hidden size, V padded vocabulary, tp ranks of the tensor-parallel group
 
@@ -26,11 +27,15 @@ class Heads:
     vocab_size: int  # true vocabulary, padding excluded
     scratch_bytes: int
     group: ProcessGroup | None  # tensor parallel
+    spread: bool  # sequence parallel: the student's hidden states are this rank's part [s/tp * b, h] of all positions
 
-    def score(self, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, targets: torch.Tensor) -> TokenScores:
-        """Statistics of the tokens `targets` [n] from both final hidden states [n, h]; no gradient."""
+    def score(self, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, micro_batch: MicroBatch) -> TokenScores:
+        """Statistics of the response tokens [n] from both final hidden states [n, h]; no gradient."""
         assert self.student is not None and self.teacher is not None
-        return linear_token_scores(
+        places, targets = self._places(micro_batch), micro_batch.targets
+        if places is not None:
+            targets, teacher_hidden = places.spread(targets, -1), places.own_rows(teacher_hidden)
+        scores = linear_token_scores(
             student_hidden.detach(),
             self.student.detach(),
             teacher_hidden,
@@ -41,24 +46,39 @@ class Heads:
             group=self.group,
             vocab_size=self.vocab_size,
             scratch_bytes=self.scratch_bytes,
+            sequence_parallel=self.spread,
         )
+        return scores if places is None else scores.select(places.places)
 
-    def divergence(
-        self, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, weights: TokenWeights
+    def loss(
+        self,
+        student_hidden: torch.Tensor,
+        teacher_hidden: torch.Tensor,
+        weights: TokenWeights,
+        micro_batch: MicroBatch,
     ) -> torch.Tensor:
-        """The loss of each token [n], weighted, differentiable in the student's hidden states and head."""
+        """Sum of the weighted divergences of the response tokens, differentiable in the student's states and head."""
         assert self.student is not None and self.teacher is not None
+        forward, reverse = weights.forward, weights.reverse
+        places = self._places(micro_batch)
+        if places is not None:
+            forward, reverse = places.spread(forward, 0), places.spread(reverse, 0)
+            teacher_hidden = places.own_rows(teacher_hidden)
         return linear_weighted_divergence(
             student_hidden,
             self.student,
             teacher_hidden,
             self.teacher,
-            weights.forward,
-            weights.reverse,
+            forward,
+            reverse,
             group=self.group,
             vocab_size=self.vocab_size,
             scratch_bytes=self.scratch_bytes,
-        )
+            sequence_parallel=self.spread,
+        ).sum()
+
+    def _places(self, micro_batch: MicroBatch) -> SequencePlaces | None:
+        return SequencePlaces.of(micro_batch.student, self.group) if self.spread and self.group is not None else None
 
 
 def score_student(
@@ -71,6 +91,6 @@ def score_student(
     """The student's forward-only pass, compared with the teacher's hidden states. Empty before the last stage."""
 
     def score(index: int, hidden: torch.Tensor) -> TokenScores:
-        return heads.score(hidden, teacher_hidden[index].to(hidden.device), micro_batches[index].targets)
+        return heads.score(hidden, teacher_hidden[index].to(hidden.device), micro_batches[index])
 
     return run_schedule(chunks, micro_batches, "student", score, parallel=parallel, forward_only=True)

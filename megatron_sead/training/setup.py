@@ -122,12 +122,15 @@ def _load_heldout(config: RunConfig, student: ModelTokenizer, teacher: ModelToke
     )
 
 
-def _build_model(config: RunConfig, model: ModelSettings, parallel: ParallelContext) -> list[Olmo3Model]:
+def _build_model(
+    config: RunConfig, model: ModelSettings, parallel: ParallelContext, *, spread_hidden_states: bool
+) -> list[Olmo3Model]:
     return build_model(
         model.path,
         parallel,
         precision=config.training.precision,
         sequence_parallel=config.parallel.sequence_parallel,
+        spread_hidden_states=spread_hidden_states,
         recompute_granularity=config.training.recompute_granularity,
         attention_backend=config.training.attention_backend,
     )
@@ -136,9 +139,9 @@ def _build_model(config: RunConfig, model: ModelSettings, parallel: ParallelCont
 def _build_learner(
     config: RunConfig, student: ModelTokenizer, teacher: ModelTokenizer, parallel: ParallelContext
 ) -> tuple[Learner, list[Olmo3Model]]:
-    teacher_chunks = _build_model(config, config.teacher, parallel)
+    teacher_chunks = _build_model(config, config.teacher, parallel, spread_hidden_states=False)
     frozen = Teacher(teacher_chunks, offload=config.teacher.offload)
-    student_chunks = _build_model(config, config.student, parallel)
+    student_chunks = _build_model(config, config.student, parallel, spread_hidden_states=True)  # the loss gathers
     sizes = [chunks[0].config.vocab_size for chunks in (student_chunks, teacher_chunks)]
     if sizes[0] != sizes[1]:
         raise UserError(
@@ -154,6 +157,7 @@ def _build_learner(
         vocab_size=sizes[0],
         scratch_bytes=config.training.scratch_bytes,
         group=parallel.tp if parallel.tp_size > 1 else None,
+        spread=config.parallel.sequence_parallel,
     )
     supervisor = Supervisor(config, parallel.dp if parallel.dp_size > 1 else None)
     return Learner(ddp_chunks, frozen, optimizer, scheduler, heads, supervisor, parallel), student_chunks

@@ -67,12 +67,12 @@ def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, 
         if scores_ahead:
             score, supervision = scores[index], decided[index]
         else:
-            score = heads.score(hidden, from_teacher, micro_batch.targets)
+            score = heads.score(hidden, from_teacher, micro_batch)
             if whole_step:
                 (supervision,) = learner.supervisor.supervise_step([score], [micro_batch], alpha, step)
             else:
                 supervision = learner.supervisor.supervise_micro_batch(score, micro_batch, alpha, step)
-        loss = heads.divergence(hidden, from_teacher, supervision.weights).sum()
+        loss = heads.loss(hidden, from_teacher, supervision.weights, micro_batch)
         return loss, supervision.count.int(), (loss.detach(), score, supervision)
 
     for chunk in learner.student:

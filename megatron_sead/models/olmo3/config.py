@@ -46,6 +46,7 @@ class Olmo3Config(TransformerConfig):
     yarn: YarnScaling | None = None
     vocab_size: int = 0  # true
     padded_vocab_size: int = 0
+    spread_hidden_states: bool = False  # under sequence parallelism: hand them out as they are, not gathered
     max_position_embeddings: int = 0
 
     def is_sliding(self, layer_number: int) -> bool:

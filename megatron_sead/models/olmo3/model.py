@@ -19,8 +19,9 @@ from megatron_sead.models.parallel import ParallelContext
 class Olmo3Model(GPTModel):
     """One chunk of an OLMo-3: called as ``model(tokens [b, s], position_ids, attention_mask=None)``.
 
-    Returns the final hidden states [b, s, h], whole on every tensor-parallel rank, from the chunk with the head;
-    from others the activation for the next stage. ``labels`` are refused: there are no logits here.
+    Returns the final hidden states [b, s, h], whole on every tensor-parallel rank, from the chunk with the head; with
+    ``spread_hidden_states`` this rank's part of them [s/tp, b, h]; from others the activation for the next stage.
+    ``labels`` are refused: there are no logits here.
     """
 
     config: Olmo3Config
@@ -52,7 +53,7 @@ class Olmo3Model(GPTModel):
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("labels") is not None:
             raise ValueError("Olmo3Model gives hidden states, not a loss: labels must be None")
-        if not self.post_process:
+        if not self.post_process or self.config.spread_hidden_states:
             return hidden_states
         if self.config.sequence_parallel:
             # The loss hands back the whole gradient, already summed over tensor-parallel ranks, equal on each: in
