@@ -17,6 +17,7 @@ from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 T = TypeVar("T")
 
 CHUNK_TOKENS = 512  # unless scratch_bytes says otherwise: fewer, and the products are slower than whole ones
+ALIGNMENT = 16  # elements at whose multiples rows of logits begin, for the kernels' wide loads
 TILE = 2048  # head rows turned to fp32 at a time, where the product of low-precision matrices must be made in fp32
 
 
@@ -63,14 +64,15 @@ def logit_chunks(
     rows = min(len(tokens), size if spread is None else max(size, spread.size()))
     # one type for both, or the two could not be subtracted
     dtype = accumulation_dtype(torch.promote_types(heads[0].dtype, heads[1].dtype))
-    memory = torch.empty(min(buffers, -(-len(tokens) // rows)), 2, rows, real, dtype=dtype, device=heads[0].device)
+    width = -(-real // ALIGNMENT) * ALIGNMENT
+    memory = torch.empty(min(buffers, -(-len(tokens) // rows)), 2, rows, width, dtype=dtype, device=heads[0].device)
 
     def start(chunk: Chunk) -> tuple[Chunk, list[Callable[[], torch.Tensor]]]:
         return chunk, [chunk.start_gather(hidden, spread) for hidden, _ in (student, teacher)]
 
     started = _one_ahead(map(start, token_chunks(tokens, size, spread, len(student[0]))))
     for turn, (chunk, (student_states, teacher_states)) in enumerate(started):
-        logits = memory[turn % len(memory), :, : len(chunk.tokens)]
+        logits = memory[turn % len(memory), :, : len(chunk.tokens), :real]
         states = student_states().to(heads[0].dtype)
         project(states, heads[0][:real], logits[0])
         project(teacher_states().to(heads[1].dtype), heads[1][:real], logits[1])

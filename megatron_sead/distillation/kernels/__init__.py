@@ -24,7 +24,7 @@ def row_kernels(logits: torch.Tensor, rows: int, real: int) -> ModuleType:
 @functools.cache
 def _on_cuda() -> ModuleType:
     if importlib.util.find_spec("triton") is None:  # torch's CUDA builds bring it, but for Windows
-        log.warning("triton is not installed, so the loss runs eagerly on the GPU, several times slower")
+        log.warning("triton is not installed, so the loss runs eagerly on the GPU, and slower")
         return eager
     from megatron_sead.distillation.kernels import triton_rows
 
