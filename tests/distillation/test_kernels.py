@@ -141,7 +141,7 @@ def test_without_a_compiler_eager_serves_and_says_so(
         raise torch._inductor.exc.InductorError(RuntimeError("No working C++ compiler found"), None)
 
     monkeypatch.setattr(compiled, "_failed", False)
-    for name in ("_pair_sums", "_pair_sums_with_columns", "_single_sums", "_write_gradient"):
+    for name in ("_pair_sums", "_columns", "_single_sums", "_write_gradient"):
         monkeypatch.setattr(compiled, name, fail)
     student, teacher = rows_of(4, torch.float32)
     with caplog.at_level(logging.WARNING):

@@ -45,20 +45,25 @@ def is_worth_compiling(logits: torch.Tensor, rows: int, real: int) -> bool:
 def pair_sums(
     student: torch.Tensor, teacher: torch.Tensor, rows: torch.Tensor, real: int, *, with_columns: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    kernel = _pair_sums_with_columns if with_columns else _pair_sums
     folded = real - real % FOLDS
-    result = _run(kernel, _folds(student, folded), _folds(teacher, folded), rows)
+    result = _run(_pair_sums, _folds(student, folded), _folds(teacher, folded), rows)
     if result is None:
         return eager.pair_sums(student, teacher, rows, real, with_columns=with_columns)
-    maxima, sums, *columns = result
+    maxima, sums = result
     if folded < real:  # the last columns, as if of another shard
-        rest = student[:, folded:], teacher[:, folded:]
-        more = eager.pair_sums(*rest, rows, real - folded, with_columns=with_columns)
-        own, maxima = maxima, torch.maximum(maxima, more[0])
-        sums = formulas.move_sums(sums, own, maxima) + formulas.move_sums(more[1], more[0], maxima)
-        if more[2] is not None:
-            columns = [torch.where(more[0] > own, more[2] + folded, columns[0])]
-    return maxima, sums, columns[0] if columns else None
+        own, more = result, eager.pair_sums(student[:, folded:], teacher[:, folded:], rows, real - folded)
+        maxima = torch.maximum(own[0], more[0])
+        sums = sum(formulas.move_sums(part, of, maxima) for of, part, *_ in (own, more))
+    if not with_columns:
+        return maxima, sums, None
+    pair = [_columns_of(logits[:, :real], rows, maxima[:, i]) for i, logits in enumerate((student, teacher))]
+    return maxima, sums, torch.stack(pair, dim=-1)
+
+
+def _columns_of(logits: torch.Tensor, rows: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
+    """[k] where the maxima [k] of the rows are. A pass of its own: within the other, inductor would store the rows."""
+    result = _run(_columns, logits, rows, maxima)
+    return eager.columns_of(logits, rows, maxima) if result is None else result
 
 
 def single_sums(logits: torch.Tensor, real: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,13 +121,8 @@ def _pair_sums(student: torch.Tensor, teacher: torch.Tensor, rows: torch.Tensor)
 
 
 @torch.compile(dynamic=True, fullgraph=True)
-def _pair_sums_with_columns(
-    student: torch.Tensor, teacher: torch.Tensor, rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    z, w = student[rows], teacher[rows]
-    maxima, sums = _sums_of_folds(z, w)
-    columns = [_column_of_folds(z, maxima[:, :1]), _column_of_folds(w, maxima[:, 1:])]
-    return maxima, sums, torch.stack(columns, dim=-1)
+def _columns(logits: torch.Tensor, rows: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
+    return formulas.columns_of(logits[rows], maxima[:, None])
 
 
 @torch.compile(dynamic=True, fullgraph=True)
@@ -146,13 +146,6 @@ def _add_folds(terms: Iterable[list[torch.Tensor]]) -> torch.Tensor:
     """
     added = [sum(of_folds[1:], of_folds[0]) for of_folds in zip(*terms, strict=True)]
     return torch.stack([term.double().sum(-1).float() for term in added], dim=-1)
-
-
-def _column_of_folds(logits: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
-    """[r] first column of [r, FOLDS, c / FOLDS] that holds the maximum [r, 1]."""
-    width = logits.shape[2]
-    first = torch.stack([formulas.columns_of(logits[:, fold], maxima) for fold in range(FOLDS)], dim=-1)
-    return torch.where(first < width, first + width * torch.arange(FOLDS), FOLDS * width).amin(-1)
 
 
 @torch.compile(dynamic=True, fullgraph=True)
