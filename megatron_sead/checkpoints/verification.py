@@ -100,7 +100,7 @@ def _difference(name: str, expected: torch.Tensor, found: torch.Tensor) -> Tenso
     place = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), expected.shape))
     largest = max(
         float((a.double() - b.double()).abs().max())
-        for a, b in zip(expected.split(4096), found.split(4096), strict=True)  # rows: fp64 of all would be 4 times it
+        for a, b in zip(expected.split(1024), found.split(1024), strict=True)  # rows: fp64 of all would be 4 times it
     )
     return TensorDifference(
         name, int(differs.sum()), differs.numel(), place, float(expected[place]), float(found[place]), largest

@@ -143,6 +143,14 @@ def test_a_checkpoint_that_ranks_of_training_wrote(ranks: RankPool, model: Path,
     assert found["first_wrong"] == "embedding"
 
 
+def test_a_state_that_is_no_number_is_wrong() -> None:
+    from megatron_sead.checkpoints.layerwise import Agreement, Stage
+
+    found = Agreement(9, [Stage("embedding", 0.0), Stage("layer 0", float("nan")), Stage("layer 1", 1.0)])
+    assert (found.first_wrong, found.same) == ("layer 0", False)
+    assert not Agreement(9, [Stage("embedding", 0.0)], largest=float("nan")).same
+
+
 def read(directory: Path, length: int | None, text: Path | None = None) -> torch.Tensor:
     from megatron_sead.checkpoints.layerwise import read_tokens
     from megatron_sead.checkpoints.model_files import HuggingFaceModel

@@ -145,6 +145,7 @@ def test_what_is_lost_on_the_way_is_told(model: Path, tmp_path: Path, monkeypatc
         config = json.loads((output / "config.json").read_text())
         (output / "config.json").write_text(json.dumps(config | {"eos_token_id": 2, "rms_norm_eps": 1e-6}))
         (output / "chat_template.jinja").unlink()
+        (output / "generation_config.json").write_text("{}")
         return done
 
     monkeypatch.setattr(verification, "megatron_to_huggingface", wrong)
@@ -152,7 +153,7 @@ def test_what_is_lost_on_the_way_is_told(model: Path, tmp_path: Path, monkeypatc
     assert not trip.exact
     assert [difference.name for difference in trip.tensors.differences] == [faults.VICTIM]
     assert {line.split(":")[0] for line in trip.config} == {"layernorm_epsilon", "eos_token_id", "rms_norm_eps"}
-    assert trip.damaged_companions == ["chat_template.jinja"]
+    assert set(trip.damaged_companions) == {"chat_template.jinja", "generation_config.json"}
 
 
 def test_nothing_is_left_of_a_way_that_failed(copy: Path, tmp_path: Path) -> None:

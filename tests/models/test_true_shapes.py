@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # in the ranks too
 from true_shapes.errors import Distance, Seen, merge
 from true_shapes.launch import passed, summary
 from true_shapes.model import SHAPES, Shape
-from true_shapes.passes import megatron_pass, transformers_pass
+from true_shapes.passes import _release, megatron_pass, transformers_pass
 
 SMALL = Shape(hidden=128, heads=4, kv_heads=2, ffn=320, vocab=1003)  # 21 rows of padding, all on the last rank
 
@@ -123,6 +123,22 @@ def test_distances_of_shares_add_up() -> None:
     assert whole.relative()["max"] == pytest.approx(((found - expected).abs().max() / expected.abs().max()).item())
     shares = Distance.between(found[:20], expected[:20]) + Distance.between(found[20:], expected[20:])
     assert shares.relative() == pytest.approx(whole.relative())
+
+
+def test_every_rank_counts() -> None:
+    """A share that is wrong on the second rank alone."""
+    right, wrong = Distance(0.0, 1.0, 0.0, 1.0), Distance(4.0, 1.0, 2.0, 1.0)
+    merged = merge([Seen(1.0, right, {"a": right}, 10), Seen(1.0, wrong, {"a": wrong}, 20)])
+    assert merged.gradients["a"] == merged.logits == Distance(4.0, 2.0, 2.0, 1.0)
+    assert merged.peak_bytes == 30
+
+
+def test_a_gradient_is_let_go_when_it_has_been_used() -> None:
+    parameter, used = torch.nn.Parameter(torch.ones(3)), []
+    parameter.register_post_accumulate_grad_hook(_release(Seen(), lambda grad: used.append(grad.tolist())))
+    (2 * parameter).sum().backward()
+    assert parameter.grad is None
+    assert used == [[2.0, 2.0, 2.0]]
 
 
 def test_the_shapes_are_the_released_ones() -> None:

@@ -47,6 +47,7 @@ def answers(folder: Path) -> dict[str, tuple[int, str, str]]:
     commands: dict[str, list[Any]] = {
         "same": ["verify", "--hf", model, "--megatron", checkpoint],
         "window": ["verify", "--hf", model, "--megatron", other_window, "--tokens", 40],
+        "config alone": ["verify", "--hf", model, "--megatron", other_window, "--tokens", 0],
         "bit": ["verify", "--hf", model, "--megatron", other_bit, "--tokens", 0],
         "mistake": ["verify", "--hf", model, "--megatron", checkpoint, "--tokens", 9],
         "truncate": ["truncate", "--input", model, "--layers", 2, "--output", folder / "short"],
@@ -81,6 +82,12 @@ def test_verify_says_what_differs(answers: dict[str, tuple[int, str, str]]) -> N
     assert "config: sliding_window: 7 for 6" in out
     assert "the first that differs: layer 0 (sliding)" in out
     assert out.splitlines()[-1] == "not the same model"
+
+
+def test_a_configuration_that_differs_is_another_model(answers: dict[str, tuple[int, str, str]]) -> None:
+    code, out, _ = answers["config alone"]
+    assert code == 1
+    assert "tensors: 36 of 36 the same" in out
 
 
 def test_verify_names_the_tensor(answers: dict[str, tuple[int, str, str]]) -> None:
