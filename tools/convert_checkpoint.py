@@ -38,7 +38,7 @@ class Dtype(StrEnum):
 def hf_to_megatron(
     source: Annotated[str, typer.Option("--input", help="Hugging Face directory, or a model's name on the hub")],
     output: Annotated[Path, typer.Option(help="directory of the checkpoint; appears when it is whole")],
-    dtype: Annotated[Dtype | None, typer.Option(help="of the checkpoint [default: as the input]")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="of the checkpoint (default: as the input)")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a Megatron-Core distributed checkpoint (torch_dist) that loads under any TP x PP x VPP x SP layout.
@@ -62,7 +62,7 @@ def hf_to_megatron(
 def megatron_to_hf(
     source: Annotated[Path, typer.Option("--input", help="converted checkpoint, or a training run's directory")],
     output: Annotated[Path, typer.Option(help="directory of the model; appears when it is whole")],
-    iteration: Annotated[int | None, typer.Option(help="step of a run [default: the latest that is whole]")] = None,
+    iteration: Annotated[int | None, typer.Option(help="step of a run (default: the latest that is whole)")] = None,
     max_shard_size: Annotated[str, typer.Option(help="of a safetensors file, such as 500MB or 5GB")] = "5GB",
     overwrite: Overwrite = False,
 ) -> None:

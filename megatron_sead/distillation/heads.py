@@ -65,14 +65,15 @@ def logit_chunks(
     # one type for both, or the two could not be subtracted
     dtype = accumulation_dtype(torch.promote_types(heads[0].dtype, heads[1].dtype))
     width = -(-real // ALIGNMENT) * ALIGNMENT
-    memory = torch.empty(min(buffers, -(-len(tokens) // rows)), 2, rows, width, dtype=dtype, device=heads[0].device)
+    count = min(buffers, -(-len(tokens) // rows))
+    memory = [torch.empty(count, rows, width, dtype=dtype, device=heads[0].device) for _ in heads]
 
     def start(chunk: Chunk) -> tuple[Chunk, list[Callable[[], torch.Tensor]]]:
         return chunk, [chunk.start_gather(hidden, spread) for hidden, _ in (student, teacher)]
 
     started = _one_ahead(map(start, token_chunks(tokens, size, spread, len(student[0]))))
     for turn, (chunk, (student_states, teacher_states)) in enumerate(started):
-        logits = memory[turn % len(memory), :, : len(chunk.tokens), :real]
+        logits = [of_model[turn % count, : len(chunk.tokens), :real] for of_model in memory]
         states = student_states().to(heads[0].dtype)
         project(states, heads[0][:real], logits[0])
         project(teacher_states().to(heads[1].dtype), heads[1][:real], logits[1])

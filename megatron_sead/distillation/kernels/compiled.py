@@ -82,9 +82,16 @@ def single_sums(logits: torch.Tensor, real: int) -> tuple[torch.Tensor, torch.Te
 def write_gradient(
     out: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor, coefficients: torch.Tensor, real: int
 ) -> None:
-    arguments = out[:, :real], student[:, :real], teacher[:, :real], coefficients
-    if _run(_write_gradient, *arguments) is None:
+    result = out[:, :real]
+    # where the gradient is written over the logits they are one tensor for the compiler, so that it has no alias to
+    # untangle; a teacher in the same memory would make it store what it reads before it writes
+    z = result if _share_memory(out, student) else student[:, :real]
+    if _share_memory(out, teacher) or _run(_write_gradient, result, z, teacher[:, :real], coefficients) is None:
         eager.write_gradient(out, student, teacher, coefficients, real)
+
+
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _run(kernel: Callable[..., Any], *arguments: torch.Tensor) -> Any:
