@@ -26,6 +26,7 @@ setup(
         "numpy>=1.26",
         "psutil>=5.9",  # Megatron-Core needs it to save checkpoints and does not declare it
         "tensorboard>=2.15",
+        "matplotlib>=3.8",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "vllm"],

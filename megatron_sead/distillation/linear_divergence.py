@@ -110,6 +110,8 @@ class _Outcome:
 
     def scale(self, upstream: torch.Tensor) -> None:
         """Gradients of an upstream gradient of one, made those of another."""
+        if upstream.device.type == "cpu" and upstream == 1:  # on a GPU, asking would wait for it
+            return
         for gradient in (self.hidden, self.head):
             if gradient is not None:
                 gradient.mul_(upstream)
