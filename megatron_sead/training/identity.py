@@ -108,7 +108,11 @@ def trained_log_probs(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     probe = MicroBatch(view, view, ids[0, 1 : count + 1], torch.zeros_like(index), index, torch.ones_like(index).bool())
     copies = [probe] * parallel.pp_size  # virtual pipeline stages want a multiple of the pipeline size
     teacher_hidden = learner.teacher.hidden_states(copies, parallel)
-    scores = score_student(learner.student, copies, teacher_hidden, learner.heads, parallel)
+    try:
+        scores = score_student(learner.student, copies, teacher_hidden, learner.heads, parallel)
+    except ValueError as error:  # logits of NaN
+        paths = f"student.path={run.config.student.path}, teacher.path={run.config.teacher.path}"
+        raise UserError(f"{paths}: {error}; a model's weights must be finite") from None
     both = torch.zeros(2, count, device=parallel.device)
     if parallel.is_last_stage:
         both = torch.stack([scores[0].student_log_prob, scores[0].teacher_log_prob])

@@ -41,7 +41,7 @@ WEIGHTS = {
     "missing": (lambda t: t.pop(UP), f"tensors are missing: {UP}"),
     "shape": (lambda t: t.update({UP: t[UP][:-2].contiguous()}), f"{UP} has shape [126, 64]"),
     "unknown": (lambda t: t.update({"bogus": torch.zeros(1)}), "does not call for: bogus"),
-    "not a number": (lambda t: t[UP].fill_(float("nan")), "do not agree"),
+    "not a number": (lambda t: t[UP].fill_(float("nan")), "student logits of token 0"),
 }
 
 
