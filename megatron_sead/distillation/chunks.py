@@ -21,13 +21,11 @@ class Chunk:
     """Tokens that go through the heads together.
 
     Attributes:
-        place: of the chunk among the chosen tokens, in the order of the chunks.
         tokens: [r] their indices among all tokens; under sequence parallelism one rank's after another's.
         own: [r] the rows of this rank's hidden states that are in the chunk, fewer under sequence parallelism.
         counts: how many tokens each rank has in the chunk; None where each has all.
     """
 
-    place: slice
     tokens: torch.Tensor
     own: torch.Tensor
     counts: list[int] | None
@@ -95,20 +93,15 @@ def token_chunks(tokens: torch.Tensor, size: int, spread: ProcessGroup | None, l
         spread: ranks over which the sequence is split, each with `local` tokens; None: each rank has all.
     """
     if spread is None:
-        for start in range(0, len(tokens), size):
-            part = tokens[start : start + size]
-            yield Chunk(slice(start, start + len(part)), part, part, None)
+        yield from (Chunk(part, part, None) for part in tokens.split(size))
         return
     rank, ranks = dist.get_rank(spread), dist.get_world_size(spread)
     left = torch.bincount(tokens.div(local, rounding_mode="floor"), minlength=ranks).tolist()
     of_rank = tokens.split(left)
-    start = 0
     while any(left):
         most = max(1, size // sum(count > 0 for count in left))
         counts = [min(count, most) for count in left]
         taken = [len(mine) - count for mine, count in zip(of_rank, left, strict=True)]
         parts = [mine[t : t + count] for mine, t, count in zip(of_rank, taken, counts, strict=True)]
-        chosen = torch.cat(parts)
-        yield Chunk(slice(start, start + len(chosen)), chosen, parts[rank] - rank * local, counts)
-        start += len(chosen)
+        yield Chunk(torch.cat(parts), parts[rank] - rank * local, counts)
         left = [count - now for count, now in zip(left, counts, strict=True)]

@@ -205,17 +205,17 @@ def fused_pass(inputs: Sequence[torch.Tensor], setting: _Setting, wanted: tuple[
         hidden.new_zeros(hidden.shape, dtype=dtype) if wanted[0] else None,
         torch.empty_like(student_head, dtype=dtype) if wanted[1] else None,
     )
-    backward = _ChunkBackward(student_head, weights, shard, setting.spread, outcome)
+    backward = _ChunkBackward(student_head, weights, shard, outcome)
     own = PartialSums.empty(len(weights[0]), dtype, hidden.device, with_columns=False)
     total = PartialSums.empty(len(weights[0]), dtype, hidden.device, with_columns=False)
-    buffers = 2 if any(wanted) and _overlaps(group, hidden.device) else 1
+    overlaps = any(wanted) and _overlaps(group, hidden.device)
     chunks = logit_chunks(
         (hidden, student_head),
         (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_head),
         tokens,
         shard.real,
         scratch_bytes=setting.scratch_bytes,
-        buffers=buffers,
+        buffers=2 if overlaps else 1,
         spread=setting.spread,
     )
     flying: list[_InFlight] = []
@@ -224,10 +224,10 @@ def fused_pass(inputs: Sequence[torch.Tensor], setting: _Setting, wanted: tuple[
         own.store(chunk.tokens, part)
         if any(wanted):
             maxima = start_maxima(part, group)
-            if len(flying) == buffers - 1 > 0:
+            if flying:
                 backward(flying.pop(), total)
             flying.append(_InFlight(chunk, states, student, teacher, start_sums(maxima(), group)))
-            if buffers == 1:
+            if not overlaps:
                 backward(flying.pop(), total)
     for last in flying:
         backward(last, total)
@@ -247,14 +247,7 @@ def _overlaps(group: ProcessGroup | None, device: torch.device) -> bool:
 class _ChunkBackward:
     """A chunk's gradients, into the outcome."""
 
-    def __init__(
-        self,
-        head: torch.Tensor,
-        weights: torch.Tensor,
-        shard: VocabularyShard,
-        spread: ProcessGroup | None,
-        outcome: _Outcome,
-    ) -> None:
+    def __init__(self, head: torch.Tensor, weights: torch.Tensor, shard: VocabularyShard, outcome: _Outcome) -> None:
         self._head, self._weights, self._shard, self._outcome = head, weights, shard, outcome
         self._first = True
         self._returning: Callable[[], None] = lambda: None  # the last chunk's hidden gradient, on its way

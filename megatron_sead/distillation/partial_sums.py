@@ -57,11 +57,11 @@ class PartialSums:
             columns,
         )
 
-    def store(self, place: slice | torch.Tensor, part: PartialSums) -> None:
-        """Put a part of the tokens in its place."""
-        self.maxima[place], self.sums[place] = part.maxima, part.sums
+    def store(self, tokens: torch.Tensor, part: PartialSums) -> None:
+        """Put a part in its place: that of the tokens with these indices."""
+        self.maxima[tokens], self.sums[tokens] = part.maxima, part.sums
         if self.columns is not None and part.columns is not None:
-            self.columns[place] = part.columns
+            self.columns[tokens] = part.columns
 
 
 def vocabulary_shard(width: int, group: ProcessGroup | None, vocab_size: int | None) -> VocabularyShard:

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import make_olmo3
+
 Tensors = dict[str, torch.Tensor]
 VICTIM = "model.layers.1.self_attn.q_proj.weight"
 
@@ -19,6 +21,12 @@ def convert(hf_dir: Path, checkpoint: Path) -> Path:
 
     huggingface_to_megatron(hf_dir, checkpoint)
     return checkpoint
+
+
+def make_bf16_model(directory: Path, *, heads: int, kv_heads: int) -> Path:
+    """Four layers: sliding, full, sliding, full."""
+    shape = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    return to_bf16(make_olmo3(directory, **shape, num_attention_heads=heads, num_key_value_heads=kv_heads))
 
 
 def to_bf16(hf_dir: Path) -> Path:

@@ -17,7 +17,6 @@ from megatron_sead.config import ParallelSettings
 from megatron_sead.errors import UserError
 from tests.checkpoints import faults
 from tests.checkpoints.training import train
-from tests.conftest import make_olmo3
 from tests.distributed.ranks import RankPool
 from tests.models.parity import Layout
 
@@ -29,14 +28,7 @@ TOLERANCE = 5e-6
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """bf16; sliding, full, sliding, full; every head a KV head, so that queries and keys have one shape."""
-    directory = make_olmo3(
-        tmp_path_factory.mktemp("layerwise") / "model",
-        num_hidden_layers=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    return faults.to_bf16(directory)
+    return faults.make_bf16_model(tmp_path_factory.mktemp("layerwise") / "model", heads=2, kv_heads=2)
 
 
 def tokens(length: int = LENGTH) -> torch.Tensor:

@@ -27,14 +27,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """bf16; two KV heads for four heads, so that queries and keys have different shapes."""
-    directory = make_olmo3(
-        tmp_path_factory.mktemp("verification") / "model",
-        num_hidden_layers=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return faults.to_bf16(directory)
+    return faults.make_bf16_model(tmp_path_factory.mktemp("verification") / "model", heads=4, kv_heads=2)
 
 
 @pytest.fixture
