@@ -31,7 +31,6 @@ from megatron_sead.cli import one_line_errors
 
 ROOT = Path(__file__).parents[1]
 COMMAND = Path(__file__).with_name("convert_checkpoint.py")
-BLOCK = 2**22  # random elements, repeated: conversion looks at values, but does not compress them
 
 
 @dataclass
@@ -72,30 +71,16 @@ def main(
 
 
 def make_model(shape: Path, directory: Path, layers: int | None) -> None:
-    """A model directory with random bf16 weights of every shape that the configuration calls for."""
-    import torch
-
+    """A model directory of this configuration with random bf16 weights."""
     prepare_megatron()
-    from megatron_sead.checkpoints.shard_writer import SHARD_BYTES, ShardWriter
-    from megatron_sead.models.huggingface import named_weights
-    from megatron_sead.models.olmo3.config import Olmo3Config, olmo3_fields
+    from true_shapes.model import write_weights
 
     directory.mkdir()
     config = json.loads((shape / "config.json").read_text())
     if layers is not None:
         config |= {"num_hidden_layers": layers, "layer_types": config["layer_types"][:layers]}
     (directory / "config.json").write_text(json.dumps(config))
-    weights = named_weights(Olmo3Config(**olmo3_fields(config, directory / "config.json")))
-    shapes = {name: of for named in weights for name, of in zip(named.names, named.weight.shapes, strict=True)}
-    block = torch.randn(BLOCK).bfloat16()
-    writer = ShardWriter(directory, shapes, torch.bfloat16, SHARD_BYTES)
-    for name, (rows, *rest) in shapes.items():
-        width = rest[0] if rest else 1
-        step = max(1, BLOCK // width)
-        for row in range(0, rows, step):
-            part = block[: min(step, rows - row) * width]
-            writer.add_rows(name, row, part.view(-1, width) if rest else part)
-    writer.finish()
+    write_weights(directory)
 
 
 def measure(direction: str, source: Path, output: Path) -> Measured:

@@ -17,6 +17,7 @@ from megatron_sead.checkpoints.model_files import model_weights
 from megatron_sead.checkpoints.shard_writer import SHARD_BYTES, ShardWriter
 from megatron_sead.errors import UserError
 from megatron_sead.models.builder import read_hf_config
+from megatron_sead.models.huggingface import tensor_shapes
 from megatron_sead.models.olmo3.config import YarnScaling, olmo3_fields
 
 # What a model directory holds beside weights and config.json. Not its README: that speaks of another model.
@@ -113,7 +114,7 @@ class _DirectoryWriter:
 def huggingface_shapes(hf_dir: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that config.json calls for, in the order of the files."""
     _, weights = model_weights(hf_dir)
-    return {name: shape for named in weights for name, shape in zip(named.names, named.weight.shapes, strict=True)}
+    return tensor_shapes(weights)
 
 
 def verify_huggingface_directory(

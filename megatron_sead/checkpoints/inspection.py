@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from megatron_sead.checkpoints.model_files import STEP, HuggingFaceModel, MegatronModel, open_model
+from megatron_sead.checkpoints.manifest import STEP
+from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel, open_model
 from megatron_sead.errors import UserError
 from megatron_sead.models.builder import divided_by_tensor_parallelism, read_hf_config, tensor_parallel_sizes
 from megatron_sead.models.olmo3.config import FULL, SLIDING, Olmo3Config, olmo3_fields

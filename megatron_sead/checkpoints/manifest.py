@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 FILE_NAME = "manifest.json"
+STEP = re.compile(r"step-(\d{8,})")  # a run's checkpoints, by folder name
 BLOCK = 16 * 2**20  # bytes read at once
 
 

@@ -7,7 +7,6 @@ with open_model(directory) as model:
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +15,13 @@ from typing import Any, Self
 import torch
 import yaml
 
-from megatron_sead.checkpoints.manifest import FILE_NAME, Damage, Manifest, read_manifest
+from megatron_sead.checkpoints.manifest import FILE_NAME, STEP, Damage, Manifest, read_manifest
 from megatron_sead.checkpoints.torch_dist_reader import SavedTensor, TorchDistCheckpoint
 from megatron_sead.errors import UserError
 from megatron_sead.models.builder import read_hf_config
-from megatron_sead.models.huggingface import NamedWeight, named_weights
+from megatron_sead.models.huggingface import NamedWeight, named_weights, tensor_shapes
 from megatron_sead.models.olmo3.config import Olmo3Config, olmo3_fields
 from megatron_sead.models.tensor_files import TensorFiles
-
-STEP = re.compile(r"step-(\d{8,})")
 
 
 def model_weights(hf_dir: Path) -> tuple[Olmo3Config, list[NamedWeight]]:
@@ -62,7 +59,7 @@ class ModelFiles(ABC):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every Hugging Face tensor, in order."""
-        return {n: s for named in self.weights for n, s in zip(named.names, named.weight.shapes, strict=True)}
+        return tensor_shapes(self.weights)
 
     @property
     def parameters(self) -> int:

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sead.checkpoints.manifest import (
+    STEP,
     Damage,
     Manifest,
     describe_files,
@@ -40,7 +41,6 @@ from megatron_sead.models.parallel import ParallelContext
 log = logging.getLogger(__name__)
 
 STATE_FILE = "run_state.pt"
-NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointStore:
@@ -146,8 +146,8 @@ class CheckpointStore:
     def _names(self) -> tuple[list[str], list[str]]:
         """Checkpoints, newest first, and folders that were not finished."""
         entries = [entry.name for entry in self.directory.iterdir()] if self.directory.is_dir() else []
-        checkpoints = [name for name in entries if NAME.fullmatch(name)]
-        leftovers = [name for name in entries if name.startswith(".") and NAME.fullmatch(name[1:])]
+        checkpoints = [name for name in entries if STEP.fullmatch(name)]
+        leftovers = [name for name in entries if name.startswith(".") and STEP.fullmatch(name[1:])]
         return sorted(checkpoints, key=lambda name: int(name[5:]), reverse=True), sorted(leftovers)
 
     def _clear_for(self, temporary: Path) -> None:

@@ -48,6 +48,11 @@ def named_weights(config: Olmo3Config) -> Iterator[NamedWeight]:
         yield NamedWeight(weight, None, weight.huggingface)
 
 
+def tensor_shapes(weights: list[NamedWeight]) -> dict[str, tuple[int, ...]]:
+    """Of every Hugging Face tensor of these weights, in their order."""
+    return {name: shape for named in weights for name, shape in zip(named.names, named.weight.shapes, strict=True)}
+
+
 def placed_weights(config: Olmo3Config, parallel: ParallelContext) -> Iterator[PlacedWeight]:
     """`named_weights`, and where each is under this layout."""
     first_stage = True

@@ -40,11 +40,16 @@ SHAPES = {"7b": Shape(4096, 32, 32, 11008), "32b": Shape(5120, 40, 8, 27648)}
 
 def write_model(directory: Path, shape: Shape) -> None:
     """config.json and bf16 weights: a sliding layer, then a full one with YaRN."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(_config(shape), indent=2))
+    write_weights(directory)
+
+
+def write_weights(directory: Path) -> None:
+    """Random bf16 weights for the config.json that is there, a tensor in memory at a time."""
     from megatron_sead.checkpoints.huggingface import huggingface_shapes
     from megatron_sead.checkpoints.shard_writer import SHARD_BYTES, ShardWriter
 
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(_config(shape), indent=2))
     shapes = huggingface_shapes(directory)
     writer = ShardWriter(directory, shapes, torch.bfloat16, SHARD_BYTES)
     generator = torch.Generator().manual_seed(0)
