@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation.chunks import Chunk, token_chunks
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
+from megatron_sead.distillation.scratch import scratch
 
 # Shapes: n tokens on this rank; k of all ranks' chosen; r of them in a chunk; h hidden size; c real columns of the
 # vocabulary on this rank; tp ranks of the tensor-parallel group
@@ -66,18 +67,18 @@ def logit_chunks(
     dtype = accumulation_dtype(torch.promote_types(heads[0].dtype, heads[1].dtype))
     width = -(-real // ALIGNMENT) * ALIGNMENT
     count = min(buffers, -(-len(tokens) // rows))
-    memory = [torch.empty(count, rows, width, dtype=dtype, device=heads[0].device) for _ in heads]
 
     def start(chunk: Chunk) -> tuple[Chunk, list[Callable[[], torch.Tensor]]]:
         return chunk, [chunk.start_gather(hidden, spread) for hidden, _ in (student, teacher)]
 
     started = _one_ahead(map(start, token_chunks(tokens, size, spread, len(student[0]))))
-    for turn, (chunk, (student_states, teacher_states)) in enumerate(started):
-        logits = [of_model[turn % count, : len(chunk.tokens), :real] for of_model in memory]
-        states = student_states().to(heads[0].dtype)
-        project(states, heads[0][:real], logits[0])
-        project(teacher_states().to(heads[1].dtype), heads[1][:real], logits[1])
-        yield chunk, states, logits[0], logits[1]
+    with scratch(len(heads), (count, rows, width), dtype, heads[0].device) as memory:
+        for turn, (chunk, (student_states, teacher_states)) in enumerate(started):
+            logits = [of_model[turn % count, : len(chunk.tokens), :real] for of_model in memory]
+            states = student_states().to(heads[0].dtype)
+            project(states, heads[0][:real], logits[0])
+            project(teacher_states().to(heads[1].dtype), heads[1][:real], logits[1])
+            yield chunk, states, logits[0], logits[1]
 
 
 def _one_ahead(started: Iterator[T]) -> Iterator[T]:

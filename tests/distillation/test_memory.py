@@ -12,6 +12,7 @@ import torch
 from megatron_sead.distillation import (
     linear_token_scores,
     linear_weighted_divergence,
+    scratch,
     token_statistics,
     vocab_parallel_entropy,
     weighted_divergence,
@@ -23,6 +24,7 @@ UNIT = TOKENS * COLUMNS * 4
 
 def peak_growth(function: Callable[[], object]) -> float:
     """Units by which the process outgrows itself while the function runs."""
+    scratch.release()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)  # memory that was freed and is kept for reuse would hide growth

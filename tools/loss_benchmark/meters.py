@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_sead.distillation import scratch
+
 RESET = Path("/proc/self/clear_refs")
 NOT_COLLECTIVES = ("wait_tensor", "barrier", "monitored_barrier_")
 
@@ -82,6 +84,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _give_back() -> None:
+    scratch.release()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):  # not glibc

@@ -1,0 +1,54 @@
+"""Memory for a chunk's logits, kept from call to call: on a CPU here, on a GPU by torch's own allocator.
+
+A CPU's allocator hands large blocks back to the system, which clears them again, 4 KB at a time, when they are next
+touched. Without that, and with large pages, a fused step of 2,048 tokens takes 2 to 3 % less time.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_kept: list[mmap.mmap] = []  # at most one, while no call uses it
+
+
+@contextmanager
+def scratch(
+    tensors: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Iterator[list[torch.Tensor]]:
+    """So many tensors of this shape, their values anything, until the context ends."""
+    count = torch.Size(shape).numel()
+    if device.type != "cpu" or count == 0:
+        yield [torch.empty(shape, dtype=dtype, device=device) for _ in range(tensors)]
+        return
+    size = tensors * count * dtype.itemsize
+    try:
+        memory = _kept.pop()  # whoever comes before its return, from another thread too, finds none
+    except IndexError:
+        memory = None
+    if memory is None or len(memory) < size:
+        memory = None  # given back before more is taken
+        memory = _large_pages(size)
+    try:
+        places = range(0, size, count * dtype.itemsize)
+        yield [torch.frombuffer(memory, dtype=dtype, count=count, offset=place).view(shape) for place in places]
+    finally:
+        _kept[:] = [memory]
+
+
+def release() -> None:
+    """Give the memory that is kept, as much as the largest call needed, back to the system."""
+    _kept.clear()
+
+
+def _large_pages(size: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel built without them
+            pass
+    return memory
