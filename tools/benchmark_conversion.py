@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -58,7 +59,12 @@ def main(
     """Measure, print, and write the figures with the machine."""
     with one_line_errors(), tempfile.TemporaryDirectory(dir=workdir, prefix="conversion-") as folder:
         source, middle, back = (Path(folder) / name for name in ("hf", "megatron", "back"))
-        make_model(shape, source, layers)
+        # in a process of its own: the system would count this one's memory as that of the commands that it starts
+        maker = multiprocessing.get_context("spawn").Process(target=make_model, args=(shape, source, layers))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            raise RuntimeError(f"the model was not made: exit code {maker.exitcode}")
         measured = []
         for _ in range(rounds):
             measured.append(measure("hf-to-megatron", source, middle))
