@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_sead.checkpoints.durable import whole_directory
-from megatron_sead.checkpoints.huggingface import copy_companions, write_config
+from megatron_sead.checkpoints.huggingface import copy_companions, write_settings
 from megatron_sead.checkpoints.manifest import Manifest, write_manifest
 from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel, ModelFiles, megatron_key
 from megatron_sead.checkpoints.read_ahead import read_ahead
@@ -134,8 +134,7 @@ def megatron_to_huggingface(
                 if advance:
                     advance(done, conversion.bytes)
             writer.finish()
-            write_config(model.source, temporary, dtype)
-            copy_companions(model.source, temporary)
+            write_settings(model.source, temporary, dtype)
     return conversion
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,12 @@ from megatron_sead.models.builder import read_hf_config
 from megatron_sead.models.huggingface import tensor_shapes
 from megatron_sead.models.olmo3.config import YarnScaling, olmo3_fields
 
+TOKENIZER_SETTINGS = "tokenizer_config.json"
 # What a model directory holds beside weights and config.json. Not its README: that speaks of another model.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_SETTINGS,
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -106,8 +109,7 @@ class _DirectoryWriter:
     def finish(self) -> None:
         assert self._shards is not None, "no weights came"
         self._shards.finish()
-        write_config(self.source, self.temporary, self._shards.dtype)
-        copy_companions(self.source, self.temporary)
+        write_settings(self.source, self.temporary, self._shards.dtype)
         take_name(self.directory, self.temporary)
 
 
@@ -169,11 +171,23 @@ class _WrittenTensors:
         return None
 
 
-def write_config(source: Path, directory: Path, dtype: torch.dtype) -> None:
-    """config.json for weights of this dtype, in forms that all transformers versions read."""
+def write_settings(source: Path, directory: Path, dtype: torch.dtype) -> None:
+    """config.json for weights of this dtype and `COMPANIONS`, in forms that transformers 4.57 and 5.x read."""
     config = portable_config(read_hf_config(source), source / "config.json")
     name = str(dtype).removeprefix("torch.")
     write_json(directory / "config.json", config | {"dtype": name, "torch_dtype": name})
+    copy_companions(source, directory)
+    tokenizer = directory / TOKENIZER_SETTINGS
+    with suppress(FileNotFoundError, ValueError):  # what is no JSON stays as it was
+        settings = json.loads(tokenizer.read_text(encoding="utf-8"))
+        if portable_tokenizer(settings) != settings:
+            write_json(tokenizer, portable_tokenizer(settings))
+
+
+def portable_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json with a class that 4.57 knows too: 5.x reads the older name of its own as well."""
+    renamed = settings.get("tokenizer_class") == "TokenizersBackend"
+    return settings | {"tokenizer_class": "PreTrainedTokenizerFast"} if renamed else settings
 
 
 def portable_config(hf: dict[str, Any], source: Path) -> dict[str, Any]:

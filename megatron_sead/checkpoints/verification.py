@@ -4,6 +4,7 @@ means; and a model that goes to Megatron's format and back."""
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_sead.checkpoints.conversion import Advance, Conversion, huggingface_to_megatron, megatron_to_huggingface
-from megatron_sead.checkpoints.huggingface import COMPANIONS
+from megatron_sead.checkpoints.huggingface import COMPANIONS, TOKENIZER_SETTINGS, portable_tokenizer
 from megatron_sead.checkpoints.model_files import HuggingFaceModel, ModelFiles
 from megatron_sead.checkpoints.read_ahead import read_ahead
 from megatron_sead.errors import UserError
@@ -206,4 +207,8 @@ def _companion_files(source: Path) -> list[str]:
 
 
 def _same_file(a: Path, b: Path) -> bool:
-    return b.is_file() and a.read_bytes() == b.read_bytes()
+    if not b.is_file():
+        return False
+    if a.read_bytes() == b.read_bytes():
+        return True
+    return a.name == TOKENIZER_SETTINGS and portable_tokenizer(json.loads(a.read_text())) == json.loads(b.read_text())
