@@ -42,7 +42,10 @@ class ModelFiles(ABC):
         source: directory with config.json and tokenizer files.
         config: the architecture.
         weights: in Hugging Face's order.
+        remedy: what to do about weights of several types, for a message.
     """
+
+    remedy = ""
 
     def __init__(self, directory: Path, source: Path) -> None:
         self.directory = directory
@@ -98,7 +101,7 @@ class ModelFiles(ABC):
         if len(found) == 1 and found <= {torch.float32, torch.bfloat16}:
             return found.pop()
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
-        raise UserError(f"{self.directory}: holds {names}; choose one with --dtype bf16 or --dtype fp32")
+        raise UserError(f"{self.directory}: holds {names}; must be all bfloat16 or all float32{self.remedy}")
 
 
 class HuggingFaceModel(ModelFiles):
@@ -107,6 +110,8 @@ class HuggingFaceModel(ModelFiles):
     Raises:
         UserError: damaged files; tensors that are missing, unknown or misshapen.
     """
+
+    remedy = " (hf-to-megatron --dtype makes it so)"
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, directory)
@@ -287,7 +292,8 @@ def find_model_source(checkpoint: Path) -> Path:
     for place in [*places, run / "student-hf"]:
         if (place / "config.json").exists():
             return place
-    tried = f"; {recorded} names {places[0]}, which holds none" if places else ""
+    where = "" if not places or places[0].is_absolute() else f", looked for from {Path.cwd()}"
+    tried = f"; {recorded} names {places[0]}{where}, which holds none" if places else ""
     raise UserError(
         f"{checkpoint}: holds no config.json{tried}; put the model's config.json and tokenizer files into it"
     )
