@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -125,6 +127,37 @@ def agree(
             f"ranks of the group have from {-least} to {most} tokens to work on: weights, targets and hidden states "
             "must be those of the same tokens on all"
         )
+
+
+@contextmanager
+def refused_together(like: torch.Tensor, group: ProcessGroup | None) -> Iterator[None]:
+    """A ValueError that the body raises on any rank is raised on all, before any of them waits for another.
+
+    Args:
+        like: [..., V/tp] of the tokens that all ranks have.
+    """
+    try:
+        yield
+    except ValueError as problem:
+        agree(group, like.device, problem=problem)
+        raise
+    agree(group, like.device, tokens=like.shape[:-1].numel())
+
+
+def refuse_nan_loss(loss: torch.Tensor, real: int, group: ProcessGroup | None, **logits: torch.Tensor) -> None:
+    """Raise for the first token whose loss [...] is NaN, naming logits [..., V/tp] that are at fault in real columns.
+
+    Raises:
+        ValueError: there is one, on every rank alike.
+    """
+    bad = loss.flatten().isnan()
+    if not bool(bad.any()):
+        return
+    token = int(bad.nonzero()[0])
+    rows = {name: tensor.reshape(-1, tensor.shape[-1])[token, :real] for name, tensor in logits.items()}
+    at_fault = [name.replace("_", " ") for name, row in rows.items() if not bool((row < torch.inf).all())]
+    problem = f"{' and '.join(at_fault)} of token {token} (of {len(bad)}) are NaN or +inf" if at_fault else None
+    raise_together(problem, group, f"token {token} (of {len(bad)}): all its logits are -inf, or its weight is NaN")
 
 
 def refuse_nan(bad: torch.Tensor, own_normalizers: torch.Tensor, group: ProcessGroup | None) -> None:

@@ -16,6 +16,12 @@ from megatron_sead.distillation import (
     vocab_parallel_entropy,
     weighted_divergence,
 )
+from megatron_sead.distillation.baselines import (
+    generalized_jsd,
+    sampled_token_loss,
+    top_k_divergence,
+    top_k_entropy,
+)
 from tests.distillation.ranks import Groups, Ranks
 
 TOKENS, COLUMNS, HIDDEN = 6, 20, 8
@@ -46,12 +52,20 @@ def no_stops() -> Arguments:
     return {"targets": torch.arange(TOKENS), "student_stop_token_ids": (), "teacher_stop_token_ids": ()}
 
 
+def good_samples() -> Arguments:
+    return {"targets": torch.arange(TOKENS), "old_log_probs": torch.full((TOKENS,), -4.0)}
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {
     "token_statistics": (token_statistics, good_logits),
     "vocab_parallel_entropy": (vocab_parallel_entropy, lambda: {"logits": good_logits()["student_logits"]}),
     "weighted_divergence": (weighted_divergence, lambda: good_logits() | good_weights()),
     "linear_weighted_divergence": (linear_weighted_divergence, lambda: good_heads() | good_weights()),
     "linear_token_scores": (linear_token_scores, lambda: good_heads() | no_stops()),
+    "generalized_jsd": (generalized_jsd, lambda: good_logits() | {"beta": 0.5}),
+    "sampled_token_loss": (sampled_token_loss, lambda: good_logits() | good_samples()),
+    "top_k_divergence": (top_k_divergence, lambda: good_logits() | good_weights() | {"k": 3}),
+    "top_k_entropy": (top_k_entropy, lambda: {"logits": good_logits()["student_logits"], "k": 3}),
 }
 
 
@@ -79,6 +93,14 @@ FAULTS: dict[str, tuple[str, Callable[[Arguments], None], str]] = {
     "vocabulary": ("weighted_divergence", with_value("vocab_size", 99), "vocab_size=99"),
     "length, fused": ("linear_weighted_divergence", with_value("forward_weight", torch.ones(7)), "weight is [7]"),
     "columns": ("linear_weighted_divergence", with_value("teacher_head", torch.zeros(19, HIDDEN)), "19 columns"),
+    "nan, JSD": ("generalized_jsd", nan_at("teacher_logits"), "teacher logits of token 4 (of 6) are NaN"),
+    "nan, sampled": ("sampled_token_loss", nan_at("student_logits"), "student logits of token 4 (of 6) are NaN"),
+    "nan, top-k": ("top_k_divergence", nan_at("student_logits"), "student logits of token 4 (of 6) are NaN"),
+    "nan, top-k entropy": ("top_k_entropy", nan_at("logits"), "logits of token 4 (of 6) are NaN"),
+    "type, JSD": ("generalized_jsd", with_value("teacher_logits", torch.zeros(TOKENS, COLUMNS).double()), "float64"),
+    "target, sampled": ("sampled_token_loss", with_value("targets", torch.full((TOKENS,), 99)), "token 99"),
+    "length, top-k": ("top_k_divergence", with_value("reverse_weight", torch.ones(5)), "reverse_weight is [5]"),
+    "k, top-k entropy": ("top_k_entropy", with_value("k", 76), "k=76"),
     "target": ("linear_token_scores", with_value("targets", torch.full((TOKENS,), 99)), "token 99"),
 }
 

@@ -27,7 +27,7 @@ from megatron_sead.distillation.baselines.normalizers import (
     own_normalizer,
     token_blocks,
 )
-from megatron_sead.distillation.checks import check_logits
+from megatron_sead.distillation.checks import check_logits, refuse_nan_loss, refused_together
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.partial_sums import VocabularyShard, vocabulary_shard
 
@@ -53,7 +53,7 @@ def generalized_jsd(
     (1 - β) KL(student || teacher) near β = 1, so it vanishes at both ends together with its gradient, and the ends are
     refused. To go from one KL to the other, mix them with `weighted_divergence`.
 
-    Differentiable in `student_logits`. Two collectives forward, none backward.
+    Differentiable in `student_logits`. Three collectives forward, none backward.
 
     Args:
         student_logits: [..., V/tp], this rank's contiguous columns of the vocabulary.
@@ -63,16 +63,19 @@ def generalized_jsd(
         vocab_size: true size; columns beyond it are padding, never read, gradient zero. None: all are tokens.
 
     Raises:
-        ValueError: shapes, types or devices do not fit, beta is out of range, or vocab_size is beyond the shards.
+        ValueError: shapes, types or devices do not fit, beta is out of range, vocab_size is beyond the shards, or
+            logits are NaN; on every rank of the group.
     """
-    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
-    shard = vocabulary_shard(student_logits.shape[-1], group, vocab_size)
-    if not 0 < beta < 1:
-        raise ValueError(
-            f"beta={beta}: must be between 0 and 1, where JSD is zero whatever the models; "
-            "for forward or reverse KL take weighted_divergence"
-        )
+    with refused_together(student_logits, group):
+        check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+        shard = vocabulary_shard(student_logits.shape[-1], group, vocab_size)
+        if not 0 < beta < 1:
+            raise ValueError(
+                f"beta={beta}: must be between 0 and 1, where JSD is zero whatever the models; "
+                "for forward or reverse KL take weighted_divergence"
+            )
     loss: torch.Tensor = _GeneralizedJSD.apply(student_logits, teacher_logits, beta, shard)
+    refuse_nan_loss(loss, shard.real, group, student_logits=student_logits, teacher_logits=teacher_logits)
     return loss
 
 

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation.baselines.normalizers import token_blocks, vocabulary_total
 from megatron_sead.distillation.baselines.top_k_support import Tail, check_top_k, top_k_buckets
-from megatron_sead.distillation.checks import check_logits, check_per_token
+from megatron_sead.distillation.checks import check_logits, check_per_token, refuse_nan_loss, refused_together
 from megatron_sead.distillation.partial_sums import VocabularyShard, vocabulary_shard
 
 # Shapes: [...] any leading dimensions; V columns of this rank, padding included; c real ones; n tokens; b buckets
@@ -40,7 +40,7 @@ def top_k_divergence(
 ) -> torch.Tensor:
     """w_forward * FKL + w_reverse * RKL of every token over the teacher's top-k [...], in nats, fp32.
 
-    Differentiable in `student_logits`. One collective forward, of 2 (k + 2) numbers a token; none backward.
+    Differentiable in `student_logits`. Two collectives forward, one of 2 (k + 2) numbers a token; none backward.
 
     Args:
         student_logits: [..., V/tp], this rank's contiguous columns of the vocabulary.
@@ -54,16 +54,18 @@ def top_k_divergence(
 
     Raises:
         ValueError: shapes, types or devices do not fit, k is not from 1 to the size of the vocabulary, the tail is
-            neither, or vocab_size is beyond the shards.
+            neither, vocab_size is beyond the shards, or logits are NaN; on every rank of the group.
     """
-    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
-    shape, device, width = student_logits.shape[:-1], student_logits.device, student_logits.shape[-1]
-    check_per_token(shape, device, forward_weight=forward_weight, reverse_weight=reverse_weight)
-    shard = vocabulary_shard(width, group, vocab_size)
-    check_top_k(k, tail, vocabulary_total(width, group, vocab_size))
+    with refused_together(student_logits, group):
+        check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+        shape, device, width = student_logits.shape[:-1], student_logits.device, student_logits.shape[-1]
+        check_per_token(shape, device, forward_weight=forward_weight, reverse_weight=reverse_weight)
+        shard = vocabulary_shard(width, group, vocab_size)
+        check_top_k(k, tail, vocabulary_total(width, group, vocab_size))
     loss: torch.Tensor = _TopKDivergence.apply(
         student_logits, teacher_logits, forward_weight, reverse_weight, k, tail, shard
     )
+    refuse_nan_loss(loss, shard.real, group, student_logits=student_logits, teacher_logits=teacher_logits)
     return loss
 
 
@@ -78,16 +80,19 @@ def top_k_entropy(
 ) -> torch.Tensor:
     """Entropy [...] in nats, fp32, of a model's own top-k, as the paper approximates H_t. No gradient.
 
-    With the tail as a bucket it is at most the exact entropy; renormalized it bounds nothing. One collective.
+    With the tail as a bucket it is at most the exact entropy; renormalized it bounds nothing. Two collectives.
     Arguments and errors as in `top_k_divergence`.
     """
-    check_logits(logits=logits)
-    width = logits.shape[-1]
-    shard = vocabulary_shard(width, group, vocab_size)
-    check_top_k(k, tail, vocabulary_total(width, group, vocab_size))
+    with refused_together(logits, group):
+        check_logits(logits=logits)
+        width = logits.shape[-1]
+        shard = vocabulary_shard(width, group, vocab_size)
+        check_top_k(k, tail, vocabulary_total(width, group, vocab_size))
     found = top_k_buckets([logits.reshape(-1, width)], k, tail, shard)
     log_q = found.buckets[0].log_softmax(-1)
-    return -_expectation(log_q.exp(), log_q).float().view(logits.shape[:-1])
+    entropy = -_expectation(log_q.exp(), log_q).float().view(logits.shape[:-1])
+    refuse_nan_loss(entropy, shard.real, group, logits=logits)
+    return entropy
 
 
 class _TopKDivergence(torch.autograd.Function):
