@@ -107,19 +107,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     flush_file(path)
 
 
-def flush_file(path: Path) -> None:
-    """Returns when the file's content is on the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def flush_file(path: Path, *, forget: bool = False) -> None:
+    """Returns when the file's content is on the disk.
 
-
-def flush_weights(path: Path) -> None:
-    """`flush_file` of a file that this process will not read, however large: its pages in memory are free again.
-
-    A copy of a model that leaves them there pushes everything else out, and pays for each page that it takes anew:
-    where memory was scarce, 5 GB took two to three times as long.
+    Args:
+        forget: free the pages of memory that hold it too; whoever reads it then reads the disk. Weights that stay there
+            push everything else out, and each page that they take costs time: where memory was scarce, writing 5 GB
+            took two to three times as long.
     """
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # macOS has none
+        if forget and hasattr(os, "posix_fadvise"):  # macOS has none
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sead.checkpoints.durable import flush_weights, write_json
+from megatron_sead.checkpoints.durable import flush_file, write_json
 from megatron_sead.models.tensor_files import DTYPES, INDEX
 
 SHARD_BYTES = 5 * 10**9  # the size that transformers and the hub use
@@ -78,7 +78,7 @@ class ShardWriter:
         self._not_flushed += tensor.nbytes
         if not self._tensors_left[path] or self._not_flushed > FLUSH_BYTES:  # in the background, while more is written
             self._not_flushed = 0
-            self._flushes.append(self._flusher.submit(flush_weights, path))
+            self._flushes.append(self._flusher.submit(flush_file, path, forget=True))
 
     def finish(self) -> None:
         """Returns when all is on the disk."""

@@ -31,12 +31,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatron_sead.checkpoints.durable import flush_file, flush_weights
+from megatron_sead.checkpoints.durable import flush_file
 
 FORMAT_VERSION = "0.16.1"  # of Megatron-Core, whose format this is
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
 FORMAT |= {"common_backend_version": 1}
-FILE_BYTES = 2**29
+FILE_BYTES = 2**29  # each is flushed, and leaves memory, when it ends
 
 
 class TorchDistWriter:
@@ -102,7 +102,7 @@ class TorchDistWriter:
         if self._file is not None:
             self._file.close()
             self.files[self._file.path.name] = (self._file.size, self._file.crc)
-            self._flushes.append(self._flusher.submit(flush_weights, self._file.path))
+            self._flushes.append(self._flusher.submit(flush_file, self._file.path, forget=True))
             self._file = None
 
     def _write_whole(self, name: str, content: bytes) -> None:

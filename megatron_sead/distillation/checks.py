@@ -130,18 +130,13 @@ def agree(
 
 
 @contextmanager
-def refused_together(like: torch.Tensor, group: ProcessGroup | None) -> Iterator[None]:
-    """A ValueError that the body raises on any rank is raised on all, before any of them waits for another.
-
-    Args:
-        like: [..., V/tp] of the tokens that all ranks have.
-    """
+def refused_together(group: ProcessGroup | None, device: torch.device) -> Iterator[None]:
+    """A ValueError that the body raises on a rank is raised on all: the others learn of it in their next `agree`."""
     try:
         yield
     except ValueError as problem:
-        agree(group, like.device, problem=problem)
+        agree(group, device, problem=problem)
         raise
-    agree(group, like.device, tokens=like.shape[:-1].numel())
 
 
 def refuse_nan_loss(loss: torch.Tensor, real: int, group: ProcessGroup | None, **logits: torch.Tensor) -> None:
@@ -156,8 +151,7 @@ def refuse_nan_loss(loss: torch.Tensor, real: int, group: ProcessGroup | None, *
     token = int(bad.nonzero()[0])
     rows = {name: tensor.reshape(-1, tensor.shape[-1])[token, :real] for name, tensor in logits.items()}
     at_fault = [name.replace("_", " ") for name, row in rows.items() if not bool((row < torch.inf).all())]
-    problem = f"{' and '.join(at_fault)} of token {token} (of {len(bad)}) are NaN or +inf" if at_fault else None
-    raise_together(problem, group, f"token {token} (of {len(bad)}): all its logits are -inf, or its weight is NaN")
+    _raise_for_token(token, len(bad), " and ".join(at_fault), group)
 
 
 def refuse_nan(bad: torch.Tensor, own_normalizers: torch.Tensor, group: ProcessGroup | None) -> None:
@@ -175,8 +169,13 @@ def refuse_nan(bad: torch.Tensor, own_normalizers: torch.Tensor, group: ProcessG
     token = int(bad.nonzero()[0])
     at_fault = own_normalizers[token].isnan().tolist()
     models = [name for name, fault in zip(("student", "teacher"), at_fault, strict=False) if fault]
-    problem = f"{' and '.join(models)} logits of token {token} (of {len(bad)}) are NaN or +inf" if models else None
-    raise_together(problem, group, f"token {token} (of {len(bad)}): all its logits are -inf, or a weight is NaN")
+    _raise_for_token(token, len(bad), f"{' and '.join(models)} logits" if models else "", group)
+
+
+def _raise_for_token(token: int, tokens: int, at_fault: str, group: ProcessGroup | None) -> NoReturn:
+    """Raise what the ranks find in a token: `at_fault` on this one, or nothing."""
+    problem = f"{at_fault} of token {token} (of {tokens}) are NaN or +inf" if at_fault else None
+    raise_together(problem, group, f"token {token} (of {tokens}): all its logits are -inf, or a weight is NaN")
 
 
 def raise_together(problem: str | None, group: ProcessGroup | None, otherwise: str = "another rank failed") -> NoReturn:

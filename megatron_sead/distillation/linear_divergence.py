@@ -15,7 +15,14 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_sead.distillation.checks import agree, check_heads, check_per_token, refuse_nan, whole_shape
+from megatron_sead.distillation.checks import (
+    agree,
+    check_heads,
+    check_per_token,
+    refuse_nan,
+    refused_together,
+    whole_shape,
+)
 from megatron_sead.distillation.chunks import Chunk
 from megatron_sead.distillation.divergence import weighted_loss, write_gradient
 from megatron_sead.distillation.heads import (
@@ -75,7 +82,7 @@ def linear_weighted_divergence(
         ValueError: sizes, types or devices do not fit, vocab_size is beyond the shards, ranks have other weights, or
             the logits of a token with a weight are NaN; on every rank of the group, whichever of them is at fault.
     """
-    try:
+    with refused_together(group, student_hidden.device):
         check_heads(student_hidden, student_head, teacher_hidden, teacher_head)
         shard = vocabulary_shard(len(student_head), group, vocab_size)
         spread = shard.group if sequence_parallel else None
@@ -83,9 +90,6 @@ def linear_weighted_divergence(
         check_per_token(shape, device, forward_weight=forward_weight, reverse_weight=reverse_weight)
         if scratch_bytes is not None and scratch_bytes < 1:
             raise ValueError(f"scratch_bytes={scratch_bytes}: must be positive")
-    except ValueError as problem:
-        agree(group, student_hidden.device, problem=problem)
-        raise
     needs_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
     setting = _Setting(shard, spread, scratch_bytes, needs_gradient)
     loss: torch.Tensor = _LinearWeightedDivergence.apply(

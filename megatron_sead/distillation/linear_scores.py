@@ -8,7 +8,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_sead.distillation.checks import agree, check_heads, check_per_token, refuse_nan, whole_shape
+from megatron_sead.distillation.checks import (
+    agree,
+    check_heads,
+    check_per_token,
+    refuse_nan,
+    refused_together,
+    whole_shape,
+)
 from megatron_sead.distillation.heads import logit_chunks
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.partial_sums import (
@@ -72,7 +79,7 @@ def linear_token_scores(
             beyond the shards, or a token's logits are NaN; on every rank, whichever of them is at fault.
     """
     stops = student_stop_token_ids, teacher_stop_token_ids
-    try:
+    with refused_together(group, student_hidden.device):
         check_heads(student_hidden, student_head, teacher_hidden, teacher_head)
         if student_hidden.dim() != 2:
             raise ValueError(f"student_hidden has shape {list(student_hidden.shape)}: must be [n, h]")
@@ -80,9 +87,6 @@ def linear_token_scores(
         spread = shard.group if sequence_parallel else None
         check_per_token(whole_shape(student_hidden, spread), student_hidden.device, targets=targets)
         _check_tokens(targets, (*stops[0], *stops[1]), shard, len(student_head), vocab_size)
-    except ValueError as problem:
-        agree(group, student_hidden.device, problem=problem)
-        raise
     dtype = accumulation_dtype(torch.promote_types(student_head.dtype, teacher_head.dtype))
     tokens = (targets >= 0).nonzero().squeeze(1)
     agree(shard.group, targets.device, tokens=len(tokens))

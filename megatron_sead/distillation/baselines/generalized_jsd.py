@@ -27,7 +27,7 @@ from megatron_sead.distillation.baselines.normalizers import (
     own_normalizer,
     token_blocks,
 )
-from megatron_sead.distillation.checks import check_logits, refuse_nan_loss, refused_together
+from megatron_sead.distillation.checks import agree, check_logits, refuse_nan_loss, refused_together
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.partial_sums import VocabularyShard, vocabulary_shard
 
@@ -66,7 +66,7 @@ def generalized_jsd(
         ValueError: shapes, types or devices do not fit, beta is out of range, vocab_size is beyond the shards, or
             logits are NaN; on every rank of the group.
     """
-    with refused_together(student_logits, group):
+    with refused_together(group, student_logits.device):
         check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
         shard = vocabulary_shard(student_logits.shape[-1], group, vocab_size)
         if not 0 < beta < 1:
@@ -74,6 +74,7 @@ def generalized_jsd(
                 f"beta={beta}: must be between 0 and 1, where JSD is zero whatever the models; "
                 "for forward or reverse KL take weighted_divergence"
             )
+    agree(group, student_logits.device, tokens=student_logits.shape[:-1].numel())
     loss: torch.Tensor = _GeneralizedJSD.apply(student_logits, teacher_logits, beta, shard)
     refuse_nan_loss(loss, shard.real, group, student_logits=student_logits, teacher_logits=teacher_logits)
     return loss

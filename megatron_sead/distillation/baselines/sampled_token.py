@@ -25,7 +25,7 @@ from megatron_sead.distillation.baselines.normalizers import (
     token_blocks,
     vocabulary_total,
 )
-from megatron_sead.distillation.checks import check_logits, check_per_token, refuse_nan_loss, refused_together
+from megatron_sead.distillation.checks import agree, check_logits, check_per_token, refuse_nan_loss, refused_together
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.partial_sums import VocabularyShard, vocabulary_shard
 
@@ -60,7 +60,7 @@ def sampled_token_loss(
         ValueError: shapes, types or devices do not fit, a target is not in the vocabulary, clip is not between 0
             and 1, vocab_size is beyond the shards, or logits are NaN; on every rank of the group.
     """
-    with refused_together(student_logits, group):
+    with refused_together(group, student_logits.device):
         check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
         shape, device, width = student_logits.shape[:-1], student_logits.device, student_logits.shape[-1]
         check_per_token(shape, device, targets=targets, old_log_probs=old_log_probs)
@@ -68,6 +68,7 @@ def sampled_token_loss(
         _check_targets(targets, vocabulary_total(width, group, vocab_size))
         if not 0 < clip < 1:
             raise ValueError(f"clip={clip}: must be between 0 and 1")
+    agree(group, student_logits.device, tokens=student_logits.shape[:-1].numel())
     loss: torch.Tensor = _SampledToken.apply(student_logits, teacher_logits, targets, old_log_probs, clip, shard)
     refuse_nan_loss(loss, shard.real, group, student_logits=student_logits, teacher_logits=teacher_logits)
     return loss

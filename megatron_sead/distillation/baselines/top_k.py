@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation.baselines.normalizers import token_blocks, vocabulary_total
 from megatron_sead.distillation.baselines.top_k_support import Tail, check_top_k, top_k_buckets
-from megatron_sead.distillation.checks import check_logits, check_per_token, refuse_nan_loss, refused_together
+from megatron_sead.distillation.checks import agree, check_logits, check_per_token, refuse_nan_loss, refused_together
 from megatron_sead.distillation.partial_sums import VocabularyShard, vocabulary_shard
 
 # Shapes: [...] any leading dimensions; V columns of this rank, padding included; c real ones; n tokens; b buckets
@@ -56,12 +56,13 @@ def top_k_divergence(
         ValueError: shapes, types or devices do not fit, k is not from 1 to the size of the vocabulary, the tail is
             neither, vocab_size is beyond the shards, or logits are NaN; on every rank of the group.
     """
-    with refused_together(student_logits, group):
+    with refused_together(group, student_logits.device):
         check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
         shape, device, width = student_logits.shape[:-1], student_logits.device, student_logits.shape[-1]
         check_per_token(shape, device, forward_weight=forward_weight, reverse_weight=reverse_weight)
         shard = vocabulary_shard(width, group, vocab_size)
         check_top_k(k, tail, vocabulary_total(width, group, vocab_size))
+    agree(group, student_logits.device, tokens=student_logits.shape[:-1].numel())
     loss: torch.Tensor = _TopKDivergence.apply(
         student_logits, teacher_logits, forward_weight, reverse_weight, k, tail, shard
     )
@@ -83,11 +84,12 @@ def top_k_entropy(
     With the tail as a bucket it is at most the exact entropy; renormalized it bounds nothing. Two collectives.
     Arguments and errors as in `top_k_divergence`.
     """
-    with refused_together(logits, group):
+    with refused_together(group, logits.device):
         check_logits(logits=logits)
         width = logits.shape[-1]
         shard = vocabulary_shard(width, group, vocab_size)
         check_top_k(k, tail, vocabulary_total(width, group, vocab_size))
+    agree(group, logits.device, tokens=logits.shape[:-1].numel())
     found = top_k_buckets([logits.reshape(-1, width)], k, tail, shard)
     log_q = found.buckets[0].log_softmax(-1)
     entropy = -_expectation(log_q.exp(), log_q).float().view(logits.shape[:-1])
