@@ -184,10 +184,11 @@ def write_settings(source: Path, directory: Path, dtype: torch.dtype) -> None:
             write_json(tokenizer, portable_tokenizer(settings))
 
 
-def portable_tokenizer(settings: dict[str, Any]) -> dict[str, Any]:
+def portable_tokenizer(settings: Any) -> Any:
     """tokenizer_config.json with a class that 4.57 knows too: 5.x reads the older name of its own as well."""
-    renamed = settings.get("tokenizer_class") == "TokenizersBackend"
-    return settings | {"tokenizer_class": "PreTrainedTokenizerFast"} if renamed else settings
+    if isinstance(settings, dict) and settings.get("tokenizer_class") == "TokenizersBackend":
+        return settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return settings
 
 
 def portable_config(hf: dict[str, Any], source: Path) -> dict[str, Any]:

@@ -130,6 +130,15 @@ def test_transformers_gets_the_same_model_back(model: Path, tmp_path: Path) -> N
     assert classes == ["TokenizersBackend", "PreTrainedTokenizerFast"]  # 4.57 does not know the first
 
 
+@pytest.mark.parametrize("content", ["[]", "{not JSON"])
+def test_tokenizer_settings_of_another_form_stay_as_they_are(model: Path, tmp_path: Path, content: str) -> None:
+    source = Path(shutil.copytree(model, tmp_path / "hf"))
+    (source / "tokenizer_config.json").write_text(content)
+    convert(source, tmp_path / "megatron")
+    export(tmp_path / "megatron", tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer_config.json").read_text() == content
+
+
 READ_BY_ANOTHER = """
 import sys
 import torch, transformers
