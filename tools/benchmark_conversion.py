@@ -114,7 +114,7 @@ def flush(directory: Path, *, forget: bool = False) -> None:
     for path in directory.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-            if forget:  # what an earlier reader left in memory must not help the next one
+            if forget and hasattr(os, "posix_fadvise"):  # what one reader left in memory must not help the next
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
