@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megatron_sead", "megatron_sead.*"]),
-    package_data={"megatron_sead": ["py.typed"]},
+    package_data={"megatron_sead": ["py.typed", "distillation/kernels/rows.cpp"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",

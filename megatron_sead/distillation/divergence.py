@@ -137,7 +137,7 @@ def write_gradient(
     for place, (result, z, w) in matrices(out, student, teacher):
         result[:, shard.real :] = 0
         if shard.real > 0:
-            kernels = row_kernels(z, len(z), shard.real)
+            kernels = row_kernels(len(z), shard.real, result, z, w)
             kernels.write_gradient(result, z, w, coefficients[place], shard.real)
 
 

@@ -122,7 +122,7 @@ def pair_sums(
         rows = torch.arange(len(z), device=device) if needed is None else needed[place].nonzero().squeeze(1)
         if len(rows) == 0:
             continue
-        kernels = row_kernels(z, len(rows), shard.real)
+        kernels = row_kernels(len(rows), shard.real, z, w)
         maxima, sums, columns = kernels.pair_sums(z, w, rows, shard.real, with_columns=with_columns)
         columns = None if columns is None else columns + shard.first
         result.store(rows + place.start, PartialSums(maxima, sums, columns))
@@ -136,7 +136,7 @@ def single_sums(logits: torch.Tensor, shard: VocabularyShard) -> tuple[torch.Ten
     sums = torch.zeros(tokens, 2, dtype=dtype, device=logits.device)
     if shard.real > 0:
         for place, (rows,) in matrices(logits):
-            kernels = row_kernels(rows, len(rows), shard.real)
+            kernels = row_kernels(len(rows), shard.real, rows)
             maxima[place], sums[place] = kernels.single_sums(rows, shard.real)
     return maxima, sums
 

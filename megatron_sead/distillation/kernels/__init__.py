@@ -1,4 +1,4 @@
-"""The elementwise work on rows of logits: the same three functions as Triton kernels, compiled, and eager."""
+"""The elementwise work on rows of logits: the same three functions as Triton kernels, in C++, and eager."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_sead.distillation.kernels import compiled, eager
 log = logging.getLogger(__name__)
 
 
-def row_kernels(logits: torch.Tensor, rows: int, real: int) -> ModuleType:
-    """The module whose `pair_sums`, `single_sums` and `write_gradient` serve this many rows of `logits` [n, V]."""
-    if logits.is_cuda and logits.dtype != torch.float64:
+def row_kernels(rows: int, real: int, *logits: torch.Tensor) -> ModuleType:
+    """The module whose `pair_sums`, `single_sums` and `write_gradient` serve this many rows of tensors [n, V]."""
+    if logits[0].is_cuda and logits[0].dtype != torch.float64:
         return _on_cuda()
-    return compiled if compiled.is_worth_compiling(logits, rows, real) else eager
+    return compiled if compiled.serves(rows, real, *logits) else eager
 
 
 @functools.cache

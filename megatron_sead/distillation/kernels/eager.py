@@ -16,19 +16,16 @@ BLOCK_ELEMENTS = 2**17  # of a block on a CPU, whose scratch then stays in a cor
 def pair_sums(
     student: torch.Tensor, teacher: torch.Tensor, rows: torch.Tensor, real: int, *, with_columns: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    blocks = list(_blocks(len(rows), real, student.device))
-    parts = [formulas.pair_sums(student[rows[block], :real], teacher[rows[block], :real]) for block in blocks]
-    maxima, sums = (torch.cat(part) for part in zip(*parts, strict=True))
-    if not with_columns:
-        return maxima, sums, None
-    pair = [columns_of(logits[:, :real], rows, maxima[:, i]) for i, logits in enumerate((student, teacher))]
-    return maxima, sums, torch.stack(pair, dim=-1)
-
-
-def columns_of(logits: torch.Tensor, rows: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
-    """[k] first column of each chosen row of logits [n, c] that holds its maximum [k]; c where none does."""
-    blocks = _blocks(len(rows), logits.shape[1], logits.device)
-    return torch.cat([formulas.columns_of(logits[rows[block]], maxima[block, None]) for block in blocks])
+    maxima, sums, columns = [], [], []
+    for block in _blocks(len(rows), real, student.device):
+        pair = student[rows[block], :real], teacher[rows[block], :real]
+        of_block, sums_of_block = formulas.pair_sums(*pair)
+        maxima.append(of_block)
+        sums.append(sums_of_block)
+        if with_columns:
+            found = (formulas.columns_of(logits, of_block[:, i, None]) for i, logits in enumerate(pair))
+            columns.append(torch.stack(list(found), dim=-1))
+    return torch.cat(maxima), torch.cat(sums), torch.cat(columns) if with_columns else None
 
 
 def single_sums(logits: torch.Tensor, real: int) -> tuple[torch.Tensor, torch.Tensor]:

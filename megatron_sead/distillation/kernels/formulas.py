@@ -1,4 +1,4 @@
-"""The mathematics of a block of rows, once: run as they are by the eager kernels, compiled by torch.compile.
+"""The mathematics of a block of rows in torch: the eager kernels, and what `rows.cpp` and Triton's must equal.
 
 Sums and gradient are those of `partial_sums` and `divergence`, in fp32 (fp64 for fp64 logits). Where e^x is zero, so
 are its products: a logit of -inf is a token that the model holds impossible, and 0 * inf must not become NaN.
@@ -18,36 +18,26 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def pair_sums(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Maxima [r, 2] and the sums A to F [r, 6] of logits [r, c]."""
-    x, student_maximum = center(student, (-1,))
-    y, teacher_maximum = center(teacher, (-1,))
-    sums = torch.stack([term.sum(-1) for term in pair_terms(x, y)], dim=-1)
+    (x, student_maximum), (y, teacher_maximum) = _center(student), _center(teacher)
+    p, q, difference = x.exp(), y.exp(), y - x  # p and q not yet normalised
+    terms = [p, q, _weighted(p, x), _weighted(q, y), _weighted(p, difference), _weighted(q, difference)]
+    sums = torch.stack([term.sum(-1) for term in terms], dim=-1)
     return torch.cat([student_maximum, teacher_maximum], dim=-1), sums
 
 
 def single_sums(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Maxima [r, 1] and the sums A, C [r, 2] of one model's logits [r, c]."""
-    x, maximum = center(logits, (-1,))
-    return maximum, torch.stack([term.sum(-1) for term in single_terms(x)], dim=-1)
+    x, maximum = _center(logits)
+    p = x.exp()
+    return maximum, torch.stack([p.sum(-1), _weighted(p, x).sum(-1)], dim=-1)
 
 
-def center(logits: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits less their maximum over the last dimensions, and that maximum, which keeps them with size 1."""
+def _center(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits less their row's maximum, and that maximum [r, 1]."""
     wide = logits.to(accumulation_dtype(logits.dtype))
-    maximum = wide.amax(dims, keepdim=True)
+    maximum = wide.amax(-1, keepdim=True)
     # a row that is -inf all over this shard has no probability here, and -inf - -inf would be NaN
     return wide - maximum.masked_fill(maximum == -torch.inf, 0.0), maximum
-
-
-def pair_terms(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-    """What A to F sum, of centered logits of one shape."""
-    p, q, difference = x.exp(), y.exp(), y - x  # p and q not yet normalised
-    return [p, q, _weighted(p, x), _weighted(q, y), _weighted(p, difference), _weighted(q, difference)]
-
-
-def single_terms(x: torch.Tensor) -> list[torch.Tensor]:
-    """What A and C sum."""
-    p = x.exp()
-    return [p, _weighted(p, x)]
 
 
 def move_sums(sums: torch.Tensor, own: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
