@@ -29,6 +29,7 @@ from megatron_sead.distillation.partial_sums import (
     reduce_over,
     vocabulary_shard,
 )
+from megatron_sead.distillation.scratch import large_empty_like
 from megatron_sead.distillation.statistics import divergences
 
 # Shapes: [...] any leading dimensions; V columns of this rank, padding included; c real ones; n tokens; r rows
@@ -104,7 +105,7 @@ class _WeightedDivergence(torch.autograd.Function):
         scale = upstream.reshape(-1).to(sums.dtype)
         total = PartialSums(maxima, sums, None)
         # detached, for an in-place write to a leaf; it shares its version counter, so autograd still notices
-        gradient = student.detach() if ctx.reuse else torch.empty_like(student)
+        gradient = student.detach() if ctx.reuse else large_empty_like(student, student.dtype)
         write_gradient(gradient, student, teacher, total, forward_weight * scale, reverse_weight * scale, ctx.shard)
         return gradient, None, None, None, None, None
 

@@ -40,6 +40,7 @@ from megatron_sead.distillation.partial_sums import (
     start_sums,
     vocabulary_shard,
 )
+from megatron_sead.distillation.scratch import large_empty_like
 
 # Shapes: [...] any leading dimensions; n tokens; k of them with a weight; r of a chunk; h hidden size; V columns of
 # this rank
@@ -207,7 +208,7 @@ def fused_pass(inputs: Sequence[torch.Tensor], setting: _Setting, wanted: tuple[
     outcome = _Outcome(
         weights.new_zeros(weights.shape[1]),
         hidden.new_zeros(hidden.shape, dtype=dtype) if wanted[0] else None,
-        torch.empty_like(student_head, dtype=dtype) if wanted[1] else None,
+        large_empty_like(student_head, dtype) if wanted[1] else None,
     )
     backward = _ChunkBackward(student_head, weights, shard, outcome)
     own = PartialSums.empty(len(weights[0]), dtype, hidden.device, with_columns=False)

@@ -1,7 +1,8 @@
-"""Memory for a chunk's logits, kept from call to call: on a CPU here, on a GPU by torch's own allocator.
+"""Large memory: of a chunk's logits, kept from call to call, and of gradients. On a GPU torch's own allocator has both.
 
 A CPU's allocator hands large blocks back to the system, which clears them again, 4 KB at a time, when they are next
-touched. Without that, and with large pages, a fused step of 2,048 tokens takes 2 to 3 % less time.
+touched. Without that, and with large pages, a fused step of 2,048 tokens takes 2 to 3 % less time; the loss on logits
+takes a sixth to a third less where its gradient is in large pages.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
+
+LARGE = 2**22  # bytes, two large pages: less is left to torch
 
 _kept: list[mmap.mmap] = []  # at most one, while no call uses it
 
@@ -37,6 +40,15 @@ def scratch(
         yield [torch.frombuffer(memory, dtype=dtype, count=count, offset=place).view(shape) for place in places]
     finally:
         _kept[:] = [memory]
+
+
+def large_empty_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As torch's, but on a CPU in large pages; it belongs to the caller, and its memory goes when it does."""
+    size = tensor.numel() * dtype.itemsize
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    if not plain or not tensor.is_contiguous() or size < LARGE:
+        return torch.empty_like(tensor, dtype=dtype)
+    return torch.frombuffer(_large_pages(size), dtype=dtype).view(tensor.shape)
 
 
 def release() -> None:

@@ -1,16 +1,18 @@
-"""Memory that calls on a CPU hand on to each other."""
+"""Memory that calls on a CPU hand on to each other, and large pages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_sead.distillation import linear_weighted_divergence
-from megatron_sead.distillation.scratch import release, scratch
+from megatron_sead.distillation.scratch import LARGE, large_empty_like, release, scratch
 
 CPU = torch.device("cpu")
+STATUS = Path("/proc/self/status")
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +82,27 @@ def test_a_call_that_fails_hands_its_memory_on() -> None:
     with pytest.raises(RuntimeError), scratch(1, (2, 16), torch.float32, CPU):
         raise RuntimeError
     assert place(16) == first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_tensors_are_as_torch_makes_them(dtype: torch.dtype) -> None:
+    """Also where large pages are not asked for: of a few numbers, or of rows in another order in memory."""
+    for tensor in (torch.empty(LARGE, 2), torch.empty(LARGE, 2).t(), torch.empty(2, 3), torch.empty(0, LARGE)):
+        found, expected = large_empty_like(tensor, dtype), torch.empty_like(tensor, dtype=dtype)
+        assert (found.shape, found.dtype, found.stride()) == (expected.shape, dtype, expected.stride())
+        found.fill_(3.0)
+        assert not found.numel() or float(found[-1, -1]) == 3.0
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="needs /proc")
+def test_large_tensors_give_their_memory_back() -> None:
+    def resident() -> int:
+        return int(STATUS.read_text().split("VmRSS:")[1].split()[0]) * 1024
+
+    before = resident()
+    tensor = large_empty_like(torch.empty(16, LARGE), torch.float32).fill_(1.0)
+    kept, size = tensor[1:2], tensor.nbytes
+    del tensor
+    assert resident() > before + 0.9 * size  # a view holds it
+    del kept
+    assert resident() < before + 0.1 * size
