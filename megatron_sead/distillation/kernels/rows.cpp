@@ -88,19 +88,29 @@ inline float weighted(float p, float value) { return p == 0.0f ? 0.0f : p * valu
 // A row that is -inf all over has no probability, and -inf - -inf would be NaN.
 inline float center(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 
+// Integers in the order of the numbers, since not every compiler vectorises a maximum of numbers that may be NaN.
+inline int32_t as_sortable(float value) {
+  int32_t bits = int32_t(as_bits(value));
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+inline float from_sortable(int32_t sortable) { return as_float(uint32_t(sortable ^ (sortable >> 31 & 0x7fffffff))); }
+
 template <typename T>
 float block_maximum(const T *row, int64_t first, int64_t end, float maximum) {
-#pragma omp simd reduction(max : maximum)
-  for (int64_t i = first; i < end; i++) maximum = std::max(maximum, load(row[i]));
-  return maximum;
+  int32_t most = as_sortable(maximum);
+#pragma omp simd reduction(max : most)
+  for (int64_t i = first; i < end; i++) {
+    int32_t here = as_sortable(load(row[i]));
+    most = most < here ? here : most;
+  }
+  return from_sortable(most);
 }
 
 template <typename T>
-int64_t first_column(const T *row, int64_t first, int64_t end, float maximum) {
-  int32_t found = int32_t(end - first);
-#pragma omp simd reduction(min : found)
-  for (int32_t i = 0; i < int32_t(end - first); i++) found = std::min(found, load(row[first + i]) == maximum ? i : found);
-  return first + found;
+int64_t column_of(float maximum, const T *row, int64_t column) {
+  while (load(row[column]) != maximum) column++;
+  return column;
 }
 
 // How far a maximum moved, and what that multiplies the sums relative to it by.
@@ -122,8 +132,8 @@ void pair_row(const T *student, const T *teacher, int64_t columns, float *maxima
   for (int64_t first = 0; first < columns; first += BLOCK) {
     int64_t end = std::min(columns, first + BLOCK);
     float z_now = block_maximum(student, first, end, z), w_now = block_maximum(teacher, first, end, w);
-    if (places && z_now > z) places[0] = first_column(student, first, end, z_now);
-    if (places && w_now > w) places[1] = first_column(teacher, first, end, w_now);
+    if (places && z_now > z) places[0] = column_of(z_now, student, first);
+    if (places && w_now > w) places[1] = column_of(w_now, teacher, first);
     if (z_now != z || w_now != w) {
       Move x(z, z_now), y(w, w_now);
       move(C, x.by, A, x.scale), move(E, y.by - x.by, A, x.scale), A *= x.scale;
