@@ -9,13 +9,13 @@ from tests.conftest import make_olmo3
 from tests.distributed.ranks import RankPool
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")  # ranks that have trained keep threads, which take half a core each
 def ranks() -> Iterator[RankPool]:
     with RankPool(2) as pool:
         yield pool
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four layers, for two stages of two chunks; two KV heads, for TP 2."""
     return make_olmo3(

@@ -13,7 +13,7 @@ from tests.conftest import make_olmo3
 from tests.distributed.ranks import RankPool
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
     with RankPool(4) as pool:
         yield pool
