@@ -45,10 +45,14 @@ def scratch(
 def large_empty_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """As torch's, but on a CPU in large pages; it belongs to the caller, and its memory goes when it does."""
     size = tensor.numel() * dtype.itemsize
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
-    if not plain or not tensor.is_contiguous() or size < LARGE:
+    if not plain_on_cpu(tensor) or not tensor.is_contiguous() or size < LARGE:
         return torch.empty_like(tensor, dtype=dtype)
     return torch.frombuffer(_large_pages(size), dtype=dtype).view(tensor.shape)
+
+
+def plain_on_cpu(tensor: torch.Tensor) -> bool:
+    """Is its memory a CPU's, and where it says? A subclass may be anything: what a DTensor calls its memory is none."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
 
 
 def release() -> None:

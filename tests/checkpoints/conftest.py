@@ -9,7 +9,7 @@ from tests.conftest import make_olmo3
 from tests.distributed.ranks import RankPool
 
 
-@pytest.fixture(scope="module")  # ranks that have trained keep threads, which take half a core each
+@pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
     with RankPool(2) as pool:
         yield pool

@@ -251,6 +251,7 @@ def test_what_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (None, "none of g++, clang++, c++ is installed"),
         ("no-such-compiler", "No such file or directory: 'no-such-compiler'"),
+        ("g++ 'with no end", "No closing quotation"),
         ("false", "false: "),
         ("true", "rows.so: cannot open shared object file"),
     ],

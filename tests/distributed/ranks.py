@@ -141,5 +141,20 @@ def _serve(rank: int, size: int, meeting_point: str, pipe: Connection) -> None:
             answer = _pack((True, function(*args, **kwargs)))
         except BaseException:
             answer = _pack((False, traceback.format_exc()))
+        _free_what_was_trained()
         gc.collect()  # models and contexts are cycles; with them go their process groups, and the groups' threads
         pipe.send_bytes(answer)
+
+
+def _free_what_was_trained() -> None:
+    """Open the cycle of a model in training, which passes through C++ and which Python's collector therefore leaves.
+
+    A weight's hook holds the model, whose configuration holds the optimizer, whose views of the weights hold the hooks.
+    With it stay process groups whose threads wake up a hundred times a second: after twenty runs they take a core.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    for model in gc.get_referrers(DistributedDataParallel):
+        if type(model) is DistributedDataParallel:
+            model.grad_accs.clear()
+            model.config.grad_scale_func = None

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.checkpoints.training import train
 from tests.distributed.ranks import RankPool
+from tests.models.parity import Layout
+
+THREADS = Path("/proc/self/task")
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +52,17 @@ def test_an_error_of_one_is_told_though_the_others_wait_for_it(ranks: RankPool) 
     with pytest.raises(AssertionError, match="one of us fails"):
         ranks.run(fail_on, 1)
     assert ranks.run(sum_of_ranks, 2) == [2.0, 2.0]
+
+
+def count_threads() -> int:
+    return len(list(THREADS.iterdir()))
+
+
+@pytest.mark.mcore_lane
+@pytest.mark.skipif(not THREADS.exists(), reason=f"{THREADS} is Linux's")
+def test_training_leaves_no_threads(ranks: RankPool, tiny_olmo3: Path, tmp_path: Path) -> None:
+    counts = []
+    for run in range(3):
+        ranks.run(train, tiny_olmo3, Layout(), tmp_path / str(run))
+        counts.append(ranks.run(count_threads))
+    assert counts[1] == counts[2], counts  # the first starts some that serve every run

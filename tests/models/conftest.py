@@ -1,4 +1,4 @@
-"""Four ranks and one small model for all tests of this folder."""
+"""Four ranks and one small model for the tests of this folder."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,26 +31,16 @@ SHORT = [
     f"prompts.path={ROOT / 'examples' / 'tiny' / 'prompts.jsonl'}",
 ]
 
-RUNS = 6  # in the same ranks
-
 
 class Pools:
-    """Pools of 1, 2 and 4 ranks, started when first needed and used again: importing Megatron takes seconds.
-
-    Not for ever: some of a run's process groups stay in its ranks, each with threads that wake up a hundred times a
-    second. After twenty runs those take most of the machine.
-    """
+    """Pools of 1, 2 and 4 ranks, started when first needed and used again: importing Megatron takes seconds."""
 
     def __init__(self) -> None:
         self._pools: dict[int, RankPool] = {}
-        self._runs: Counter[int] = Counter()
 
     def train(self, ranks: int, output: Path, overrides: list[str], interrupt_at: int | None = None) -> list[Any]:
         """Run the loop with `SHORT` and the overrides; what `run` returned on each rank."""
         pool = self._pools.setdefault(ranks, RankPool(ranks, timeout=240.0))
-        if self._runs[ranks] and self._runs[ranks] % RUNS == 0:
-            pool.stop()  # the next call starts new ones
-        self._runs[ranks] += 1
         meeting_point = Path(mkdtemp()) / "store"
         return pool.run(_train, ranks, str(meeting_point), [*SHORT, f"output={output}", *overrides], interrupt_at)
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_sead.distillation.scratch import plain_on_cpu
+
 log = logging.getLogger(__name__)
 
 # Shapes as in `eager`
@@ -42,9 +44,7 @@ def serves(rows: int, real: int, *logits: torch.Tensor) -> bool:
 
 
 def _has_plain_rows(logits: torch.Tensor) -> bool:
-    """Not of a subclass, say: what a DTensor calls its memory is none."""
-    plain = type(logits) in (torch.Tensor, torch.nn.Parameter)
-    return plain and logits.device.type == "cpu" and logits.dtype in TYPES and logits.stride(-1) == 1
+    return plain_on_cpu(logits) and logits.dtype in TYPES and logits.stride(-1) == 1
 
 
 def pair_sums(
@@ -95,7 +95,7 @@ def _library() -> ctypes.CDLL | None:
         if compiler is None:
             raise OSError(f"none of {', '.join(COMPILERS)} is installed")
         return _compile(compiler)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: quotes in CXX that do not close
         log.warning("no C++ compiler, so the loss runs ten times slower, eagerly: %s", error)
         return None
 
