@@ -76,6 +76,7 @@ def test_ctrl_c_loses_nothing(tiny_olmo3: Path, prompts: Path, tmp_path: Path) -
     partial = tmp_path / "out.jsonl.partial"
     # One prompt at a time with many samples, so that the signal finds it at work
     arguments = command(tiny_olmo3, prompts, output, "samples=3000", "rollouts.batch_size=64")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while process.poll() is None and not (partial.exists() and partial.read_text().count("\n") > 2):
         time.sleep(0.01)
