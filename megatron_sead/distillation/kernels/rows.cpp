@@ -62,24 +62,25 @@ inline void store(float16 &place, float value) {
   place.bits = uint16_t(rounded | (bits >> 16 & 0x8000u));
 }
 
-// e^x for x <= 0 within 1.01 units in the last place; 0 where it is below the least normal number; NaN stays.
-// x = n ln 2 + r, and on |r| <= ln 2 / 2 the polynomial of Cephes' expf.
+// The least argument of `exponential`, whose result there is zero.
+constexpr float LEAST = -88.0f;
+
+inline float at_least(float x) { return x < LEAST ? LEAST : x; }  // NaN stays
+
+// e^x for LEAST <= x <= 0, within 1.01 units in the last place; NaN stays. x = n ln 2 + r, and on |r| <= ln 2 / 2 the
+// polynomial of Cephes' expf. Near LEAST n is -127, where the bits that make 2^n are those of zero.
 inline float exponential(float x) {
-  constexpr float LEAST = -87.33654f;
   constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: added, it leaves the nearest integer in the low bits
-  float clamped = x < LEAST ? LEAST : x;
-  float shifted = clamped * 1.44269504f + ROUND;
+  float shifted = x * 1.44269504f + ROUND;
   float n = shifted - ROUND;
-  float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;  // the first product is exact
-  float e = 1.9875691500e-4f;
-  e = e * r + 1.3981999507e-3f;
-  e = e * r + 8.3334519073e-3f;
-  e = e * r + 4.1665795894e-2f;
-  e = e * r + 1.6666665459e-1f;
-  e = e * r + 5.0000001201e-1f;
-  e = e * (r * r) + r;
+  float r = x - n * 0.693359375f + n * 2.12194440e-4f;  // the first product is exact
+  float square = r * r;
+  float e = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  e = e * square + (8.3334519073e-3f * r + 4.1665795894e-2f);
+  e = e * square + (1.6666665459e-1f * r + 5.0000001201e-1f);
+  e = e * square + r;
   float power = as_float((as_bits(shifted) << 23) + 0x3f800000u);  // 2^n
-  return x < LEAST ? 0.0f : e * power + power;
+  return e * power + power;
 }
 
 // A probability of zero makes its products zero, whatever the other factor.
@@ -143,9 +144,9 @@ void pair_row(const T *student, const T *teacher, int64_t columns, float *maxima
     float x_zero = center(z), y_zero = center(w), a = 0, b = 0, c = 0, d = 0, e = 0, f = 0;
 #pragma omp simd reduction(+ : a, b, c, d, e, f)
     for (int64_t i = first; i < end; i++) {
-      float x = load(student[i]) - x_zero, y = load(teacher[i]) - y_zero;
-      float p = exponential(x), q = exponential(y);
-      a += p, b += q, c += weighted(p, x), d += weighted(q, y), e += weighted(p, y - x), f += weighted(q, y - x);
+      float x = load(student[i]) - x_zero, y = load(teacher[i]) - y_zero, x_least = at_least(x), y_least = at_least(y);
+      float p = exponential(x_least), q = exponential(y_least);
+      a += p, b += q, c += p * x_least, d += q * y_least, e += weighted(p, y - x), f += weighted(q, y - x);
     }
     A += a, B += b, C += c, D += d, E += e, F += f;
   }
@@ -167,8 +168,8 @@ void single_row(const T *logits, int64_t columns, float *maximum, float *sums) {
     float zero = center(z), a = 0, c = 0;
 #pragma omp simd reduction(+ : a, c)
     for (int64_t i = first; i < end; i++) {
-      float x = load(logits[i]) - zero, p = exponential(x);
-      a += p, c += weighted(p, x);
+      float x = at_least(load(logits[i]) - zero), p = exponential(x);
+      a += p, c += p * x;
     }
     A += a, C += c;
   }
@@ -188,7 +189,7 @@ void gradient_row(T *out, const T *student, const T *teacher, int64_t columns, c
   for (int64_t i = 0; i < columns; i++) {
     float x = load(student[i]) - z, y = load(teacher[i]) - w;
     float from_student = minus_beta == 0 ? alpha : alpha + minus_beta * (y - x);  // β of zero beats an infinite y - x
-    store(out[i], weighted(exponential(x), from_student) + minus_gamma * exponential(y));
+    store(out[i], weighted(exponential(at_least(x)), from_student) + minus_gamma * exponential(at_least(y)));
   }
 }
 
