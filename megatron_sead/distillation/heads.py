@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation.chunks import Chunk, token_chunks
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
-from megatron_sead.distillation.scratch import scratch
+from megatron_sead.distillation.scratch import large_empty
 
 # Shapes: n tokens on this rank; k of all ranks' chosen; r of them in a chunk; h hidden size; c real columns of the
 # vocabulary on this rank; tp ranks of the tensor-parallel group
@@ -72,13 +72,13 @@ def logit_chunks(
         return chunk, [chunk.start_gather(hidden, spread) for hidden, _ in (student, teacher)]
 
     started = _one_ahead(map(start, token_chunks(tokens, size, spread, len(student[0]))))
-    with scratch(len(heads), (count, rows, width), dtype, heads[0].device) as memory:
-        for turn, (chunk, (student_states, teacher_states)) in enumerate(started):
-            logits = [of_model[turn % count, : len(chunk.tokens), :real] for of_model in memory]
-            states = student_states().to(heads[0].dtype)
-            project(states, heads[0][:real], logits[0])
-            project(teacher_states().to(heads[1].dtype), heads[1][:real], logits[1])
-            yield chunk, states, logits[0], logits[1]
+    memory = [large_empty((count, rows, width), dtype, heads[0].device) for _ in heads]
+    for turn, (chunk, (student_states, teacher_states)) in enumerate(started):
+        logits = [of_model[turn % count, : len(chunk.tokens), :real] for of_model in memory]
+        states = student_states().to(heads[0].dtype)
+        project(states, heads[0][:real], logits[0])
+        project(teacher_states().to(heads[1].dtype), heads[1][:real], logits[1])
+        yield chunk, states, logits[0], logits[1]
 
 
 def _one_ahead(started: Iterator[T]) -> Iterator[T]:
