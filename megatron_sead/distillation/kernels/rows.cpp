@@ -67,7 +67,7 @@ constexpr float LEAST = -88.0f;
 
 inline float at_least(float x) { return x < LEAST ? LEAST : x; }  // NaN stays
 
-// e^x for LEAST <= x <= 0, within 1.01 units in the last place; NaN stays. x = n ln 2 + r, and on |r| <= ln 2 / 2 the
+// e^x for LEAST <= x <= 0, within 1.03 units in the last place; NaN stays. x = n ln 2 + r, and on |r| <= ln 2 / 2 the
 // polynomial of Cephes' expf. Near LEAST n is -127, where the bits that make 2^n are those of zero.
 inline float exponential(float x) {
   constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: added, it leaves the nearest integer in the low bits
