@@ -116,7 +116,7 @@ def statistics_of(total: PartialSums, shape: torch.Size) -> TokenStatistics:
 def divergences(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward and reverse KL [n] from the six sums [n, 6] over the whole vocabulary."""
     a, b, _, _, e, f = sums.unbind(-1)
-    log_ratio = (a / b).log()  # the difference of the logarithms, ln V each, would round ten times as coarsely
+    log_ratio = (a / b).log()  # the difference of the logarithms, ln V each, would round eight times as coarsely
     return f / b + log_ratio, -(e / a) - log_ratio
 
 

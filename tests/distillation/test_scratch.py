@@ -11,9 +11,9 @@ import torch
 
 from megatron_sead.distillation import linear_weighted_divergence, weighted_divergence
 from megatron_sead.distillation.scratch import LARGE, large_empty, large_empty_like, release
+from tools.loss_benchmark.meters import resident_bytes
 
 CPU = torch.device("cpu")
-STATUS = Path("/proc/self/status")
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +29,6 @@ def large(rows: int) -> torch.Tensor:
 
 def place(rows: int) -> int:
     return large(rows).data_ptr()
-
-
-def resident() -> int:
-    return int(STATUS.read_text().split("VmRSS:")[1].split()[0]) * 1024
 
 
 def test_the_next_tensor_gets_the_memory_of_one_that_is_gone() -> None:
@@ -55,19 +51,35 @@ def test_each_gets_the_least_that_is_large_enough() -> None:
     assert [tensor.data_ptr() for tensor in again] == [places[2], places[3], places[4]]
 
 
-@pytest.mark.skipif(not STATUS.exists(), reason="needs /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_what_is_kept_does_not_grow_with_the_sizes_and_can_be_given_back() -> None:
-    before = resident()
+    before = resident_bytes("VmRSS")
     for rows in range(1, 9):
         large(rows).fill_(1.0)
     most = 8 * LARGE * 4
-    assert before + 0.9 * most < resident() < before + 1.1 * most
+    assert before + 0.9 * most < resident_bytes("VmRSS") < before + 1.1 * most
     used = large(1).fill_(1.0)
     release()
-    assert resident() > before + 0.9 * used.nbytes
+    assert resident_bytes("VmRSS") > before + 0.9 * used.nbytes
     del used
     release()
-    assert resident() < before + 0.1 * most
+    assert resident_bytes("VmRSS") < before + 0.1 * most
+
+
+def test_a_larger_call_gets_as_much_as_it_needs() -> None:
+    place(1)
+    tensors = [large(3).fill_(1.0) for _ in range(2)]
+    assert [float(tensor[-1, -1]) for tensor in tensors] == [1.0, 1.0]
+
+
+def test_a_call_that_fails_hands_its_memory_on() -> None:
+    def fail() -> None:
+        tensor = large(2).fill_(7.0)
+        raise RuntimeError(tensor.shape)
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert bool((large(2) == 7.0).all())  # new memory is zero
 
 
 def test_threads_never_share_memory() -> None:
@@ -104,14 +116,15 @@ def test_what_others_left_in_the_memory_does_not_matter() -> None:
 
 def test_what_a_call_returned_stays_when_the_next_one_writes() -> None:
     torch.manual_seed(0)
-    hidden, head = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    weight = torch.rand(6)
+    hidden, head = torch.randn(40, 64, requires_grad=True), torch.randn(2**16, 64, requires_grad=True)
+    weight = torch.rand(40)
 
     def step() -> list[torch.Tensor]:
         loss = linear_weighted_divergence(hidden, head, hidden.detach() + 1, head.detach(), weight, weight)
         return [loss, *torch.autograd.grad(loss.sum(), (hidden, head))]
 
     results = step()
+    assert results[-1].nbytes >= LARGE
     before = [result.clone() for result in results]
     linear_weighted_divergence(hidden, head * 3, hidden, head, weight, weight).sum().backward()
     assert all(torch.equal(result, copy) for result, copy in zip(results, before, strict=True))
