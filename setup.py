@@ -13,7 +13,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
-        "transformers>=5.23",
+        "transformers>=5.16.1",  # what vLLM's releases need; the newest is tested as well
         "datasets>=3.0",
         "safetensors>=0.4.5",
         "sentencepiece>=0.2",

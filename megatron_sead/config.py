@@ -213,8 +213,10 @@ class CurriculumSettings(Settings):
     """Prompt scale: which prompts may be asked at a step."""
 
     mode: Literal["gated", "sorted", "competence_cdf", "mastery", "none"] = "gated"
-    c0: float = Field(0.25, gt=0, le=1)
-    k: float = Field(2.0, gt=0, le=100)
+    # The paper names neither. c0 * 2^k = 1 would be the slowest gate that opens at all, at the last step and at its
+    # learning rate; these open it at 26 % of the run
+    c0: float = Field(0.5, gt=0, le=1, description="gated: c(t) = c0 * (1 + t/T)^k; competence_cdf: its first value")
+    k: float = Field(3.0, gt=0, le=100, description="gated: how fast the gate opens")
     noise: float = Field(0.02, ge=0, description="sorted: standard deviation added to difficulty before sorting")
     tiers: int = Field(4, ge=2, description="mastery: number of difficulty tiers")
     mastery_threshold: float = Field(0.7, gt=0, le=1, description="smoothed pass rate that opens the next tier")

@@ -109,4 +109,46 @@ def config_warnings(config: RunConfig) -> list[str]:
             f"training.lr_warmup_steps={training.lr_warmup_steps} is not under training.steps={training.steps}: the "
             "learning rate only rises, and does not reach training.lr"
         )
+    if (opening := opening_step(config)) is None or opening > training.steps / 2:
+        lines.append(
+            f"{opening_line(config)}: later than half of the run, when the learning rate has fallen; the hardest "
+            f"prompts will teach little, or nothing ({OPENS_EARLIER[config.curriculum.mode]})"
+        )
     return lines
+
+
+OPENS_EARLIER = {
+    "gated": "curriculum.c0=0.5 and curriculum.k=3 open at 26 % of the run",
+    "competence_cdf": "by its definition it admits the last prompts as the run ends; a larger c0 admits more",
+    "mastery": "pass rates may open it earlier; curriculum.patience is the most steps that it waits for each tier",
+}
+
+
+def opening_step(config: RunConfig) -> int | None:
+    """First step, counted from 0, that may ask prompts of every difficulty; None: none of the run's steps may.
+
+    Of mastery, which opens by pass rates, the latest such step. Of sorted, which closes behind itself, step 0.
+    """
+    curriculum, steps = config.curriculum, config.training.steps
+    opening = 0
+    if curriculum.mode == "gated":
+        opening = next((t for t in range(steps) if curriculum.c0 * (1 + t / steps) ** curriculum.k >= 1), steps)
+    if curriculum.mode == "competence_cdf" and curriculum.c0 < 1:
+        opening = steps
+    if curriculum.mode == "mastery":
+        opening = (curriculum.tiers - 1) * curriculum.patience
+    return opening if opening < steps else None
+
+
+def opening_line(config: RunConfig) -> str:
+    """From when on prompts of every difficulty may be asked, in words, for the run's log."""
+    mode, steps, opening = config.curriculum.mode, config.training.steps, opening_step(config)
+    name = f"curriculum.mode={mode}"
+    if mode == "gated":
+        name += f", c0={config.curriculum.c0:g}, k={config.curriculum.k:g}"
+    if mode == "sorted":
+        return f"{name}: prompts are asked once each, from easy to hard"
+    if opening is None:
+        return f"{name}: prompts of every difficulty are open at none of {steps} steps"
+    latest = ", at the latest" if mode == "mastery" else ""
+    return f"{name}: prompts of every difficulty are open from step {opening} of {steps} on{latest}"

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_sead.config import RunConfig, dump_config, load_config
-from megatron_sead.config_checks import check_output, check_world_size, config_differences, config_warnings
+from megatron_sead.config import CurriculumSettings, RunConfig, dump_config, load_config
+from megatron_sead.config_checks import (
+    check_output,
+    check_world_size,
+    config_differences,
+    config_warnings,
+    opening_line,
+    opening_step,
+)
 from megatron_sead.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.yaml"))
@@ -97,7 +105,7 @@ REFUSALS = [
     (["curriculum.k=1000000000"], ["curriculum.k=1000000000", "less than or equal to 100"]),
     (["zones.scope=sequence", "zones.thresholds=running"], ["zones.thresholds='running'", "global_step"]),
     (["zones.thresholds=running", "policy.name=opd"], ["zones.thresholds='running'", "sead or zones", "'opd'"]),
-    (["curriculum.c0=0.15"], ["curriculum.c0=0.15", "0.6", "locked", "2.737"]),
+    (["curriculum.c0=0.15", "curriculum.k=2"], ["curriculum.c0=0.15", "0.6", "locked", "2.737"]),
     (["training.micro_batch_size=3"], ["global_batch_size=8", "micro_batch_size=3"]),
     (["rollouts.samples_per_prompt=3"], ["global_batch_size=8", "samples_per_prompt=3"]),
     (["rollouts.samples_per_prompt=2", "rollouts.temperature=0"], ["samples_per_prompt=2", "greedy"]),
@@ -245,6 +253,54 @@ def test_a_learning_rate_below_bf16_resolution_warns(overrides: list[str], warne
 def test_a_warm_up_as_long_as_the_run_is_told(warmup: int, warned: bool) -> None:
     lines = config_warnings(config(f"training.lr_warmup_steps={warmup}"))
     assert any("only rises" in line for line in lines) == warned
+
+
+@pytest.mark.parametrize(
+    ("overrides", "opens", "warned"),
+    [
+        ([], 26, False),  # 0.5 * 1.26^3 = 1.0002
+        (["curriculum.c0=0.25", "curriculum.k=2"], None, True),  # c0 * 2^k = 1: after the last step
+        (["curriculum.c0=0.5", "curriculum.k=1.5"], 59, True),
+        (["curriculum.c0=0.5", "curriculum.k=1.71"], 50, False),
+        (["curriculum.c0=1"], 0, False),
+        (["curriculum.mode=none"], 0, False),
+        (["curriculum.mode=sorted"], 0, False),
+        (["curriculum.mode=competence_cdf"], None, True),
+        (["curriculum.mode=mastery"], None, True),  # 3 tiers to open, 50 steps of patience each
+        (["curriculum.mode=mastery", "curriculum.patience=16"], 48, False),
+    ],
+)
+def test_it_is_told_when_every_prompt_is_open(overrides: list[str], opens: int | None, warned: bool) -> None:
+    run = config("training.steps=100", *overrides)
+    assert opening_step(run) == opens
+    assert any("later than half" in line for line in config_warnings(run)) == warned
+    if "curriculum.mode=sorted" not in overrides:
+        assert ("none of 100 steps" if opens is None else f"from step {opens} of 100 on") in opening_line(run)
+
+
+@pytest.mark.parametrize("mode", ["gated", "competence_cdf", "none"])
+@pytest.mark.parametrize("c0", [0.3, 0.5, 1.0])
+def test_the_curriculum_opens_when_the_configuration_says(mode: str, c0: float) -> None:
+    from megatron_sead.distillation import Curriculum
+
+    run = config("training.steps=40", f"curriculum.mode={mode}", f"curriculum.c0={c0}")
+    ladder = [index / 999 for index in range(1000)]
+    curriculum = Curriculum(ladder, batch_size=8, total_steps=40, **run.curriculum.model_dump())
+    whole = [step for step in range(40) if curriculum.eligible_count(step) == 1000]
+    assert opening_step(run) == (whole[0] if whole else None)
+
+
+def test_the_curriculum_has_the_configuration_s_defaults() -> None:
+    from megatron_sead.distillation import Curriculum
+
+    defaults = {name: p.default for name, p in inspect.signature(Curriculum).parameters.items()}
+    for name, value in CurriculumSettings().model_dump().items():
+        assert defaults[name] == value, name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_no_shipped_configuration_warns(path: Path) -> None:
+    assert config_warnings(load_config(path, [])) == []
 
 
 def test_a_configuration_is_read_without_torch() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from megatron_sead.checkpoints import CheckpointStore
 from megatron_sead.config import ModelSettings, RunConfig, dump_config
-from megatron_sead.config_checks import check_output, check_world_size, config_warnings
+from megatron_sead.config_checks import check_output, check_world_size, config_warnings, opening_line
 from megatron_sead.distillation import CompetenceTracker, Curriculum
 from megatron_sead.errors import UserError
 from megatron_sead.grading import Grader
@@ -54,6 +54,7 @@ def prepare(config: RunConfig) -> Iterator[Run]:
         console = Console()
         if parallel.rank == 0:
             console.print(pair)
+            log.info("%s", opening_line(config))
             for line in config_warnings(config):
                 log.warning("%s", line)
         prompts = _load_prompts(config, student, teacher)

@@ -19,7 +19,9 @@ STEPS, BATCH = 40, 8
 
 
 def curriculum(difficulties: list[float | None] | list[float] = LADDER, **changes: Any) -> Curriculum:
-    return Curriculum(difficulties, **({"batch_size": BATCH, "total_steps": STEPS, "seed": 3} | changes))
+    return Curriculum(
+        difficulties, **({"batch_size": BATCH, "total_steps": STEPS, "seed": 3, "c0": 0.25, "k": 2} | changes)
+    )
 
 
 @settings(max_examples=40, deadline=None)
