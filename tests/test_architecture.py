@@ -17,6 +17,8 @@ LEAVES = {
     "boxed",
     "config",
     "config_checks",
+    "durable",
+    "outputs",
     "settings_file",
 }  # anyone may import them, distillation excepted
 PARTS = {"distillation", "models", "checkpoints", "rollouts", "prompts", "grading", "reporting"}
@@ -31,6 +33,8 @@ ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS} | {
     "settings_file": set(),
     "config": set(),
     "config_checks": set(),
+    "durable": set(),
+    "outputs": set(),
     "cli": set(),
     "train": {"training", "planning", "cli"},
     "planning": set(),

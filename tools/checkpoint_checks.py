@@ -140,7 +140,7 @@ def truncate(
     source: Annotated[Path, typer.Option("--input", help="Hugging Face directory")],
     layers: Annotated[int, typer.Option(help="to keep, from the first")],
     output: Annotated[Path, typer.Option(help="directory of the model; appears when it is whole")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the model that OUTPUT is")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUTPUT, if all in it is ours")] = False,
 ) -> None:
     """The first layers with embedding, norm and head, bytes unchanged: a small model to try a cluster with."""
     with one_line_errors():

@@ -19,6 +19,7 @@ from conversion_console import prepare_megatron, progress
 
 from megatron_sead.cli import one_line_errors
 from megatron_sead.errors import UserError
+from megatron_sead.outputs import require_apart
 
 if TYPE_CHECKING:
     from megatron_sead.checkpoints.conversion import Conversion
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 app.add_typer(checks)
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the model or checkpoint that OUTPUT is")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace OUTPUT, if all in it is ours")]
 
 
 class Dtype(StrEnum):
@@ -76,6 +77,7 @@ def megatron_to_hf(
         from megatron_sead.checkpoints.model_files import find_checkpoint
 
         limit = parse_size(max_shard_size)
+        require_apart(output, [source])  # a run's directory holds the checkpoint that is read
         checkpoint = find_checkpoint(source, iteration)
         with progress("megatron-to-hf") as advance:
             began = time.monotonic()

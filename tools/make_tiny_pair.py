@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import random
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +25,7 @@ from transformers import Olmo3ForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from megatron_sead.errors import UserError
+from megatron_sead.outputs import whole_directory
 
 console = Console(stderr=True)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -57,13 +54,13 @@ def main(
     prompts: Annotated[int, typer.Option(min=5, help="problems to distil on")] = 1000,
     heldout: Annotated[int, typer.Option(min=1, help="held-out problems of each level")] = 50,
     samples: Annotated[int, typer.Option(min=1, help="rollouts of the student behind each difficulty")] = 8,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what an earlier run wrote")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUTPUT, if all in it is ours")] = False,
 ) -> None:
     try:
         shapes = {"teacher": _shape(teacher_size, layers, context), "student": _shape(student_size, layers, context)}
         if tokenizer is not None and not random_weights:
             raise UserError(f"--tokenizer {tokenizer}: only with --random; training needs the tool's own tokenizer")
-        with _written_whole(output, overwrite) as directory:
+        with whole_directory(output, inputs=(), overwrite=overwrite) as directory:
             sets = _sets(seed, prompts, heldout)
             tokens = _tokenizer(tokenizer, seed)
             models = {name: build_model(shape, tokens, seed + i) for i, (name, shape) in enumerate(shapes.items())}
@@ -194,26 +191,6 @@ def _write_recipe(recipe: dict[str, Any], directory: Path) -> None:
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     recipe["versions"] = {"python": platform.python_version(), **packages}
     (directory / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
-
-
-@contextmanager
-def _written_whole(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside ``output`` whose entries replace those of ``output`` once everything in it is written."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file, must be a directory")
-    if output.exists() and any(output.iterdir()) and not overwrite:
-        raise UserError(f"--output {output}: is not empty; name another directory, or replace it with --overwrite")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be made ({error.strerror})") from error
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
-        yield Path(folder)
-        for made in Path(folder).iterdir():
-            old = output / made.name
-            if old.is_dir():
-                shutil.rmtree(old)
-            os.replace(made, old)
 
 
 if __name__ == "__main__":

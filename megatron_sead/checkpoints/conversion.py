@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_sead.checkpoints.durable import whole_directory
 from megatron_sead.checkpoints.huggingface import copy_companions, write_settings
 from megatron_sead.checkpoints.manifest import Manifest, write_manifest
 from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel, ModelFiles, megatron_key
@@ -21,6 +20,7 @@ from megatron_sead.checkpoints.torch_dist_writer import FORMAT_VERSION, TorchDis
 from megatron_sead.errors import UserError
 from megatron_sead.models.builder import DTYPES
 from megatron_sead.models.huggingface import NamedWeight
+from megatron_sead.outputs import whole_directory
 
 # A rank reads whole pieces to get its share: small ones let it read little beside that. And the C library gives memory
 # of up to 32 MiB back to the next piece; larger pieces would cost a page fault every 4 KiB, a second for each GB.
@@ -71,7 +71,7 @@ def huggingface_to_megatron(
     Args:
         source: config.json and safetensors.
         dtype: of the checkpoint; None: the source's.
-        overwrite: replace what `output` is.
+        overwrite: replace `output`, if it was written here and is as it was.
         advance: is told how far it is.
 
     Raises:
@@ -81,7 +81,8 @@ def huggingface_to_megatron(
         dtype = dtype or model.single_dtype()
         conversion = _begin(model, dtype)
         conversion.ignored = sorted(model.files.ignored())
-        with whole_directory(output, overwrite=overwrite, weight_bytes=conversion.bytes) as temporary:
+        room = conversion.bytes
+        with whole_directory(output, inputs=[source], overwrite=overwrite, weight_bytes=room) as temporary:
             writer = TorchDistWriter(temporary)
             layers, done = model.config.num_layers, 0
             for named in model.weights:
@@ -116,7 +117,7 @@ def megatron_to_huggingface(
         checkpoint: a converted one, or one of a training run under any layout (`find_checkpoint`); of a run's, the
             weights alone, and configuration and tokenizer from where the run began.
         max_shard_bytes: of a file's tensors.
-        overwrite: replace what `output` is.
+        overwrite: replace `output`, if it was written here and is as it was.
         advance: is told how far it is.
 
     Raises:
@@ -125,7 +126,8 @@ def megatron_to_huggingface(
     with MegatronModel(checkpoint) as model:
         dtype = model.single_dtype()
         conversion = _begin(model, dtype)
-        with whole_directory(output, overwrite=overwrite, weight_bytes=conversion.bytes) as temporary:
+        inputs, room = [checkpoint, model.directory, model.source], conversion.bytes
+        with whole_directory(output, inputs=inputs, overwrite=overwrite, weight_bytes=room) as temporary:
             writer = ShardWriter(temporary, model.shapes, dtype, max_shard_bytes)
             done = 0
             for name, row, rows in read_ahead(_huggingface_pieces(model, conversion)):

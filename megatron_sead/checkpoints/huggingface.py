@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from megatron_sead.checkpoints.durable import clear_way, take_name, write_json
 from megatron_sead.checkpoints.manifest import from_first_rank
 from megatron_sead.checkpoints.model_files import model_weights
 from megatron_sead.checkpoints.shard_writer import SHARD_BYTES, ShardWriter
+from megatron_sead.durable import write_json
 from megatron_sead.errors import UserError
 from megatron_sead.models.builder import read_hf_config
 from megatron_sead.models.huggingface import tensor_shapes
 from megatron_sead.models.olmo3.config import YarnScaling, olmo3_fields
+from megatron_sead.outputs import Output
 
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 # What a model directory holds beside weights and config.json. Not its README: that speaks of another model.
@@ -52,7 +53,7 @@ def write_huggingface_directory(
 ) -> None:
     """Write a model that transformers and vLLM load. Collective: every rank iterates, the first one writes.
 
-    It is complete or absent: written beside `directory` and renamed. A model directory that is there is replaced.
+    It is complete or absent: written beside `directory` and renamed. An earlier one, as it was written, is replaced.
 
     Args:
         weights: (Hugging Face name, whole tensor), on every rank.
@@ -63,7 +64,7 @@ def write_huggingface_directory(
         max_shard_bytes: of a file's tensors. A larger tensor has a file of its own.
 
     Raises:
-        UserError: the disk refuses, or `directory` holds something else than a model.
+        UserError: the disk refuses, or `directory` holds what was not written here.
     """
     writer: _DirectoryWriter | None = None
     refusal: UserError | None = None
@@ -81,8 +82,10 @@ def write_huggingface_directory(
     if writer is not None and refusal is None:
         try:
             writer.finish()
-        except OSError as error:
+        except (OSError, UserError) as error:
             refusal = _refusal(directory, error)
+    if writer is not None:
+        writer.output.discard()
     refusal = from_first_rank(refusal, group)
     if refusal is not None:
         raise refusal
@@ -92,25 +95,24 @@ class _DirectoryWriter:
     """What the first rank writes. The dtype of the files may be known only with the first tensor."""
 
     def __init__(self, directory: Path, source: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
-        self.directory = directory
         self.source = source
         self.dtype = dtype
         self.max_shard_bytes = max_shard_bytes
         self.shapes = huggingface_shapes(source)
-        self.temporary = clear_way(directory)
+        self.output = Output(directory, inputs=[source], overwrite=True)
         self._shards: ShardWriter | None = None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         if self._shards is None:
             dtype = self.dtype or tensor.dtype
-            self._shards = ShardWriter(self.temporary, self.shapes, dtype, self.max_shard_bytes)
+            self._shards = ShardWriter(self.output.temporary, self.shapes, dtype, self.max_shard_bytes)
         self._shards.add(name, tensor)
 
     def finish(self) -> None:
         assert self._shards is not None, "no weights came"
         self._shards.finish()
-        write_settings(self.source, self.temporary, self._shards.dtype)
-        take_name(self.directory, self.temporary)
+        write_settings(self.source, self.output.temporary, self._shards.dtype)
+        self.output.take_name()
 
 
 def huggingface_shapes(hf_dir: Path) -> dict[str, tuple[int, ...]]:

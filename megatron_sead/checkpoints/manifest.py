@@ -12,6 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_sead.durable import flush_directory
+
 FILE_NAME = "manifest.json"
 STEP = re.compile(r"step-(\d{8,})")  # a run's checkpoints, by folder name
 BLOCK = 16 * 2**20  # bytes read at once
@@ -112,15 +114,6 @@ def read_manifest(directory: Path) -> Manifest:
 
 def _crc_of(body: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
-
-
-def flush_directory(directory: Path) -> None:
-    """Names, like contents, are on disk only after a flush."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def from_first_rank(value: Any, group: dist.ProcessGroup) -> Any:

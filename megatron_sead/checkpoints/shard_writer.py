@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sead.checkpoints.durable import flush_file, write_json
+from megatron_sead.durable import flush_file, write_json
 from megatron_sead.models.tensor_files import DTYPES, INDEX
 
 SHARD_BYTES = 5 * 10**9  # the size that transformers and the hub use

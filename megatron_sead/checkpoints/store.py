@@ -27,7 +27,6 @@ from megatron_sead.checkpoints.manifest import (
     Manifest,
     describe_files,
     find_damage,
-    flush_directory,
     from_all_ranks,
     from_first_rank,
     read_manifest,
@@ -35,6 +34,7 @@ from megatron_sead.checkpoints.manifest import (
 )
 from megatron_sead.checkpoints.optimizer_state import give_every_parameter_a_state, loading_into
 from megatron_sead.checkpoints.random_state import random_state, restore_random_state
+from megatron_sead.durable import flush_directory
 from megatron_sead.errors import UserError
 from megatron_sead.models.parallel import ParallelContext
 

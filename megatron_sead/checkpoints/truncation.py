@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from megatron_sead.checkpoints.conversion import Advance
-from megatron_sead.checkpoints.durable import whole_directory, write_json
 from megatron_sead.checkpoints.huggingface import copy_companions
 from megatron_sead.checkpoints.model_files import HuggingFaceModel
 from megatron_sead.checkpoints.read_ahead import read_ahead
 from megatron_sead.checkpoints.shard_writer import SHARD_BYTES, ShardWriter
+from megatron_sead.durable import write_json
 from megatron_sead.errors import UserError
+from megatron_sead.outputs import whole_directory
 
 
 def truncate(
@@ -52,7 +53,7 @@ def truncate(
         shapes = {name: shape for name, shape in model.shapes.items() if name in set(names)}
         parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
         total, done = parameters * dtype.itemsize, 0
-        with whole_directory(output, overwrite=overwrite, weight_bytes=total) as temporary:
+        with whole_directory(output, inputs=[source], overwrite=overwrite, weight_bytes=total) as temporary:
             writer = ShardWriter(temporary, shapes, dtype, max_shard_bytes)
             for name, tensor in read_ahead((name, model.files.read(name)) for name in names):
                 writer.add(name, tensor)

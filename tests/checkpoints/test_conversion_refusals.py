@@ -178,7 +178,7 @@ def test_an_output_is_replaced_only_when_asked(hf_dir: Path, checkpoint: Path, t
     assert (checkpoint / ".metadata").stat().st_mtime_ns != before
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter").touch()
-    assert "holds no model" in refused(lambda: convert(hf_dir, tmp_path / "thesis", overwrite=True))
+    assert "was not written by this tool" in refused(lambda: convert(hf_dir, tmp_path / "thesis", overwrite=True))
     assert (tmp_path / "thesis/chapter").exists()
 
 

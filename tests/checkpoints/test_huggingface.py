@@ -150,7 +150,8 @@ def test_nothing_but_a_model_is_replaced(tiny_olmo3: Path, tmp_path: Path, alone
     write_huggingface_directory(out, weights, source=tiny_olmo3, group=alone)
     write_huggingface_directory(out, weights, source=tiny_olmo3, group=alone)  # again: replaced
     (tmp_path / "thesis").mkdir()
-    with pytest.raises(UserError, match="thesis: exists and holds no model"):
+    (tmp_path / "thesis/config.json").write_text("{}")
+    with pytest.raises(UserError, match="thesis: exists and was not written by this tool"):
         write_huggingface_directory(tmp_path / "thesis", weights, source=tiny_olmo3, group=alone)
 
 

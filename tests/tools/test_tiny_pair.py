@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -176,15 +177,18 @@ class TestCommand:
         assert result.output.count("\n") == 1
         assert not (tmp_path / "pair").exists() or not any((tmp_path / "pair").iterdir())
 
-    def test_existing_output_is_kept_unless_told(self, tmp_path):
-        (tmp_path / "README.md").write_text("mine")
-        result = CliRunner().invoke(app, ["--output", str(tmp_path), "--random", *SMALL])
+    def test_existing_output_is_kept_unless_it_is_ours_and_told(self, tmp_path):
+        def run(*more: str) -> Result:
+            return CliRunner().invoke(app, ["--output", str(tmp_path / "pair"), "--random", *SMALL, *more])
+
+        assert run().exit_code == 0
+        assert "give --overwrite" in run().output
+        assert run("--overwrite").exit_code == 0
+        (tmp_path / "pair/teacher/README.md").write_text("mine")
+        result = run("--overwrite")
         assert result.exit_code == 2
-        assert "is not empty" in result.output
-        result = CliRunner().invoke(app, ["--output", str(tmp_path), "--random", *SMALL, "--overwrite"])
-        assert result.exit_code == 0
-        assert (tmp_path / "README.md").read_text() == "mine"
-        assert (tmp_path / "teacher" / "model.safetensors").exists()
+        assert "holds teacher/README.md, which this tool did not write" in result.output
+        assert (tmp_path / "pair/teacher/README.md").read_text() == "mine"
 
 
 class TestShippedPair:
