@@ -20,6 +20,7 @@ LEAVES = {
     "durable",
     "outputs",
     "settings_file",
+    "token_ids",
 }  # anyone may import them, distillation excepted
 PARTS = {"distillation", "models", "checkpoints", "rollouts", "prompts", "grading", "reporting"}
 
@@ -35,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS} | {
     "config_checks": set(),
     "durable": set(),
     "outputs": set(),
+    "token_ids": set(),
     "cli": set(),
     "train": {"training", "planning", "cli"},
     "planning": set(),

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_sead.config import ModelSettings, PromptSettings, RunConfig
 from megatron_sead.errors import UserError
+from megatron_sead.planning.tokenizer_files import tokenizer_problems
 
 FIRST_LINES = 100
 
@@ -16,7 +17,7 @@ FIRST_LINES = 100
 def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> list[str]:
     """Look for everything that would stop the run when it reads its files. Returns what is not there yet, if it may.
 
-    The run itself reads files whole and checks more: every prompt, every tensor, chat templates and stop tokens.
+    The run itself reads files whole and checks more: every prompt, every tensor and chat templates.
 
     Raises:
         UserError: the first problem, and how many more there are.
@@ -24,7 +25,7 @@ def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> 
     missing = _missing_weights(config.student, "student") + _missing_weights(config.teacher, "teacher")
     problems = [] if weights_may_come_later else list(missing)
     problems += _damaged_weights(config.student) + _damaged_weights(config.teacher)
-    problems += _tokenizer_problems(config)
+    problems += tokenizer_problems(config)
     needs_difficulty = config.curriculum.mode != "none"
     problems += _prompt_problems(config.prompts.path, "prompts.path", config.prompts, needs_difficulty)
     if config.evaluation.path is not None:
@@ -72,43 +73,6 @@ def _safetensors_problem(file: Path) -> str | None:
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     expected = 8 + header_size + end
     return None if size == expected else f"truncated: {size:,} bytes, its header says {expected:,}"
-
-
-def _tokenizer_problems(config: RunConfig) -> list[str]:
-    """A directory with tokenizer.json or a sentencepiece model, or such a file itself; the same tokens for both."""
-    problems, found = [], []
-    for model, role in ((config.student, "student"), (config.teacher, "teacher")):
-        place = model.tokenizer or model.path
-        setting = f"{role}.tokenizer" if model.tokenizer else f"{role}.path"
-        candidates = [place] if place.is_file() else [place / "tokenizer.json", place / "tokenizer.model"]
-        file = next((c for c in candidates if c.is_file()), None)
-        if file is None:
-            problems.append(f"{setting}={place}: no tokenizer there: needs tokenizer.json or tokenizer.model")
-            continue
-        try:
-            found.append(_tokens_of(file))
-        except (ValueError, KeyError, TypeError):
-            problems.append(f"{file}: not a valid tokenizer: must be JSON with a 'model' that has a 'vocab'")
-    if len(found) == 2 and found[0] != found[1]:
-        problems.append(
-            f"teacher {config.teacher.tokenizer or config.teacher.path} and student "
-            f"{config.student.tokenizer or config.student.path} have different tokenizers: tokens, merges and added "
-            "tokens must be the same"
-        )
-    return problems
-
-
-def _tokens_of(file: Path) -> object:
-    """What must be equal. Versions write merges as "a b" or ["a", "b"], and added tokens in one place or in two."""
-    if file.suffix != ".json":
-        return file.read_bytes()
-    values = json.loads(file.read_text(encoding="utf-8"))
-    tokens = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
-    vocabulary = values["model"]["vocab"]
-    if isinstance(vocabulary, list):  # a unigram model: [token, score], the place is the id
-        return tokens, vocabulary
-    merges = values["model"].get("merges") or []
-    return tokens | vocabulary, [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
 
 
 def _prompt_problems(path: str, setting: str, fields: PromptSettings, needs_difficulty: bool) -> list[str]:

@@ -14,9 +14,8 @@ from rich.table import Table
 
 from megatron_sead.config import ModelSettings
 from megatron_sead.errors import UserError
-from megatron_sead.prompts.tokenizer import ModelTokenizer
-
-PROBE = "What is 1+1?"
+from megatron_sead.prompts.tokenizer import PROBE, ModelTokenizer
+from megatron_sead.token_ids import require_same_rows
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def check_pair(
     teacher_settings: ModelSettings,
     template: Literal["chat", "plain"],
 ) -> PairReport:
-    """Compare both models' tokenizers, stop tokens, chat templates and system prompts.
+    """Compare both models' tokenizers, widths of the vocabulary, stop tokens, chat templates and system prompts.
 
     Different tokenizers are always refused. Different stop tokens or prompts are refused unless a setting of either
     model says that they are meant: stop_token_ids, chat_template, system_prompt.
@@ -58,6 +57,7 @@ def check_pair(
         UserError: the first difference that nothing maps, and the settings that would.
     """
     _require_same_tokenizer(student, teacher)
+    require_same_rows(student_settings.path, teacher_settings.path)
     return PairReport(
         (
             PairAspect("tokenizer", _size(student), _size(teacher), "same"),
@@ -116,7 +116,7 @@ def _compare_prompts(
     template: Literal["chat", "plain"],
 ) -> tuple[PairAspect, ...]:
     if template == "plain":
-        return (PairAspect("chat template", "", "", "not used"),)
+        return (PairAspect("chat template", "", "", "not used"), *_left_out(student, teacher))
     ours, theirs = student.render(PROBE), teacher.render(PROBE)
     verdict: Literal["same", "mapped by config", "same prompt"] = "same"
     if ours != theirs:
@@ -143,6 +143,12 @@ def _compare_prompts(
         ),
         PairAspect("a prompt", ours, theirs, "same" if ours == theirs else verdict),
     )
+
+
+def _left_out(student: ModelTokenizer, teacher: ModelTokenizer) -> tuple[PairAspect, ...]:
+    """Plain prompts are text as it is, also where a tokenizer by itself would begin it with BOS: that is shown."""
+    ours, theirs = (", ".join(tokenizer.codec.added()) for tokenizer in (student, teacher))
+    return (PairAspect("put around text by its tokenizer", ours, theirs, "not used"),) if ours or theirs else ()
 
 
 def _size(tokenizer: ModelTokenizer) -> str:

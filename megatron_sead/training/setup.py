@@ -143,19 +143,13 @@ def _build_learner(
     teacher_chunks = _build_model(config, config.teacher, parallel, spread_hidden_states=False)
     frozen = Teacher(teacher_chunks, offload=config.teacher.offload)
     student_chunks = _build_model(config, config.student, parallel, spread_hidden_states=True)  # the loss gathers
-    sizes = [chunks[0].config.vocab_size for chunks in (student_chunks, teacher_chunks)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"vocab_size is {sizes[0]} in {config.student.path} and {sizes[1]} in {config.teacher.path}; "
-            "student and teacher must have the same vocabulary"
-        )
     ddp_chunks, optimizer, scheduler = build_optimizer(student_chunks, config.training, parallel)
     heads = Heads(
         student=student_chunks[-1].head_weight,
         teacher=frozen.head,
         student_stop_token_ids=student.stop_token_ids,
         teacher_stop_token_ids=teacher.stop_token_ids,
-        vocab_size=sizes[0],
+        vocab_size=student_chunks[0].config.vocab_size,  # the teacher's too: check_pair has seen to it
         scratch_bytes=config.training.scratch_bytes,
         group=parallel.tp if parallel.tp_size > 1 else None,
         spread=config.parallel.sequence_parallel,

@@ -91,6 +91,8 @@ def test_different_tokenizers_are_refused_always(
     definition = json.loads(file.read_text())
     change(definition)
     file.write_text(json.dumps(definition))
+    model = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(model | {"vocab_size": 64}))  # with a row for a token more
     settings = {"stop_token_ids": [1], "system_prompt": "x"}
     with pytest.raises(UserError, match=message):
         check(tiny_olmo3, other, template, settings, settings)
