@@ -12,6 +12,19 @@ from megatron_sead.config import ModelSettings
 from megatron_sead.errors import UserError
 
 TOKENIZER_SETTINGS = "tokenizer_config.json"
+# What a tokenizer may consist of
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    TOKENIZER_SETTINGS,
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 

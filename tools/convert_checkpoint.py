@@ -9,6 +9,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,7 +70,8 @@ def megatron_to_hf(
 ) -> None:
     """Write a complete Hugging Face directory that transformers and vLLM load as it is.
 
-    From a converted checkpoint, or from a run under any layout; of a run's checkpoint, the model's weights alone.
+    From a converted checkpoint, or from a run under any layout; of a run's checkpoint, the model's weights alone, with
+    the tokenizer, chat template, system prompt and stop tokens of the run.
     """
     with one_line_errors():
         prepare_megatron()
@@ -78,13 +80,36 @@ def megatron_to_hf(
 
         limit = parse_size(max_shard_size)
         require_apart(output, [source])  # a run's directory holds the checkpoint that is read
-        checkpoint = find_checkpoint(source, iteration)
+        checkpoint, told = find_checkpoint(source, iteration), list[str]()
+        finish = speech_of_run(checkpoint, told)
         with progress("megatron-to-hf") as advance:
             began = time.monotonic()
             done = megatron_to_huggingface(
-                checkpoint, output, max_shard_bytes=limit, overwrite=overwrite, advance=advance
+                checkpoint, output, max_shard_bytes=limit, overwrite=overwrite, advance=advance, finish=finish
             )
+        for line in told:
+            print(line)
         tell(done, output, time.monotonic() - began)
+
+
+def speech_of_run(checkpoint: Path, told: list[str]) -> Callable[[Path], None] | None:
+    """What makes a written model speak as the run did that the checkpoint is of; None: it is of no run.
+
+    Args:
+        told: gets a line for each change.
+
+    Raises:
+        UserError: the run's tokenizer or chat template is no longer where it was.
+    """
+    from megatron_sead.checkpoints.model_files import find_model_source, recorded_student
+    from megatron_sead.prompts import load_tokenizer
+    from megatron_sead.prompts.export import carry_speech
+
+    student = recorded_student(checkpoint)
+    if student is None or find_model_source(checkpoint) != student.path:  # student-hf, which has it all already
+        return None
+    tokenizer = load_tokenizer(student, "student")
+    return lambda directory: told.extend(carry_speech(tokenizer, student, directory))
 
 
 def local_directory(source: str) -> Path:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_sead.checkpoints.huggingface import copy_companions, write_settings
+from megatron_sead.checkpoints.huggingface import Finish, copy_companions, write_settings
 from megatron_sead.checkpoints.manifest import Manifest, write_manifest
 from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel, ModelFiles, megatron_key
 from megatron_sead.checkpoints.read_ahead import read_ahead
@@ -110,6 +110,7 @@ def megatron_to_huggingface(
     max_shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     advance: Advance | None = None,
+    finish: Finish | None = None,
 ) -> Conversion:
     """Write a Hugging Face directory that transformers (4.57 and 5.x) and vLLM load as it is.
 
@@ -119,6 +120,7 @@ def megatron_to_huggingface(
         max_shard_bytes: of a file's tensors.
         overwrite: replace `output`, if it was written here and is as it was.
         advance: is told how far it is.
+        finish: is called with the directory when all files are there, and may change the settings.
 
     Raises:
         UserError: a damaged or foreign checkpoint, NaN or infinity in a weight, no room, `output` exists.
@@ -137,6 +139,8 @@ def megatron_to_huggingface(
                     advance(done, conversion.bytes)
             writer.finish()
             write_settings(model.source, temporary, dtype)
+            if finish is not None:
+                finish(temporary)
     return conversion
 
 

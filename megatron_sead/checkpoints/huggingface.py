@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,13 @@ from megatron_sead.models.builder import read_hf_config
 from megatron_sead.models.huggingface import tensor_shapes
 from megatron_sead.models.olmo3.config import YarnScaling, olmo3_fields
 from megatron_sead.outputs import Output
+from megatron_sead.token_ids import TOKENIZER_FILES, TOKENIZER_SETTINGS
 
-TOKENIZER_SETTINGS = "tokenizer_config.json"
 # What a model directory holds beside weights and config.json. Not its README: that speaks of another model.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    TOKENIZER_SETTINGS,
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-)
+COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
 
 Weights = Iterable[tuple[str, torch.Tensor]]
+Finish = Callable[[Path], None]  # the last word on a directory's settings, before it takes its name
 
 
 def write_huggingface_directory(
@@ -50,6 +39,7 @@ def write_huggingface_directory(
     group: dist.ProcessGroup,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
+    finish: Finish | None = None,
 ) -> None:
     """Write a model that transformers and vLLM load. Collective: every rank iterates, the first one writes.
 
@@ -62,6 +52,7 @@ def write_huggingface_directory(
         group: gloo, all ranks.
         dtype: of the tensors written; None: the first one's.
         max_shard_bytes: of a file's tensors. A larger tensor has a file of its own.
+        finish: is called on the first rank with the directory when all files are there, and may change the settings.
 
     Raises:
         UserError: the disk refuses, or `directory` holds what was not written here.
@@ -70,7 +61,7 @@ def write_huggingface_directory(
     refusal: UserError | None = None
     if dist.get_rank(group) == 0:
         try:
-            writer = _DirectoryWriter(directory, source, dtype, max_shard_bytes)
+            writer = _DirectoryWriter(directory, source, dtype, max_shard_bytes, finish)
         except (OSError, UserError) as error:
             refusal = _refusal(directory, error)
     for name, tensor in weights:  # to the end on every rank, even when the disk has refused: making them is collective
@@ -94,10 +85,13 @@ def write_huggingface_directory(
 class _DirectoryWriter:
     """What the first rank writes. The dtype of the files may be known only with the first tensor."""
 
-    def __init__(self, directory: Path, source: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+    def __init__(
+        self, directory: Path, source: Path, dtype: torch.dtype | None, max_shard_bytes: int, finish: Finish | None
+    ) -> None:
         self.source = source
         self.dtype = dtype
         self.max_shard_bytes = max_shard_bytes
+        self._finish = finish
         self.shapes = huggingface_shapes(source)
         self.output = Output(directory, inputs=[source], overwrite=True)
         self._shards: ShardWriter | None = None
@@ -112,6 +106,8 @@ class _DirectoryWriter:
         assert self._shards is not None, "no weights came"
         self._shards.finish()
         write_settings(self.source, self.output.temporary, self._shards.dtype)
+        if self._finish is not None:
+            self._finish(self.output.temporary)
         self.output.take_name()
 
 

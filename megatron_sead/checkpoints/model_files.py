@@ -17,6 +17,7 @@ import yaml
 
 from megatron_sead.checkpoints.manifest import FILE_NAME, STEP, Damage, Manifest, read_manifest
 from megatron_sead.checkpoints.torch_dist_reader import SavedTensor, TorchDistCheckpoint
+from megatron_sead.config import ModelSettings
 from megatron_sead.errors import UserError
 from megatron_sead.models.builder import read_hf_config
 from megatron_sead.models.huggingface import NamedWeight, named_weights, tensor_shapes
@@ -280,20 +281,36 @@ def find_model_source(checkpoint: Path) -> Path:
     """
     if (checkpoint / "config.json").exists():
         return checkpoint
-    run = checkpoint.absolute().parent.parent
-    recorded = run / "config.yaml"
-    places = []
-    if recorded.exists():
-        try:
-            settings: Any = yaml.safe_load(recorded.read_text())
-            places.append(Path(settings["student"]["path"]))
-        except (yaml.YAMLError, KeyError, TypeError):
-            raise UserError(f"{recorded}: does not say student.path, where the model's config.json is") from None
-    for place in [*places, run / "student-hf"]:
+    student = recorded_student(checkpoint)
+    run = _run_of(checkpoint)
+    for place in [*([] if student is None else [student.path]), run / "student-hf"]:
         if (place / "config.json").exists():
             return place
-    where = "" if not places or places[0].is_absolute() else f", looked for from {Path.cwd()}"
-    tried = f"; {recorded} names {places[0]}{where}, which holds none" if places else ""
+    tried = ""
+    if student is not None:
+        where = "" if student.path.is_absolute() else f", looked for from {Path.cwd()}"
+        tried = f"; {run / 'config.yaml'} names {student.path}{where}, which holds none"
     raise UserError(
         f"{checkpoint}: holds no config.json{tried}; put the model's config.json and tokenizer files into it"
     )
+
+
+def recorded_student(checkpoint: Path) -> ModelSettings | None:
+    """The student's settings in the run that wrote a checkpoint, as the run recorded them; None: there is no record,
+    or the checkpoint brings its own config.json.
+
+    Raises:
+        UserError: the record does not say where the student is.
+    """
+    recorded = _run_of(checkpoint) / "config.yaml"
+    if (checkpoint / "config.json").exists() or not recorded.exists():
+        return None
+    try:
+        student: Any = yaml.safe_load(recorded.read_text(encoding="utf-8"))["student"]
+        return ModelSettings(**{name: student[name] for name in ModelSettings.model_fields if name in student})
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        raise UserError(f"{recorded}: does not say student.path, where the model's config.json is") from None
+
+
+def _run_of(checkpoint: Path) -> Path:
+    return checkpoint.absolute().parent.parent

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -11,15 +13,18 @@ from rich.table import Table
 
 from megatron_sead.checkpoints import verify_huggingface_directory, write_huggingface_directory
 from megatron_sead.prompts import load_tokenizer
+from megatron_sead.prompts.export import carry_speech
 from megatron_sead.training.heldout import evaluate_directory
 from megatron_sead.training.identity import check_export
 from megatron_sead.training.run import Run
+
+log = logging.getLogger(__name__)
 
 
 def conclude(run: Run) -> None:
     """Write and prove ``student-hf/``, evaluate it and the teacher, write ``summary.json``. Collective."""
     directory = run.config.output / "student-hf"
-    write_huggingface_directory(directory, run.weights(), source=run.config.student.path, group=run.parallel.control)
+    _write_student(run, directory)
     verify_huggingface_directory(directory, run.weights(), group=run.parallel.control)
     check_export(run, directory)
     before = run.state.accuracy_before
@@ -32,6 +37,20 @@ def conclude(run: Run) -> None:
         _write_summary(run, results)
         _print_results(run, results)
     dist.barrier(run.parallel.control)
+
+
+def _write_student(run: Run, directory: Path) -> None:
+    """The trained weights, and how the run spoke to them."""
+    student, told = run.config.student, list[str]()
+    write_huggingface_directory(
+        directory,
+        run.weights(),
+        source=student.path,
+        group=run.parallel.control,
+        finish=lambda written: told.extend(carry_speech(run.tokenizer, student, written)),
+    )
+    for line in told:
+        log.info("%s: %s", directory.name, line)
 
 
 def _write_summary(run: Run, results: dict[str, dict[str, Any] | None]) -> None:
