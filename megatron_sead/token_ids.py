@@ -45,6 +45,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def require_token_ids(model: Path) -> None:
+    """A model's configuration names tokens by number, for transformers reads these fields whatever the settings say.
+
+    Raises:
+        UserError: names the first field that holds something else.
+    """
+    fields = (
+        ("config.json", ("bos_token_id", "eos_token_id", "pad_token_id")),
+        ("generation_config.json", ("bos_token_id", "pad_token_id")),  # its eos_token_id matters where it is used
+    )
+    for name, keys in fields:
+        values = read_json(model / name)
+        for key in keys:
+            value = values.get(key)
+            ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+            if not all(token is None or (isinstance(token, int) and not isinstance(token, bool)) for token in ids):
+                raise UserError(
+                    f"{model / name}: {key} {value!r} is not among the model's tokens: must be a token id, a whole "
+                    "number from 0, or null"
+                )
+
+
 def embedding_rows(model: Path) -> int | None:
     """vocab_size of a model's config.json: it knows the tokens from 0 to that, less one. None: it does not say, which
     is told where the model is built."""
@@ -62,6 +84,18 @@ def named_tokens(directory: Path) -> dict[str, str]:
         named |= read_json(directory / "special_tokens_map.json")
     texts = {name: token_text(named.get(name)) for name in NAMED_TOKENS}
     return {name: text for name, text in texts.items() if text is not None}
+
+
+def portable_tokenizer(settings: Any) -> Any:
+    """tokenizer_config.json in words that transformers 4.57 knows too: 5.x reads the older ones of its own as well."""
+    if not isinstance(settings, dict):
+        return settings
+    portable = dict(settings)
+    if portable.get("tokenizer_class") == "TokenizersBackend":
+        portable["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(portable.get("extra_special_tokens"), list) and "additional_special_tokens" not in portable:
+        portable["additional_special_tokens"] = portable.pop("extra_special_tokens")  # 4.57 wants a dictionary there
+    return portable
 
 
 def token_text(token: object) -> str | None:

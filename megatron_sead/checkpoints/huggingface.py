@@ -22,7 +22,7 @@ from megatron_sead.models.builder import read_hf_config
 from megatron_sead.models.huggingface import tensor_shapes
 from megatron_sead.models.olmo3.config import YarnScaling, olmo3_fields
 from megatron_sead.outputs import Output
-from megatron_sead.token_ids import TOKENIZER_FILES, TOKENIZER_SETTINGS
+from megatron_sead.token_ids import TOKENIZER_FILES, TOKENIZER_SETTINGS, portable_tokenizer
 
 # What a model directory holds beside weights and config.json. Not its README: that speaks of another model.
 COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
@@ -180,13 +180,6 @@ def write_settings(source: Path, directory: Path, dtype: torch.dtype) -> None:
         settings = json.loads(tokenizer.read_text(encoding="utf-8"))
         if portable_tokenizer(settings) != settings:
             write_json(tokenizer, portable_tokenizer(settings))
-
-
-def portable_tokenizer(settings: Any) -> Any:
-    """tokenizer_config.json with a class that 4.57 knows too: 5.x reads the older name of its own as well."""
-    if isinstance(settings, dict) and settings.get("tokenizer_class") == "TokenizersBackend":
-        return settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    return settings
 
 
 def portable_config(hf: dict[str, Any], source: Path) -> dict[str, Any]:

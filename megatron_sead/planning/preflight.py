@@ -10,6 +10,7 @@ from typing import Any
 from megatron_sead.config import ModelSettings, PromptSettings, RunConfig
 from megatron_sead.errors import UserError
 from megatron_sead.planning.tokenizer_files import tokenizer_problems
+from megatron_sead.token_ids import embedding_rows
 
 FIRST_LINES = 100
 
@@ -25,6 +26,7 @@ def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> 
     missing = _missing_weights(config.student, "student") + _missing_weights(config.teacher, "teacher")
     problems = [] if weights_may_come_later else list(missing)
     problems += _damaged_weights(config.student) + _damaged_weights(config.teacher)
+    problems += _embedding_problems(config.student) + _embedding_problems(config.teacher)
     problems += tokenizer_problems(config)
     needs_difficulty = config.curriculum.mode != "none"
     problems += _prompt_problems(config.prompts.path, "prompts.path", config.prompts, needs_difficulty)
@@ -57,6 +59,21 @@ def _missing_weights(model: ModelSettings, role: str) -> list[str]:
 def _damaged_weights(model: ModelSettings) -> list[str]:
     found = [(file, _safetensors_problem(file)) for file in _weight_files(model) if file.exists()]
     return [f"{file}: {problem}" for file, problem in found if problem is not None]
+
+
+def _embedding_problems(model: ModelSettings) -> list[str]:
+    """Embedding and head have the rows that config.json says."""
+    rows, problems = embedding_rows(model.path), []
+    for file in _weight_files(model):
+        if rows is None or not file.exists() or _safetensors_problem(file) is not None:
+            continue
+        with file.open("rb") as stream:
+            header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            shape = header[name].get("shape") if name in header else None
+            if shape and shape[0] != rows:
+                problems.append(f"{file}: {name} has {shape[0]} rows; vocab_size in config.json is {rows}")
+    return problems
 
 
 def _safetensors_problem(file: Path) -> str | None:

@@ -16,6 +16,7 @@ from megatron_sead.token_ids import (
     read_json,
     require_rows,
     require_same_rows,
+    require_token_ids,
     stop_token_ids,
     token_text,
 )
@@ -55,6 +56,7 @@ def tokenizer_problems(config: RunConfig) -> list[str]:
 def _unknown_tokens(model: ModelSettings, role: str, place: Path, file: Path) -> list[str]:
     """What the run would find when it loads the tokenizer: tokens that the model has no row for."""
     try:
+        require_token_ids(model.path)
         stop, source = stop_token_ids(model, role) or ((), "")
         pad_token_id(model)
         ids = _ids_of(file, place)

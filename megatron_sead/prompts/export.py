@@ -14,7 +14,7 @@ from megatron_sead.config import ModelSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.codecs import HuggingFaceCodec, SentencePieceCodec, one_line
 from megatron_sead.prompts.tokenizer import PROBE, ModelTokenizer, load_tokenizer
-from megatron_sead.token_ids import TOKENIZER_FILES, TOKENIZER_SETTINGS, read_json, stop_token_ids
+from megatron_sead.token_ids import TOKENIZER_FILES, TOKENIZER_SETTINGS, portable_tokenizer, read_json, stop_token_ids
 
 # Places of other chat templates than chat_template.jinja
 OTHER_TEMPLATES = ("chat_template.json", "additional_chat_templates")
@@ -54,13 +54,11 @@ def _carry_tokenizer(tokenizer: ModelTokenizer, directory: Path) -> str:
             codec.backend.save_pretrained(directory)
         except Exception as error:  # the tokenizers library raises bare Exception
             raise UserError(f"{tokenizer.path}: the tokenizer cannot be written: {one_line(error)}") from None
-        file = directory / TOKENIZER_SETTINGS
-        saved = read_json(file)
+        saved = read_json(directory / TOKENIZER_SETTINGS)
         # This class takes tokenizer.json as it is, in every version; others build parts of it anew
-        saved["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(saved.get("extra_special_tokens"), list):  # 4.57 wants a dictionary under this name
-            saved["additional_special_tokens"] = saved.pop("extra_special_tokens")
-        _write_json(file, {key: saved[key] for key in saved if key not in ("is_local", "local_files_only")})
+        saved |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        kept = {key: saved[key] for key in saved if key not in ("is_local", "local_files_only")}  # of where it was
+        _write_json(directory / TOKENIZER_SETTINGS, portable_tokenizer(kept))
     return f"tokenizer: that of {tokenizer.path}, in place of the model's own"
 
 

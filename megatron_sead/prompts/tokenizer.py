@@ -17,6 +17,7 @@ from megatron_sead.token_ids import (
     pad_token_id,
     read_json,
     require_rows,
+    require_token_ids,
     stop_token_ids,
 )
 
@@ -132,7 +133,8 @@ def load_tokenizer(settings: ModelSettings, role: str) -> ModelTokenizer:
         UserError: nothing to read, nothing that says where a response ends, or a token that the model has no row for.
     """
     place = settings.tokenizer or settings.path
-    found, pad = stop_token_ids(settings, role), pad_token_id(settings)  # first: transformers tells it in other words
+    require_token_ids(settings.path)  # first: transformers tells it in other words
+    found, pad = stop_token_ids(settings, role), pad_token_id(settings)
     codec = load_codec(place, f"{role}.tokenizer" if settings.tokenizer else f"{role}.path", settings.path)
     tokens = codec.tokens()
     if found is None and codec.eos_token_id is not None:

@@ -191,6 +191,8 @@ def damage(folder: Path, what: str) -> None:
         case "missing shard":
             index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
             (student / "model.safetensors.index.json").write_text(json.dumps(index))
+        case "another embedding":
+            save_file({"model.embed_tokens.weight": torch.zeros(4, 4)}, student / "model.safetensors")
         case "no tokenizer":
             (student / "tokenizer.json").unlink()
         case "other tokenizer":
@@ -220,6 +222,7 @@ def damage(folder: Path, what: str) -> None:
         ("truncated header", "student/model.safetensors: truncated"),
         ("missing weights", "student.path=.*: model.safetensors not found"),
         ("missing shard", "student.path=.*: model-2.safetensors not found"),
+        ("another embedding", "model.safetensors: model.embed_tokens.weight has 4 rows; vocab_size .* is 100278"),
         ("no tokenizer", "student.path=.*: no tokenizer"),
         ("other tokenizer", "different tokenizers"),
         ("other merges", "different tokenizers"),

@@ -113,6 +113,18 @@ REFUSED: dict[str, tuple[Callable[[Path], None], dict[str, Any], str]] = {
         "pad_token_id -100 is not among the model's tokens",
     ),
     "padding as text": (change("config.json", pad_token_id="<|pad|>"), {}, "pad_token_id '<|pad|>' is not among"),
+    "unused eos 1.0": (change("config.json", eos_token_id=1.0), {}, "config.json: eos_token_id 1.0 is not among"),
+    "unused bos": (
+        change("config.json", bos_token_id="<s>"),
+        {"stop_token_ids": [1]},
+        "bos_token_id '<s>' is not among",
+    ),
+    "generation's padding": (
+        change("generation_config.json", pad_token_id="x"),
+        {},
+        "config.json: pad_token_id 'x' is",
+    ),
+    "padding in a list": (change("config.json", pad_token_id=[0]), {}, r"config.json: pad_token_id \[0\] is not among"),
     "broken JSON": (
         lambda d: (d / "generation_config.json").write_text("{") and None,
         {},
