@@ -27,6 +27,8 @@ def tokenizer_problems(config: RunConfig) -> list[str]:
     a row of both embeddings for each."""
     problems, found = [], []
     for model, role in ((config.student, "student"), (config.teacher, "teacher")):
+        if model.chat_template is not None and not model.chat_template.is_file():
+            problems.append(f"{role}.chat_template={model.chat_template}: cannot be read: no such file")
         place = model.tokenizer or model.path
         setting = f"{role}.tokenizer" if model.tokenizer else f"{role}.path"
         candidates = [place] if place.is_file() else [place / "tokenizer.json", place / "tokenizer.model"]

@@ -13,7 +13,6 @@ from megatron_sead.errors import UserError
 from megatron_sead.prompts.codecs import Codec, HuggingFaceCodec, Messages, load_codec, one_line
 from megatron_sead.token_ids import (
     TOKENIZER_SETTINGS,
-    embedding_rows,
     pad_token_id,
     read_json,
     require_rows,
@@ -38,7 +37,6 @@ class ModelTokenizer:
     template_source: str
     system_prompt: str | None
     context_length: int | None  # max_position_embeddings of the model
-    embedding_rows: int | None  # vocab_size of the model: the tokens that it knows, padding included
 
     @cached_property
     def token_names(self) -> dict[int, str]:
@@ -161,7 +159,6 @@ def load_tokenizer(settings: ModelSettings, role: str) -> ModelTokenizer:
         template_source=template_source,
         system_prompt=settings.system_prompt,
         context_length=read_json(settings.path / "config.json").get("max_position_embeddings"),
-        embedding_rows=embedding_rows(settings.path),
     )
 
 

@@ -172,6 +172,11 @@ def test_a_setting_makes_up_for_a_file(model: Path) -> None:
     assert load_tokenizer(ModelSettings(path=model, stop_token_ids=[3]), "student").stop_token_ids == (3,)
 
 
+def test_a_chat_template_that_is_not_there_is_told_by_check(model: Path) -> None:
+    told = tokenizer_problems(pair(model, model, chat_template=model / "no.jinja"))
+    assert told == [f"student.chat_template={model / 'no.jinja'}: cannot be read: no such file"]
+
+
 def test_embeddings_of_two_sizes_are_told(model: Path, tiny_olmo3: Path) -> None:
     change("config.json", vocab_size=64)(model)
     settings = [ModelSettings(path=tiny_olmo3), ModelSettings(path=model)]
