@@ -64,7 +64,7 @@ def _carry_tokenizer(tokenizer: ModelTokenizer, directory: Path) -> str:
 
 def _carry_template(tokenizer: ModelTokenizer, directory: Path) -> list[str]:
     wanted = exported_template(tokenizer)
-    if wanted is None or wanted == load_tokenizer(ModelSettings(path=directory), tokenizer.role).chat_template:
+    if wanted is None or wanted == _chat_template_in(directory):
         return []
     (directory / "chat_template.jinja").write_text(wanted, encoding="utf-8")
     told = [f"chat template: that of {tokenizer.template_source}, in chat_template.jinja"]
@@ -80,6 +80,14 @@ def _carry_template(tokenizer: ModelTokenizer, directory: Path) -> list[str]:
         if _remove(directory / name):
             told.append(f"left out: {name}, whose templates the run did not use")
     return told
+
+
+def _chat_template_in(directory: Path) -> str | None:
+    """As transformers finds it; None also where it cannot read the tokenizer, which is told at the end."""
+    try:
+        return load_tokenizer(ModelSettings(path=directory), "student").chat_template
+    except UserError:
+        return None
 
 
 def exported_template(tokenizer: ModelTokenizer) -> str | None:
@@ -122,8 +130,11 @@ def _carry_stop_tokens(tokenizer: ModelTokenizer, directory: Path) -> list[str]:
 
 def _differences(tokenizer: ModelTokenizer, directory: Path) -> list[str]:
     """What the directory, read as any model's is, does not do as the run did."""
-    written = load_tokenizer(ModelSettings(path=directory), tokenizer.role)
     without = "the run's prompts are its tokens only as the run made them"
+    try:
+        written = load_tokenizer(ModelSettings(path=directory), tokenizer.role)
+    except UserError as error:  # no reason to lose a model that is trained
+        return [f"warning: transformers does not read the tokenizer ({error}); {without}"]
     if set(written.stop_token_ids) != set(tokenizer.stop_token_ids):
         return [f"warning: stops on {list(written.stop_token_ids)}, not on {list(tokenizer.stop_token_ids)}"]
     if any(written.encode(text) != tokenizer.encode(text) for text in PROBES):

@@ -159,3 +159,11 @@ def test_what_others_would_do_in_another_way_is_told(
     settings = ModelSettings(path=model, system_prompt="be good")
     monkeypatch.setattr("megatron_sead.prompts.export.exported_template", lambda tokenizer: "{{ messages[0].content }}")
     assert "warning: the chat template writes other prompts than the run's" in export(settings)[1][-1]
+
+
+def test_a_directory_that_transformers_does_not_read_is_told_and_kept(model: Path) -> None:
+    settings = ModelSettings(path=model)
+    tokenizer = load_tokenizer(settings, "student")
+    (model / "tokenizer.json").write_text("{}")
+    told = carry_speech(tokenizer, settings, model)
+    assert "warning: transformers does not read the tokenizer" in told[-1] and "\n" not in told[-1]
