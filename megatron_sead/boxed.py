@@ -1,4 +1,14 @@
-r"""Where LaTeX solutions mark their answer: ``\boxed{...}``. Imports nothing; prompts and grading both read boxes."""
+r"""Where LaTeX solutions mark their answer: ``\boxed{...}``. Prompts and grading both read boxes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+# Without braces TeX boxes one token; writers mean the number, the letter or the rest of the formula.
+_BARE = re.compile(r"[-+]?\d(?:[\d.,/]*\d)?(?:\\?%)?|[A-Za-z](?=[\s$.,;]|\\[)\]]|$)|\\[a-zA-Z]+.*?(?=\$|\\[)\]]|\n|$)")
 
 
 def last_boxed(text: str) -> str | None:
@@ -8,29 +18,42 @@ def last_boxed(text: str) -> str | None:
 
 
 def boxed(text: str) -> list[str]:
-    r"""What every outermost ``\boxed{...}`` or ``\fbox{...}`` that closes holds, in order."""
+    r"""What every outermost box holds that closes, in order. ``\boxed 5`` and ``\boxed {5}`` hold 5 too."""
     contents: list[str] = []
-    place = 0
-    while True:
-        starts = [start for mark in (r"\boxed{", r"\fbox{") if (start := text.find(mark, place)) >= 0]
-        if not starts:
-            return contents
-        opening = text.index("{", min(starts))
-        closing = _closing_brace(text, opening)
-        if closing is not None:
-            contents.append(text[opening + 1 : closing])
-        place = opening + 1 if closing is None else closing
+    inside = 0
+    for start, end in _boxes(text):
+        if end is not None and start >= inside:
+            contents.append(text[start:end])
+            inside = end
+    return contents
 
 
-def _closing_brace(text: str, opening: int) -> int | None:
-    depth, escaped = 0, False
-    for i in range(opening, len(text)):
-        character = text[i]
-        if not escaped and character == "{":
-            depth += 1
-        elif not escaped and character == "}":
-            depth -= 1
-            if depth == 0:
-                return i
-        escaped = character == "\\" and not escaped
-    return None
+def box_cut_off(text: str) -> bool:
+    r"""Whether the text ends inside of its last box: what would have followed is not known."""
+    boxes = list(_boxes(text))
+    return bool(boxes) and boxes[-1][1] is None
+
+
+def _boxes(text: str) -> Iterator[tuple[int, int | None]]:
+    """Where each box's content starts, and where it ends, or None for one that never closes."""
+    closing = _closing_braces(text)
+    for mark in _BOX.finditer(text):
+        start = mark.end()
+        if start == len(text):
+            yield start, None
+        elif text[start] == "{":
+            yield start + 1, closing.get(start)
+        elif (bare := _BARE.match(text, start)) is not None:
+            yield start, bare.end()
+
+
+def _closing_braces(text: str) -> dict[int, int]:
+    r"""Which brace closes which; ``\{`` and ``\}`` are none."""
+    closing: dict[int, int] = {}
+    open_braces: list[int] = []
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            open_braces.append(brace.start())
+        elif brace[0] == "}" and open_braces:
+            closing[open_braces.pop()] = brace.start()
+    return closing

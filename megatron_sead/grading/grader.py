@@ -10,13 +10,14 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from megatron_sead.grading.answers import exactly_same, last_line, marked_answers, split_answers
+from megatron_sead.grading.answers import exactly_same, split_answers, split_choice, split_sequence
+from megatron_sead.grading.extraction import marked_answers, names_a_box, unmarked_answer
+from megatron_sead.grading.notation import without_unit
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-GRADER_VERSION = "1"  # goes up when a change of code or of Math-Verify changes verdicts: difficulties depend on it
-LONGEST_ANSWER = 1000  # characters; no benchmark's answer comes near, and a repeating model's box can
+GRADER_VERSION = "2"  # goes up when a change of code or of Math-Verify changes verdicts: difficulties depend on it
 
 
 class Grader:
@@ -43,11 +44,10 @@ class Grader:
             raise ValueError("no reference answer to grade against")
         given = marked_answers(response, count=len(answers))
         if not given:
-            return (
-                len(answers) == 1 and r"\boxed" not in response and bool(exactly_same(answers[0], last_line(response)))
-            )
+            return len(answers) == 1 and bool(exactly_same(answers[0], unmarked_answer(response)))
         if len(answers) == 1:
-            return self._same(answers[0], given[0])
+            exclaims = not names_a_box(response) and given[0].endswith("!")  # "The answer is 5!" may be 5, or 120
+            return (exclaims and self._same(answers[0], given[0].rstrip("!"))) or self._same(answers[0], given[0])
         parts = [part for answer in given for part in split_answers(answer)]
         if len(parts) == len(answers):
             return self._same_set(list(answers), parts)
@@ -102,11 +102,21 @@ class Grader:
 
     def _same(self, reference: str, given: str) -> bool:
         exact = exactly_same(reference, given)
-        if exact is not None or len(given) > LONGEST_ANSWER:
-            return bool(exact)
+        if exact is not None:
+            return exact
+        asked, chosen = split_choice(reference), split_choice(given)
+        if (asked and asked[1]) or (chosen and chosen[1]):  # the value behind a letter counts
+            return self._same((asked and asked[1]) or reference, (chosen and chosen[1]) or given)
+        sequence, given_sequence = split_sequence(reference), split_sequence(given)
+        if sequence or given_sequence:
+            return self._same_sequence(sequence or [], given_sequence or [])
         if (reference, given) not in self._verdicts:
             self._verdicts[reference, given] = self._ask_worker(reference, given)
         return self._verdicts[reference, given]
+
+    def _same_sequence(self, references: list[str], given: list[str]) -> bool:
+        """Lists that dots abbreviate, part by part; a single part is text, whose equality is not found here."""
+        return 1 < len(references) == len(given) and all(map(self._same, references, given))
 
     def _ask_worker(self, reference: str, given: str) -> bool:
         if self._worker is not None and self._worker.poll() is not None:
@@ -116,7 +126,11 @@ class Grader:
         stdin, stdout = self._worker.stdin, self._worker.stdout
         assert stdin is not None
         assert stdout is not None
-        request = {"reference": _bare(reference), "given": _bare(given), "seconds": self._timeout_seconds}
+        request = {
+            "reference": without_unit(reference),
+            "given": without_unit(given),
+            "seconds": self._timeout_seconds,
+        }
         try:
             stdin.write(json.dumps(request) + "\n")
             stdin.flush()
@@ -127,11 +141,6 @@ class Grader:
             self.close()
             return False
         return verdict == "true\n"
-
-
-def _bare(answer: str) -> str:
-    """Without the dollar signs around it: inside of a box, Math-Verify would see them as text."""
-    return answer.strip().strip("$").strip()
 
 
 def _start_worker() -> subprocess.Popen[str]:

@@ -12,7 +12,8 @@ import pytest
 
 from megatron_sead.config import PromptSettings
 from megatron_sead.grading import Grader
-from megatron_sead.grading.answers import integer, marked_answers, split_answers
+from megatron_sead.grading.answers import integer, split_answers
+from megatron_sead.grading.extraction import marked_answers
 from megatron_sead.prompts.answers import reference_answers
 from megatron_sead.prompts.rows import read_rows
 
@@ -82,9 +83,11 @@ def test_an_answer_that_is_asked_for_twice_must_come_twice(grader: Grader) -> No
     assert not grader.grade(r"\boxed{1, 2}", ["1", "1"])
 
 
-def test_integers_need_no_worker() -> None:
+def test_numerals_need_no_worker() -> None:
     with Grader() as grader:
         assert grader.grade(r"\boxed{1,234}", ["1234"])
+        assert grader.grade(r"\boxed{\frac12}", ["0.5"])
+        assert not grader.grade(r"\boxed{0.333}", ["1/3"])
         assert not grader.grade(r"\boxed{1235}", ["1234"])
         assert not grader.grade("no idea", ["1/2"])  # no mark, no algebra
         assert grader._worker is None
@@ -95,25 +98,25 @@ def test_integers_need_no_worker() -> None:
 )
 def test_hostile_answers_are_wrong_in_time_and_grading_goes_on(hostile: str) -> None:
     with Grader(timeout_seconds=1.0) as grader:
-        assert grader.grade(r"\boxed{\frac12}", ["0.5"])  # the worker is up
+        assert grader.grade(r"\boxed{x+x}", ["2x"])  # the worker is up
         started = time.monotonic()
         assert not grader.grade(rf"\boxed{{{hostile}}}", [r"\frac{1}{3}"])
         assert time.monotonic() - started < 5
-        assert grader.grade(r"\boxed{\frac13}", [r"1/3"])
+        assert grader.grade(r"\boxed{x+x+x}", ["3x"])
 
 
 def test_a_dead_worker_is_replaced() -> None:
     with Grader() as grader:
-        assert grader.grade(r"\boxed{\frac12}", ["0.5"])
+        assert grader.grade(r"\boxed{x+x}", ["2x"])
         assert grader._worker is not None
         os.kill(grader._worker.pid, signal.SIGKILL)
         grader._worker.wait()
-        assert grader.grade(r"\boxed{\frac14}", ["0.25"])
+        assert grader.grade(r"\boxed{x+x+x}", ["3x"])
 
 
 def test_closing_ends_the_process() -> None:
     grader = Grader()
-    grader.grade(r"\boxed{\frac12}", ["0.5"])
+    grader.grade(r"\boxed{x+x}", ["2x"])
     worker = grader._worker
     assert worker is not None
     grader.close()
