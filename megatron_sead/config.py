@@ -256,7 +256,7 @@ class GradingSettings(Settings):
     """Is this answer right."""
 
     timeout_seconds: float = Field(
-        5.0, gt=0, description="a comparison that takes longer is killed and counts as wrong"
+        5.0, gt=0, description="processor time; a comparison that takes longer is killed and counts as wrong"
     )
 
 

@@ -38,6 +38,7 @@ from sympy import (
     Ne,
     Pow,
     Rational,
+    S,
     Set,
     StrictGreaterThan,
     StrictLessThan,
@@ -48,7 +49,6 @@ from sympy import (
     ceiling,
     factorial,
     floor,
-    im,
     nan,
     oo,
     simplify,
@@ -61,6 +61,7 @@ from sympy.core.relational import Relational
 DIGITS = 2000
 _NORMALIZATION = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
 _MISREAD = re.compile(r"\d\)?\s*\}?_|\\[lc]?dots|\.\.\.|\d\s+\d")  # a numeral's base, what dots stand for, 1 2 as 1 + 2
+_LABELLED = re.compile(r"[a-zA-Z\\][^=<>+*/^-]*=([^=]+)")
 _COORDINATES = {"x", "y", "z"}
 _REAL = tuple(Rational(*pair) for pair in ((7, 3), (13, 11), (5, 17), (-9, 7), (4, 1), (19, 2), (-6, 1)))
 _NATURAL = tuple(Rational(n) for n in (5, 9, 14, 20, 27, 6, 11, 13, 22, 34, 2, 1))
@@ -71,7 +72,7 @@ def same(reference: str, given: str) -> bool:
     if any(_MISREAD.search(text) for text in (reference, given)):
         return False
     is_real = not (should_treat_as_complex(reference) or should_treat_as_complex(given))
-    gold, answer = _read(reference, is_real), _read(given, is_real)
+    gold, answer = _read(reference, is_real), _read_or_right_side(given, is_real)
     if isinstance(answer, FiniteSet) and re.search(r"\bor\b", given) and all(map(_is_inequality, answer.args)):
         answer = Union(*map(_solutions, answer.args))
     return _same(gold, answer)
@@ -87,6 +88,17 @@ def _read(latex: str, is_real: bool) -> Any:
             conversion_config=ConversionConfig(lowercase_symbols=False),
         )
     )
+
+
+def _read_or_right_side(latex: str, is_real: bool) -> Any:
+    """What stands behind a label that the parser does not know, as in f'(2) = 5."""
+    try:
+        return _read(latex, is_real)
+    except Exception:  # whatever the parser raises
+        labelled = _LABELLED.fullmatch(latex)
+        if labelled is None:
+            raise
+        return _read(labelled[1], is_real)
 
 
 def _exact(value: Any) -> Any:
@@ -110,6 +122,8 @@ def _same(gold: Any, answer: Any) -> bool:
         if gold.free_symbols and answer.free_symbols and gold.free_symbols != answer.free_symbols:
             return False
         gold, answer = _solutions(gold), _solutions(answer)
+        if S.EmptySet in (gold, answer):  # [3, 1] and 3 < x < 1, whatever was meant
+            return False
     if isinstance(gold, Relational) and isinstance(answer, Relational):
         return _same_inequality(gold, answer)
     if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
@@ -151,16 +165,16 @@ def _last_side(sides: list[Any]) -> Any:
 
 
 def _is_name(side: Any) -> bool:
-    r"""Whether a left side names a quantity: x, AB, a/b, f(2), \sin A, (x, y), m + n. Not the equation of a curve."""
+    r"""Whether a left side names a quantity: x, f(2), AB, a/b, \sin A, m + n, (x, y). Not x + y or xy, a curve's."""
     if isinstance(side, Symbol | AppliedUndef | Derivative):
         return True
-    if isinstance(side, Interval):  # a pair (x, y)
+    if isinstance(side, Interval | Tuple):  # a pair (x, y)
         return all(map(_is_name, side.args[:2]))
-    if isinstance(side, Add):
-        return all(term.is_Symbol and term.name not in _COORDINATES for term in side.args)
     if isinstance(side, Pow):
-        return side.exp == -1 and _is_name(side.base)
-    return isinstance(side, Mul | Function | Tuple) and all(map(_is_name, side.args))
+        parts = [side.base] if side.exp == -1 else []
+    else:
+        parts = list(side.args) if isinstance(side, Add | Mul | Function) else []
+    return bool(parts) and all(map(_is_name, parts)) and not _COORDINATES & set(map(str, side.free_symbols))
 
 
 def _solutions(value: Any) -> Any:
@@ -215,7 +229,7 @@ def _same_inequality(gold: Relational, answer: Relational) -> bool:
 
 def _same_expression(gold: Expr, answer: Expr) -> bool:
     gold, answer = gold.doit(), answer.doit()
-    if not (gold.is_finite is not False and answer.is_finite is not False):
+    if gold.has(oo, -oo, zoo, nan) or answer.has(oo, -oo, zoo, nan):
         return gold == answer and gold in (oo, -oo)
     if gold == answer:
         return True
@@ -250,16 +264,20 @@ def _same_at(gold: Expr, answer: Expr, is_real: bool) -> bool | None:
         return None
     if _is_zero(gold - answer):
         return True
-    outside = is_real and not _is_zero(im(gold)) and not _is_zero(im(answer))
-    return None if outside else False
+    return None if is_real and not _is_real(gold) and not _is_real(answer) else False
 
 
 def _is_zero(number: Expr) -> bool:
     """Whether a number is zero to `DIGITS` digits: sympy takes more of them until one is not zero."""
-    value = number.evalf(5, maxn=DIGITS)
-    if not value.is_Number and not all(part.is_Number for part in value.as_real_imag()):
+    parts = number.evalf(5, maxn=DIGITS).as_real_imag()
+    if not all(part.is_Number for part in parts):
         return bool(simplify(number) == 0)
-    return all(part == 0 or part._prec == 1 for part in value.as_real_imag())
+    return all(part == 0 or part._prec == 1 for part in parts)
+
+
+def _is_real(number: Expr) -> bool:
+    imaginary = number.evalf(5, maxn=DIGITS).as_real_imag()[1]
+    return bool(imaginary == 0 or (imaginary.is_Number and imaginary._prec == 1))
 
 
 def _same_list(gold: Any, answer: Any) -> bool:

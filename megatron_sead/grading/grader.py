@@ -26,7 +26,7 @@ class Grader:
     It is a fresh interpreter, not a fork, so that threads, process groups and devices of this one do not matter.
 
     Args:
-        timeout_seconds: a comparison that takes longer counts as wrong, and its process is replaced.
+        timeout_seconds: of processor time; a comparison that takes longer counts as wrong, and its process is replaced.
     """
 
     def __init__(self, timeout_seconds: float = 5.0) -> None:

@@ -11,7 +11,7 @@ from megatron_sead.grading import Grader
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
-    with Grader(timeout_seconds=20.0) as grader:
+    with Grader() as grader:
         yield grader
 
 
@@ -20,44 +20,59 @@ def boxes(*answers: str) -> list[str]:
 
 
 MARKDOWN = [
-    "**Answer**: 42", "**Answer:** 42", "**Answer: 42**", "The answer is **42**.", "The answer is __42__", "The answer is *42*",
-    "The answer is ***42***.", "The answer is `42`.", "#### **42**", "#### 42.", "## Answer: 42", "### Answer\n\n**42**",
-    "### Final Answer\n42", "#### Final Answer: 42", "#### Final Answer\n42", "**Final Answer:** $42$", "> **Answer:** 42",
-    "**Final Answer**\n\n42", "- **Answer:** 42", "* **Answer:** 42", "**The answer is: 42**", "**The final answer is 42.**",
-    "so it is **73**.\n---\n✅ Final Answer: **42**", "**42**", "**Final Answer**\n\n$$\\boxed{42}$$", "Answer: **$42$**",
+    "**Answer**: 42", "**Answer:** 42", "**Answer: 42**", "The answer is **42**.", "The answer is __42__",
+    "The answer is *42*",
+    "The answer is ***42***.", "The answer is `42`.", "#### **42**", "#### 42.", "## Answer: 42",
+    "### Answer\n\n**42**",
+    "### Final Answer\n42", "#### Final Answer: 42", "#### Final Answer\n42", "**Final Answer:** $42$",
+    "> **Answer:** 42",
+    "**Final Answer**\n\n42", "- **Answer:** 42", "* **Answer:** 42", "**The answer is: 42**",
+    "**The final answer is 42.**",
+    "so it is **73**.\n---\n✅ Final Answer: **42**", "**42**", "**Final Answer**\n\n$$\\boxed{42}$$",
+    "Answer: **$42$**",
     "The answer is **42**, because **6** times **7** is **42**.",
 ]  # fmt: skip
 PROSE = [
     "Answer:\n42", "Answer:\n\n$$42$$", "Answer - 42", "ANSWER: 42", "ANSWER IS 42", "final answer 42", "Answer = 42",
     "The answer should be 42", "The answer would be 42.", "the answer is therefore 42.", "The correct answer is 42.",
     "The answer equals 42", "The answer is equal to 42.", "The answer to the problem is 42.", "The answer must be 42.",
-    "The answer to this question is therefore 42.", "The answer is \\(42\\).", "The answer is\n\\[\n42\n\\]", "\\[42\\]",
+    "The answer to this question is therefore 42.", "The answer is \\(42\\).", "The answer is\n\\[\n42\n\\]",
+    "\\[42\\]",
     "The final answer is: $42$. I hope it is correct.", "The answer is 42.\n\nI hope this answer is helpful.",
-    "The answer is 42. This answer is correct.", "The answer is 42. Let me double check: 6*7 = 42.", "<answer>42</answer>",
+    "The answer is 42. This answer is correct.", "The answer is 42. Let me double check: 6*7 = 42.",
+    "<answer>42</answer>",
     "The answer is 42, since 6*7=42.", "The answer is 42 because 6*7=42.", "The answer is 42 (since 6*7=42).",
     "The answer is 42, so we are done.", "The answer is 42, which is what we wanted.", "The answer is 42 — done.",
     "The answer is 42 - as we computed.", "The answer is 42 and I am sure of it.", "The answer is 42: we checked.",
-    "The answer is 42!", "The answer is 42?", "The answer is 42;", "The answer is 42。", "The answer is：42", "答案是42。",
-    "The answer is x = 42.", "The answer is 42 apples.", "The answer is $42 dollars.", "The answer is \\$42.", "#### $42",
+    "The answer is 42!", "The answer is 42?", "The answer is 42;", "The answer is 42。", "The answer is：42",
+    "答案是42。",
+    "The answer is x = 42.", "The answer is 42 apples.", "The answer is $42 dollars.", "The answer is \\$42.",
+    "#### $42",
     "The answer is 42 m.", "The answer is 42 square units.", "The answer is 42 dollars per hour.", "#### 42 apples",
     "The answer is \"42\".", "Answer: 42 ✅", "Answer: 42 <|im_end|>", "The answer is 42</s>", "Answer: (42)", "42.",
     "Answer: 41. No wait, the answer is 42.", "<think>the answer is 41</think>\nThe answer is 42",
     r"<think>\boxed{41}</think> \boxed{42}",
 ]  # fmt: skip
 BOXES = [
-    r"\boxed 42", r"\boxed {42}", "\\boxed\n{42}", r"\boxed42", r"$\boxed 42$.", r"\fbox 42", r"\fbox {42}", r"\framebox{42}",
-    r"\boxed{\text{42}}", r"\boxed{\boxed{42}}", r"\boxed{\mathbf{42}}", r"\boxed{**42**}", r"\boxed{$42$}", r"\boxed{{42}}",
+    r"\boxed 42", r"\boxed {42}", "\\boxed\n{42}", r"\boxed42", r"$\boxed 42$.", r"\fbox 42", r"\fbox {42}",
+    r"\framebox{42}",
+    r"\boxed{\text{42}}", r"\boxed{\boxed{42}}", r"\boxed{\mathbf{42}}", r"\boxed{**42**}", r"\boxed{$42$}",
+    r"\boxed{{42}}",
     r"\boxed{\(42\)}", r"\boxed{\displaystyle 42}", r"\boxed{\color{red}{42}}", r"\boxed{\textcolor{red}{42}}",
-    r"\boxed{４２}", r"\boxed{+42}", r"\boxed{42.}", r"\boxed{42\ }", r"\boxed{~42\,}", r"\boxed{x = 42}", r"\boxed{f(2)=42}",
+    r"\boxed{４２}", r"\boxed{+42}", r"\boxed{42.}", r"\boxed{42\ }", r"\boxed{~42\,}", r"\boxed{x = 42}",
+    r"\boxed{f(2)=42}",
     r"\boxed{AB = 42}", r"\boxed{\angle A = 42^\circ}", r"\boxed{a_5 = 42}", r"\boxed{m+n=42}", r"\boxed{40+2=42}",
-    r"\boxed{\text{The answer is } 42}", r"\boxed{x \approx 42}", r"\boxed{\approx 42}", r"\boxed{\$42}", r"\boxed{€42}",
-    r"\boxed{42\%}", r"\boxed{42°}", r"\boxed{42 cm}", r"\boxed{42cm}", r"\boxed{42\text{ cm}^2}", r"\boxed{42~\text{cm}}",
+    r"\boxed{\text{The answer is } 42}", r"\boxed{x \approx 42}", r"\boxed{\approx 42}", r"\boxed{\$42}",
+    r"\boxed{€42}",
+    r"\boxed{42\%}", r"\boxed{42°}", r"\boxed{42 cm}", r"\boxed{42cm}", r"\boxed{42\text{ cm}^2}",
+    r"\boxed{42~\text{cm}}",
     r"\boxed{42 \, \mathrm{m/s}}", r"\boxed{42 \mbox{ inches}^2}", r"\boxed{42 people}", r"\boxed{42\text{ people}}",
     r"First \boxed{5}. Actually \boxed{42}.", r"\boxed{42}! I hope this answer helps.",
 ]  # fmt: skip
 CHOICES = [
     *boxes(
-        r"\textbf{(C) }24", r"\textbf{(C)}\ 24", r"\mathbf{(C)}\, 24", r"\text{(C) }24", "(C) 24", "C) 24", "C. 24", "(C)~24",
+        r"\textbf{(C) }24", r"\textbf{(C)}\ 24", r"\mathbf{(C)}\, 24", r"\text{(C) }24", "(C) 24", "C) 24", "C. 24",
+        "(C)~24",
         r"24 \text{ (C)}", r"(\text{C})\ 24", r"\text{C. }24",
     ),
     "The answer is **(C) 24**.", "The answer is C) 24.", r"The answer is $\textbf{(C) }24$.",
@@ -86,13 +101,16 @@ def test_a_choice_is_right_by_its_letter_and_by_its_value(grader: Grader, respon
             "C",
             [
                 *boxes("C", "(C)", "C.", r"\text{C}", r"\textbf{C}", r"\text{Option C}", "C: twenty-four"),
-                "The answer is C.", "The answer is (C).", "**Answer: C**", "The answer is **(C)**", "The answer is option C.",
-                "The correct option is C.", "The correct choice is (C).", "The answer is C, because A is wrong.", "(C)", "C.",
+                "The answer is C.", "The answer is (C).", "**Answer: C**", "The answer is **(C)**",
+                "The answer is option C.",
+                "The correct option is C.", "The correct choice is (C).", "The answer is C, because A is wrong.",
+                "(C)", "C.",
                 "The answer is C, not B.",
             ],
         ),
         (r"\textbf{(C) }24", boxes("C", "24", "(C) 24", r"\text{C}")),
-        ("true", [*boxes("True", r"\text{True}", "TRUE", "true.", r"\mathrm{True}", "Yes"), "The answer is True.", "True"]),
+        ("true", [*boxes("True", r"\text{True}", "TRUE", "true.", r"\mathrm{True}", "Yes"), "The answer is True.",
+          "True"]),
         ("Yes", boxes("yes", r"\text{Yes}", "YES", r"\text{yes}.")),
         (r"\text{Evelyn}", boxes("Evelyn", r"\text{evelyn}", r"\textbf{Evelyn}")),
         (r"\text{no solution}", boxes("No solution", r"\text{No solution}")),
@@ -107,7 +125,8 @@ def test_letters_and_words(grader: Grader, reference: str, responses: list[str])
 @pytest.mark.parametrize(
     ("reference", "given"),
     [
-        ("1/3", [r"0.\overline{3}", r"0.\bar{3}", r"0.\dot{3}", "0.(3)", "0.333...", r"0.333\ldots", r"\frac13", "⅓", r"{1\over 3}"]),
+        ("1/3", [r"0.\overline{3}", r"0.\bar{3}", r"0.\dot{3}", "0.(3)", "0.333...", r"0.333\ldots", r"\frac13", "⅓",
+          r"{1\over 3}"]),
         (r"0.\overline{3}", ["1/3", r"\frac{1}{3}"]),
         (r"\frac{1}{6}", [r"0.1\overline{6}", "0.1(6)", "0.1666..."]),
         (r"\frac{1}{7}", [r"0.\overline{142857}", "0.142857142857...", r"0.\dot{1}4285\dot{7}"]),
