@@ -18,6 +18,10 @@ PolicyName = Literal[
     "sead", "opd", "forward_kl", "annealing", "zones", "eopd", "tip_entropy", "tip_soft_or", "random_half"
 ]
 
+# What a checkpoint keeps a fingerprint of; all but the prompts' and rollouts' files are of both models
+InputName = Literal[
+    "student", "teacher", "tokenizer", "templates", "prompts", "evaluation", "rollouts", "engine", "grader"
+]
 
 ZONE_POLICIES = ("sead", "zones")  # the others weigh tokens without knowing their zones
 
@@ -239,6 +243,9 @@ class CheckpointSettings(Settings):
 
     interval: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="checkpoints that stay on disk")
+    allow_changed_inputs: list[InputName] = Field(
+        [], description="inputs that may differ from those of the checkpoint that a run is resumed from"
+    )
 
 
 class EvaluationSettings(Settings):

@@ -56,11 +56,12 @@ def find_damage(directory: Path, manifest: Manifest, group: dist.ProcessGroup) -
     every rank; the ranks share the reading."""
     mine = None
     for name in sorted(manifest.files)[dist.get_rank(group) :: dist.get_world_size(group)]:
-        mine = mine or _compare(directory / name, *manifest.files[name])
+        mine = mine or compare_file(directory / name, *manifest.files[name])
     return next((problem for problem in from_all_ranks(mine, group) if problem), None)
 
 
-def _compare(path: Path, size: int, crc: int) -> str | None:
+def compare_file(path: Path, size: int, crc: int) -> str | None:
+    """Why a file is not the one of this size and checksum, in words; None: it is."""
     try:
         found = path.stat().st_size
         if found != size:

@@ -1,12 +1,14 @@
 """Saving a run and continuing it: weights, optimizer, schedule, generators, and the run's own state.
 
 A checkpoint is a folder ``step-00000050`` of Megatron-Core's ``torch_dist`` format, readable under any layout, with
-``run_state.pt`` (plain values) and ``manifest.json``. It is written as ``.step-00000050`` and renamed when whole, so
-a folder with a checkpoint's name is whole unless something happened to it since; that is checked before it is read.
+``run_state.pt`` (plain values), ``inputs.json`` (fingerprints) and ``manifest.json``. It is written as
+``.step-00000050`` and renamed when whole, so a folder with a checkpoint's name is whole unless something happened to
+it since; that is checked before it is read.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import queue
 import re
@@ -25,6 +27,7 @@ from megatron_sead.checkpoints.manifest import (
     STEP,
     Damage,
     Manifest,
+    compare_file,
     describe_files,
     find_damage,
     from_all_ranks,
@@ -41,6 +44,7 @@ from megatron_sead.models.parallel import ParallelContext
 log = logging.getLogger(__name__)
 
 STATE_FILE = "run_state.pt"
+INPUTS_FILE = "inputs.json"
 
 
 class CheckpointStore:
@@ -57,13 +61,22 @@ class CheckpointStore:
         self.parallel = parallel
         self.damaged: set[str] = set()  # names, known since `load_latest`
 
-    def save(self, step: int, chunks: list[Any], optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        chunks: list[Any],
+        optimizer: Any,
+        scheduler: Any,
+        state: dict[str, Any],
+        inputs: dict[str, Any],
+    ) -> None:
         """Write a checkpoint; then delete all but the newest `keep`, and what `load_latest` found damaged.
 
         Args:
             step: steps done.
             chunks: this rank's model chunks, without DDP.
             state: numbers, strings, tensors, in lists, tuples and dictionaries. The first rank's is written.
+            inputs: JSON, what the run computes from, for `recorded_inputs`. The first rank's is written.
 
         Raises:
             UserError: the disk is full or refuses.
@@ -85,6 +98,7 @@ class CheckpointStore:
         plain = {"state": state, "scheduler": scheduler.state_dict()}
         generators = from_all_ranks(random_state(), self.parallel.control)
         self._on_first_rank(lambda: torch.save(plain | {"generators": generators}, temporary / STATE_FILE))
+        self._on_first_rank(lambda: (temporary / INPUTS_FILE).write_text(json.dumps(inputs), encoding="utf-8"))
         files = describe_files(temporary, self.parallel.control)
         manifest = Manifest(step, megatron.core.__version__, _layout(self.parallel), files)
         self._on_first_rank(lambda: self._finish(temporary, manifest))
@@ -119,6 +133,14 @@ class CheckpointStore:
             restore_random_state(plain["generators"][self.parallel.rank])
         self._log("loaded checkpoint %s", path)
         return plain["state"]
+
+    def recorded_inputs(self) -> tuple[str, dict[str, Any] | None]:
+        """Name and inputs of the newest checkpoint whose inputs can be read; no tensor is. None: there is none, or it
+        is older than they are."""
+        found: tuple[str, dict[str, Any] | None] = ("", None)
+        if self.parallel.rank == 0:
+            found = next(filter(None, (_read_inputs(self.directory / name) for name in self._names()[0])), found)
+        return from_first_rank(found, self.parallel.control)
 
     def _newest_whole(self) -> tuple[Path, Manifest] | None:
         """On every rank the same: the first rank looks and reads manifests, all ranks read the files."""
@@ -221,6 +243,23 @@ def _try_manifest(path: Path) -> tuple[Manifest | None, str | None]:
         return read_manifest(path), None
     except Damage as damage:
         return None, str(damage)
+
+
+def _read_inputs(path: Path) -> tuple[str, dict[str, Any] | None] | None:
+    """None: damaged."""
+    manifest, _ = _try_manifest(path)
+    if manifest is None:
+        return None
+    if INPUTS_FILE not in manifest.files:
+        log.info("checkpoint %s holds no inputs to compare: they are taken to be the same", path)
+        return path.name, None
+    if compare_file(path / INPUTS_FILE, *manifest.files[INPUTS_FILE]) is not None:
+        return None
+    try:
+        inputs = json.loads((path / INPUTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return (path.name, inputs) if isinstance(inputs, dict) else None
 
 
 def _refuse_newer_megatron(path: Path, manifest: Manifest) -> None:

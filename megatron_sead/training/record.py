@@ -47,9 +47,17 @@ def record_step(
 def save(run: Run) -> None:
     """A checkpoint of everything that the next step depends on. Collective."""
     run.state.seconds, run.started = run.seconds(), time.perf_counter()
+    run.state.probe_tokens = run.probe
     run.state.probe_log_probs = trained_log_probs(run)[0].tolist()
     learner = run.learner
-    run.store.save(run.state.step, run.student_chunks, learner.optimizer, learner.scheduler, run.state_dict())
+    run.store.save(
+        run.state.step,
+        run.student_chunks,
+        learner.optimizer,
+        learner.scheduler,
+        run.state_dict(),
+        run.inputs.record,
+    )
 
 
 def _record_rollouts(run: Run, step: int, rollouts: list[Rollout], correct: list[bool], result: StepResult) -> None:

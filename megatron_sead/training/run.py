@@ -22,6 +22,7 @@ from megatron_sead.prompts import MicroBatch, ModelTokenizer, Prompt, pack
 from megatron_sead.reporting.metrics import MetricsWriter
 from megatron_sead.reporting.progress import StepProgress
 from megatron_sead.rollouts import GenerationRequest, Rollout, RolloutEngine
+from megatron_sead.training.inputs import Inputs
 from megatron_sead.training.interrupt import InterruptFlag
 from megatron_sead.training.step import Learner
 
@@ -33,7 +34,9 @@ class Progress:
     step: int = 0  # steps done, and the number of the next one: steps count from 0
     seconds: float = 0.0  # over all starts of the run
     accuracy_before: dict[str, Any] | None = None
+    probe_tokens: list[int] = field(default_factory=list)  # of the run's first prompts, whatever they are now
     probe_log_probs: list[float] = field(default_factory=list)  # of the student as saved
+    changed_inputs: list[str] = field(default_factory=list)  # since the run began, by consent
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Run:
     interrupt: InterruptFlag
     state: Progress
     probe: list[int]
+    inputs: Inputs
     started: float
 
     def __post_init__(self) -> None:
@@ -169,6 +173,7 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.state = Progress(**state["progress"])
+        self.probe = self.state.probe_tokens or self.probe
         self.curriculum.load_state_dict(state["curriculum"])
         self.competence.load_state_dict(state["competence"])
         self.learner.supervisor.load_state_dict(state["supervisor"])

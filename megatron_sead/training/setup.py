@@ -24,6 +24,7 @@ from megatron_sead.reporting.metrics import MetricsWriter
 from megatron_sead.rollouts import make_engine
 from megatron_sead.training.heldout import evaluate_directory
 from megatron_sead.training.identity import check_engine, check_models, probe_tokens
+from megatron_sead.training.inputs import settle_inputs
 from megatron_sead.training.interrupt import InterruptFlag
 from megatron_sead.training.optimizer import build_optimizer
 from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
@@ -59,6 +60,8 @@ def prepare(config: RunConfig) -> Iterator[Run]:
                 log.warning("%s", line)
         prompts = _load_prompts(config, student, teacher)
         heldout = _load_heldout(config, student, teacher)
+        store = CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel)
+        inputs = settle_inputs(config, (student, teacher), prompts, heldout, store, parallel.control)
         learner, chunks = _build_learner(config, student, teacher, parallel)
         run = Run(
             config=config,
@@ -82,12 +85,13 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             grader=stack.enter_context(Grader(config.grading.timeout_seconds)),
             curriculum=_build_curriculum(config, prompts),
             competence=CompetenceTracker(smoothing=config.annealing.smoothing, target=config.annealing.target),
-            store=CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel),
+            store=store,
             writer=None,
             console=console,
             interrupt=InterruptFlag(),
             state=Progress(),
             probe=probe_tokens(config.student.path, [p.student_token_ids for p in prompts]),
+            inputs=inputs,
             started=started,
         )
         _begin_or_resume(run)
@@ -179,6 +183,7 @@ def _begin_or_resume(run: Run) -> None:
         check_models(run, fresh=True)
     else:
         run.load_state_dict(restored)
+        run.state.changed_inputs += [f"step {run.state.step}: {text}" for text in run.inputs.changes]
         log.info("continuing at step %d", run.state.step)
         check_models(run, fresh=False)
     run.load_engine()
@@ -188,6 +193,6 @@ def _begin_or_resume(run: Run) -> None:
         temporary = run.config.output / "config.yaml.tmp"  # a full disk must not cut the one that is there
         temporary.write_text(dump_config(run.config), encoding="utf-8")
         os.replace(temporary, run.config.output / "config.yaml")
-    if restored is None:
+    if restored is None or run.inputs.heldout_changed:
         run.state.accuracy_before = evaluate_directory(run, run.config.student.path, run.tokenizer)
     torch.distributed.barrier(run.parallel.control)

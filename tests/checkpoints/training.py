@@ -85,7 +85,7 @@ def train(
                 trained.weights.append(whole if parallel.rank == 0 else {})
                 trained.draws += _draw()
                 if step + 1 in save_after:
-                    store.save(step + 1, chunks, optimizer, scheduler, {"step": step + 1, "seen": [("a", 0.5)]})
+                    store.save(step + 1, chunks, optimizer, scheduler, {"step": step + 1, "seen": [("a", 0.5)]}, {})
     finally:
         destroy_parallel(keep_world=True)
     return trained

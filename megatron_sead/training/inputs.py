@@ -1,0 +1,236 @@
+"""What a run computes from: a fingerprint of every input, which its checkpoints keep.
+
+A resumed run is exact only with the inputs that it began with, and most changes would show nowhere: other answers,
+a row more, a template with another line. So a resume compares, before any model is built, and names what has changed.
+What is compared is what computing depends on, not files: the prompts as token ids, not their text; the tensors of a
+model, not how they are shared out among files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from base64 import b64encode
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_sead.checkpoints import CheckpointStore
+from megatron_sead.checkpoints.manifest import checksum, from_first_rank
+from megatron_sead.checkpoints.weight_checksums import weight_checksums
+from megatron_sead.config import RunConfig
+from megatron_sead.errors import UserError
+from megatron_sead.grading import GRADER_VERSION
+from megatron_sead.models.builder import read_hf_config
+from megatron_sead.models.olmo3.config import olmo3_fields
+from megatron_sead.prompts import ModelTokenizer, Prompt
+from megatron_sead.rollouts import record_path
+from megatron_sead.training.input_changes import CHECKSUM, Fingerprint, differences
+
+log = logging.getLogger(__name__)
+
+GRADING_PACKAGES = ("math-verify", "latex2sympy2-extended", "sympy")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of this start of a run."""
+
+    record: Fingerprint  # goes into its checkpoints
+    changes: list[str]  # since the newest checkpoint, in words: those that checkpoints.allow_changed_inputs allows
+    heldout_changed: bool  # accuracy before the run was measured on other prompts, or in another way
+
+
+def settle_inputs(
+    config: RunConfig,
+    tokenizers: tuple[ModelTokenizer, ModelTokenizer],
+    prompts: list[Prompt],
+    heldout: list[Prompt],
+    store: CheckpointStore,
+    group: dist.ProcessGroup,
+) -> Inputs:
+    """Take the fingerprint of everything, and compare it with the newest checkpoint's, if there is one. Collective.
+
+    What costs nothing is compared first, then the weights. Other settings of the evaluation are no change of its
+    file: `MAY_CHANGE_ON_RESUME` lists them, and the initial student is measured again.
+
+    Args:
+        tokenizers: student's and teacher's.
+        group: gloo, all ranks.
+
+    Raises:
+        UserError: on every rank: inputs have changed that checkpoints.allow_changed_inputs does not name; says which,
+            where they are, and how they differ.
+    """
+    now = _on_first_rank(lambda: fingerprint(config, *tokenizers, prompts, heldout), group)
+    name, then = store.recorded_inputs()
+    same_evaluation = True
+    if then is not None:
+        same_evaluation = then.get("evaluation") == now.get("evaluation")
+        cheap = then | {role: {"config": then.get(role, {}).get("config", {})} for role in ("student", "teacher")}
+        _on_first_rank(lambda: _compare(config, name, cheap, now, prompts, heldout), group)
+    for role in ("student", "teacher"):
+        now[role]["weights"] = weight_checksums(getattr(config, role).path, group)
+    changes: list[str] = []
+    if then is not None:
+        changes = _on_first_rank(lambda: _compare(config, name, then, now, prompts, heldout), group)
+        if dist.get_rank(group) == 0:
+            for text in changes:
+                log.warning("checkpoints.allow_changed_inputs: continuing %s with other inputs: %s", name, text)
+    return Inputs(now, changes, not same_evaluation)
+
+
+def _on_first_rank(action: Callable[[], Any], group: dist.ProcessGroup) -> Any:
+    """What it returns there, or the UserError that it raises there, on every rank."""
+    outcome = None
+    if dist.get_rank(group) == 0:
+        try:
+            outcome = action()
+        except UserError as error:
+            outcome = error
+    outcome = from_first_rank(outcome, group)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
+
+
+def _compare(
+    config: RunConfig, name: str, then: Fingerprint, now: Fingerprint, prompts: list[Prompt], heldout: list[Prompt]
+) -> list[str]:
+    """The changes that are allowed, in words; raises UserError for those that are not."""
+    try:
+        if then.get("evaluation", {}).get("settings") != now.get("evaluation", {}).get("settings"):
+            then = {key: value for key, value in then.items() if key != "evaluation"}
+        changed = differences(then, now, prompts, heldout)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        raise UserError(f"{config.output}: the inputs that checkpoint {name} names cannot be read") from None
+    if (text := changed.pop("software", None)) is not None:
+        log.info("%s: %s since checkpoint %s", config.output, text, name)
+    where = _places(config)
+    texts = {key: f"{key} ({where[key]}): {text}" for key, text in changed.items()}
+    refused = [key for key in texts if key not in config.checkpoints.allow_changed_inputs]
+    if refused:
+        allowed = [*config.checkpoints.allow_changed_inputs, *refused]
+        raise UserError(
+            f"output={config.output}: inputs are not those of checkpoint {name}: "
+            f"{'; '.join(texts[key] for key in refused)}; bring them back, or go on with what is there now by "
+            f"checkpoints.allow_changed_inputs='[{', '.join(allowed)}]'"
+        )
+    return list(texts.values())
+
+
+def fingerprint(
+    config: RunConfig,
+    student: ModelTokenizer,
+    teacher: ModelTokenizer,
+    prompts: list[Prompt],
+    heldout: list[Prompt],
+) -> Fingerprint:
+    """All inputs but the weights, which `weight_checksums` reads. The names are those of
+    `checkpoints.allow_changed_inputs`; ``software`` is told when it changes, and may."""
+    with_templates = config.prompts.template == "chat"
+    found: Fingerprint = {
+        "student": {"config": _architecture(config.student.path)},
+        "teacher": {"config": _architecture(config.teacher.path)},
+        "tokenizer": {role: _words(tokenizer) for role, tokenizer in _roles(student, teacher)},
+        "templates": {role: _speech(tokenizer, with_templates) for role, tokenizer in _roles(student, teacher)},
+        "prompts": _table(prompts, ("answers", "difficulty", "student_token_ids", "teacher_token_ids")),
+        "grader": {"grader": GRADER_VERSION} | _versions(*GRADING_PACKAGES),
+        "software": _versions("torch", "megatron-core", "tokenizers"),
+    }
+    engine = config.rollouts.engine
+    needed = [] if engine == "replay" else [engine]
+    if heldout:
+        needed.append("transformers")  # answers the held-out prompts, whatever the engine
+        found["evaluation"] = {
+            "settings": config.evaluation.model_dump(mode="json", exclude={"teacher"}),
+            "prompts": _table(heldout, ("answers", "level", "student_token_ids", "teacher_token_ids")),
+        }
+    found["engine"] = _versions(*needed)
+    if engine == "replay" and config.rollouts.path is not None:
+        found["rollouts"] = _records(config.rollouts.path, config.training.steps)
+    return found
+
+
+def _places(config: RunConfig) -> dict[str, str]:
+    """Where each input is: the setting and its value."""
+    student, teacher, evaluation = config.student, config.teacher, config.evaluation
+    return {
+        "student": f"student.path={student.path}",
+        "teacher": f"teacher.path={teacher.path}",
+        "tokenizer": f"{student.tokenizer or student.path}, {teacher.tokenizer or teacher.path}",
+        "templates": f"{student.chat_template or student.path}, {teacher.chat_template or teacher.path}",
+        "prompts": f"prompts.path={config.prompts.path}",
+        "evaluation": f"evaluation.path={evaluation.path}",
+        "rollouts": f"rollouts.path={config.rollouts.path}",
+        "engine": f"rollouts.engine={config.rollouts.engine}",
+        "grader": "grading",
+    }
+
+
+def _roles(student: ModelTokenizer, teacher: ModelTokenizer) -> Iterable[tuple[str, ModelTokenizer]]:
+    return (("student", student), ("teacher", teacher))
+
+
+def _architecture(hf_dir: Path) -> dict[str, Any]:
+    fields = olmo3_fields(read_hf_config(hf_dir), hf_dir / "config.json")
+    plain: dict[str, Any] = json.loads(json.dumps(fields, default=lambda v: asdict(v) if is_dataclass(v) else str(v)))  # type: ignore[arg-type]
+    return plain
+
+
+def _words(tokenizer: ModelTokenizer) -> dict[str, Any]:
+    """Text to ids and back. What decoding makes of each token tells special tokens too."""
+    codec, names = tokenizer.codec, tokenizer.token_names
+    return {
+        "tokens": _checksum(sorted(names.items())),
+        "merges": _checksum(codec.merges()),
+        "rules of splitting": _checksum(sorted(codec.rules().items()), default=repr),
+        "decoding": _checksum([tokenizer.decode([token]) for token in sorted(names)]),
+    }
+
+
+def _speech(tokenizer: ModelTokenizer, with_template: bool) -> dict[str, Any]:
+    speech: dict[str, Any] = {"stop_token_ids": list(tokenizer.stop_token_ids)}
+    if with_template:
+        speech |= {"chat template": _checksum(tokenizer.chat_template), "system prompt": tokenizer.system_prompt}
+    return speech
+
+
+def _table(prompts: list[Prompt], columns: tuple[str, ...]) -> dict[str, Any]:
+    """A number a prompt and column, in order, so that a resume can say which prompts have changed."""
+    rows = {name: [getattr(prompt, name) for prompt in prompts] for name in ("id", *columns)}
+    return {"count": len(prompts), "columns": {name: _packed(values) for name, values in rows.items()}}
+
+
+def _packed(values: list[Any]) -> str:
+    return b64encode(b"".join(zlib.crc32(_json(value)).to_bytes(4, "little") for value in values)).decode()
+
+
+def _records(path: Path, steps: int) -> dict[str, str]:
+    """Of the recorded rollouts that the run will read, by file."""
+    folder = record_path(path, 0).parent
+    files = [(folder if folder.is_dir() else path) / f"step-{step}.jsonl" for step in range(steps)]
+    return {file.name: f"{CHECKSUM}{checksum(file)[1]:08x}" for file in files if file.is_file()}
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _checksum(value: Any, default: Any = None) -> str:
+    return f"{CHECKSUM}{zlib.crc32(_json(value, default)):08x}"
+
+
+def _json(value: Any, default: Any = None) -> bytes:
+    return json.dumps(value, default=default).encode()
