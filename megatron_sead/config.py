@@ -128,6 +128,9 @@ class TrainingSettings(Settings):
     normalizer: Literal["active", "valid", "sequence"] = Field(
         "active", description="what the summed loss is divided by: tokens with a weight, response tokens, sequences"
     )
+    max_skipped_steps: int = Field(
+        3, ge=1, description="the run ends when so many steps in a row were skipped: a loss or gradient was not finite"
+    )
     mask_truncated: bool = Field(False, description="rollouts cut at max_new_tokens teach nothing")
     scratch_bytes: int = Field(256 * 2**20, ge=2**20, description="memory for one chunk of logits in the fused loss")
 

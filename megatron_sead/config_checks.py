@@ -15,6 +15,7 @@ MAY_CHANGE_ON_RESUME = (
     "training.scratch_bytes",
     "training.recompute_granularity",
     "training.attention_backend",
+    "training.max_skipped_steps",
     "teacher.offload",
     "rollouts.batch_size",
     "checkpoints.",

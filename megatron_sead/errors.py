@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one line that names the setting or file, its value, and what would be valid. Commands print
     it and exit with code 2; a traceback would only hide it. Programming errors are ordinary exceptions.
     """
+
+
+class NotFiniteNumbers(UserError):
+    """A model's numbers came out NaN or infinite: its weights are at fault, or what it was given."""

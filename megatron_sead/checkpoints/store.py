@@ -98,7 +98,7 @@ class CheckpointStore:
         plain = {"state": state, "scheduler": scheduler.state_dict()}
         generators = from_all_ranks(random_state(), self.parallel.control)
         self._on_first_rank(lambda: torch.save(plain | {"generators": generators}, temporary / STATE_FILE))
-        self._on_first_rank(lambda: (temporary / INPUTS_FILE).write_text(json.dumps(inputs), encoding="utf-8"))
+        self._on_first_rank(lambda: _write_text(temporary / INPUTS_FILE, json.dumps(inputs)))
         files = describe_files(temporary, self.parallel.control)
         manifest = Manifest(step, megatron.core.__version__, _layout(self.parallel), files)
         self._on_first_rank(lambda: self._finish(temporary, manifest))
@@ -133,6 +133,11 @@ class CheckpointStore:
             restore_random_state(plain["generators"][self.parallel.rank])
         self._log("loaded checkpoint %s", path)
         return plain["state"]
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint, unread. Collective."""
+        names, _ = from_first_rank(self._names(), self.parallel.control)
+        return self.directory / names[0] if names else None
 
     def recorded_inputs(self) -> tuple[str, dict[str, Any] | None]:
         """Name and inputs of the newest checkpoint whose inputs can be read; no tensor is. None: there is none, or it
@@ -243,6 +248,10 @@ def _try_manifest(path: Path) -> tuple[Manifest | None, str | None]:
         return read_manifest(path), None
     except Damage as damage:
         return None, str(damage)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _read_inputs(path: Path) -> tuple[str, dict[str, Any] | None] | None:

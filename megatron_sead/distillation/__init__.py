@@ -1,6 +1,7 @@
 """What SEAD is: statistics of tokens, the loss, zones, annealing, policies, curriculum. Imports torch alone."""
 
 from megatron_sead.distillation.annealing import CompetenceTracker, annealing_coefficient
+from megatron_sead.distillation.checks import NotFiniteError
 from megatron_sead.distillation.curriculum import Curriculum
 from megatron_sead.distillation.divergence import weighted_divergence
 from megatron_sead.distillation.linear_divergence import linear_weighted_divergence
@@ -25,6 +26,7 @@ __all__ = [
     "POLICIES",
     "CompetenceTracker",
     "Curriculum",
+    "NotFiniteError",
     "Policy",
     "PolicyInput",
     "RunningThresholds",

@@ -13,6 +13,10 @@ from torch.distributed import ProcessGroup
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 
 
+class NotFiniteError(ValueError):
+    """Logits of a token are NaN or +inf, or nothing but -inf: the numbers are at fault, not the call."""
+
+
 def check_logits(**logits: torch.Tensor) -> None:
     """All [..., V/tp] of one shape, floating type and device.
 
@@ -175,17 +179,24 @@ def refuse_nan(bad: torch.Tensor, own_normalizers: torch.Tensor, group: ProcessG
 def _raise_for_token(token: int, tokens: int, at_fault: str, group: ProcessGroup | None) -> NoReturn:
     """Raise what the ranks find in a token: `at_fault` on this one, or nothing."""
     problem = f"{at_fault} of token {token} (of {tokens}) are NaN or +inf" if at_fault else None
-    raise_together(problem, group, f"token {token} (of {tokens}): all its logits are -inf, or a weight is NaN")
+    otherwise = f"token {token} (of {tokens}): all its logits are -inf, or a weight is NaN"
+    raise_together(problem, group, otherwise, kind=NotFiniteError)
 
 
-def raise_together(problem: str | None, group: ProcessGroup | None, otherwise: str = "another rank failed") -> NoReturn:
+def raise_together(
+    problem: str | None,
+    group: ProcessGroup | None,
+    otherwise: str = "another rank failed",
+    *,
+    kind: type[ValueError] = ValueError,
+) -> NoReturn:
     """Raise the first problem that any rank has, or what is said `otherwise`, on ranks that all know of one."""
     if group is None:
-        raise ValueError(problem or otherwise)
+        raise kind(problem or otherwise)
     problems: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group=group)
     found = [f"{text} (on rank {rank} of the group)" for rank, text in enumerate(problems) if text is not None]
-    raise ValueError(found[0] if found else otherwise)
+    raise kind(found[0] if found else otherwise)
 
 
 def _describe(tensor: torch.Tensor) -> str:

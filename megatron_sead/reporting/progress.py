@@ -58,7 +58,8 @@ class StepProgress:
     def advance(self, metrics: dict[str, Any]) -> None:
         """One step is done."""
         self._done += 1
-        text = ", ".join(form.format(metrics[key]) for key, form in SHOWN if key in metrics)
+        text = "skipped, " if metrics.get("skipped") else ""
+        text += ", ".join(form.format(metrics[key]) for key, form in SHOWN if metrics.get(key) is not None)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=text)
         elif self._enabled and (self._done % max(1, self._total // self.LOG_LINES) == 0 or self._done == self._total):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,4 +87,6 @@ def _read_line(line: str, place: str) -> Rollout:
     if rollout.log_probs is not None and len(rollout.log_probs) != len(rollout.response_token_ids):
         counts = f"{len(rollout.log_probs)} log_probs for {len(rollout.response_token_ids)} response tokens"
         raise UserError(f"{place}: not a rollout: {counts}")
+    if not all(map(math.isfinite, rollout.log_probs or ())):
+        raise UserError(f"{place}: not a rollout: its log_probs are not all finite")
     return rollout

@@ -32,7 +32,8 @@ def choose_tokens(logits: torch.Tensor, uniform: torch.Tensor, sampling: Samplin
 
     Returns:
         [b] int64. The CDF runs in vocabulary order and in fp64, so that two computations of the same logits which
-        differ in the last bit choose the same token unless the number falls within that bit of a boundary.
+        differ in the last bit choose the same token unless the number falls within that bit of a boundary. Of a row
+        that is not finite some token, whose log-probability is NaN.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -40,8 +41,9 @@ def choose_tokens(logits: torch.Tensor, uniform: torch.Tensor, sampling: Samplin
     if sampling.top_p < 1:
         probabilities = _truncate(probabilities, sampling.top_p)
     cdf = probabilities.cumsum(-1)
-    # u * total < total, so the first entry above it exists and has a probability above zero
-    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    # u * total < total, so the first entry above it exists and has a probability above zero; in a row of NaN none does
+    chosen = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    return chosen.clamp(max=logits.shape[-1] - 1)
 
 
 def _truncate(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:

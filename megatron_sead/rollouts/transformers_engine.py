@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_sead.errors import UserError
+from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.rollouts.engine import GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.sampling import choose_tokens, uniforms
 
@@ -61,20 +62,33 @@ class TransformersEngine:
         self._stop = torch.tensor(sorted(stop_token_ids), device=self.device)
 
     def generate(self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None) -> list[Rollout]:
-        """Collective over the group: each rank passes the same requests and receives all rollouts, in their order."""
+        """Collective over the group: each rank passes the same requests and receives all rollouts, in their order.
+
+        Raises:
+            NotFiniteNumbers: on every rank: the model's logits are not finite for one of the prompts.
+        """
         rank, size = (0, 1) if self.group is None else (self.group.rank(), self.group.size())
         # Prompts of like length share a batch; dealing them out in turns gives every rank like work.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_token_ids))
         mine = order[rank::size]
         written: dict[int, Rollout] = {}
+        problem: NotFiniteNumbers | None = None
         for start in range(0, len(mine), self.batch_size):
             batch = mine[start : start + self.batch_size]
-            rollouts = self._write([requests[i] for i in batch], step, sampling or self.sampling)
+            try:
+                rollouts = self._write([requests[i] for i in batch], step, sampling or self.sampling)
+            except NotFiniteNumbers as error:  # the other ranks are still writing
+                problem = error
+                break
             written.update(zip(batch, rollouts, strict=True))
+        shares = [(written, problem)]
         if self.group is not None:
-            shares: list[dict[int, Rollout]] = [{} for _ in range(size)]
-            dist.all_gather_object(shares, written, group=self.group)
-            written = {index: rollout for share in shares for index, rollout in share.items()}
+            shares *= size
+            dist.all_gather_object(shares, (written, problem), group=self.group)
+        for share, found in shares:
+            if found is not None:
+                raise found
+            written |= share
         return [written[i] for i in range(len(requests))]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -131,6 +145,10 @@ class TransformersEngine:
             for row, token, value, stop in zip(
                 rows, chosen.tolist(), probabilities.tolist(), stopped.tolist(), strict=True
             ):
+                if math.isnan(value):
+                    raise NotFiniteNumbers(
+                        f"rollout of prompt {requests[row].prompt_id!r}: the model's logits of token {t} are not finite"
+                    )
                 tokens[row].append(token)
                 log_probs[row].append(value)
                 finished[row] = stop

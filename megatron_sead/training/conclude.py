@@ -64,7 +64,7 @@ def _write_summary(run: Run, results: dict[str, dict[str, Any] | None]) -> None:
         if result is not None and result["sampled"] is not None
     }
     summary |= {"steps": run.state.step, "seconds": run.seconds(), "evaluation": results}
-    summary |= {"changed_inputs": run.state.changed_inputs}
+    summary |= {"skipped_steps": run.state.skipped_steps, "changed_inputs": run.state.changed_inputs}
     path = run.config.output / "summary.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

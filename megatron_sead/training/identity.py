@@ -15,10 +15,11 @@ import torch.distributed as dist
 from transformers import AutoConfig
 
 from megatron_sead.config import RunConfig
-from megatron_sead.errors import UserError
+from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.prompts import MicroBatch, TokenView
 from megatron_sead.rollouts import Sampling
 from megatron_sead.rollouts.transformers_engine import TransformersEngine
+from megatron_sead.training.not_finite import describe, gather_reports
 from megatron_sead.training.run import Run
 from megatron_sead.training.scoring import score_student
 
@@ -97,7 +98,11 @@ def _reference(run: Run, directory: Path) -> torch.Tensor:
 
 
 def trained_log_probs(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-    """Student's and teacher's log-probabilities [len(probe) - 1] under Megatron, on every rank. Collective."""
+    """Student's and teacher's log-probabilities [len(probe) - 1] under Megatron, on every rank. Collective.
+
+    Raises:
+        NotFiniteNumbers: logits of either that are not finite, on every rank alike.
+    """
     parallel, learner, tokens = run.parallel, run.learner, run.probe
     padded = -(-len(tokens) // run.length_multiple) * run.length_multiple
     ids = torch.zeros(1, padded, dtype=torch.long, device=parallel.device)
@@ -108,11 +113,12 @@ def trained_log_probs(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     probe = MicroBatch(view, view, ids[0, 1 : count + 1], torch.zeros_like(index), index, torch.ones_like(index).bool())
     copies = [probe] * parallel.pp_size  # virtual pipeline stages want a multiple of the pipeline size
     teacher_hidden = learner.teacher.hidden_states(copies, parallel)
-    try:
-        scores = score_student(learner.student, copies, teacher_hidden, learner.heads, parallel)
-    except ValueError as error:  # logits of NaN
+    problems: list[str] = []
+    scores = score_student(learner.student, copies, teacher_hidden, learner.heads, parallel, problems)
+    reports = gather_reports(parallel, learner.student, problems[0] if problems else None)
+    if reports is not None:
         paths = f"student.path={run.config.student.path}, teacher.path={run.config.teacher.path}"
-        raise UserError(f"{paths}: {error}; a model's weights must be finite") from None
+        raise NotFiniteNumbers(f"{paths}: {describe(reports)}; a model's weights must be finite")
     both = torch.zeros(2, count, device=parallel.device)
     if parallel.is_last_stage:
         both = torch.stack([scores[0].student_log_prob, scores[0].teacher_log_prob])

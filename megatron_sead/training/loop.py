@@ -6,10 +6,13 @@ import logging
 import time
 
 from megatron_sead.config import RunConfig
+from megatron_sead.errors import NotFiniteNumbers
+from megatron_sead.rollouts import Rollout
 from megatron_sead.training.conclude import conclude
 from megatron_sead.training.record import record_step, save
 from megatron_sead.training.run import Run
 from megatron_sead.training.setup import prepare
+from megatron_sead.training.skipping import ended_while_writing, keep_skipped
 from megatron_sead.training.step import train_step
 
 log = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ def distill(run: Run) -> bool:
         for step in range(run.state.step, run.config.training.steps):
             clock = [time.perf_counter()]
             asked = run.curriculum.next_batch(step)
-            rollouts = run.engine.generate(run.requests(asked), step)
+            rollouts = _write(run, asked, step)
             correct = run.grade(rollouts)
             alpha = run.observe(rollouts, correct, step)
             clock.append(time.perf_counter())
@@ -50,6 +53,8 @@ def distill(run: Run) -> bool:
             clock.append(time.perf_counter())
 
             progress.advance(record_step(run, step, rollouts, correct, alpha, result, clock))
+            if result.reports is not None:
+                keep_skipped(run, step, rollouts, result.reports)
             run.state.step = step + 1
             stop = run.interrupt.agreed(run.parallel.control)
             if stop or run.checkpoint_due(step):
@@ -58,3 +63,11 @@ def distill(run: Run) -> bool:
                 log.info("stopped after %d steps; saved, the same command continues", run.state.step)
                 return False
     return True
+
+
+def _write(run: Run, asked: list[int], step: int) -> list[Rollout]:
+    """The student's responses. Raises UserError when its weights are spoilt."""
+    try:
+        return run.engine.generate(run.requests(asked), step)
+    except NotFiniteNumbers as error:
+        raise ended_while_writing(run, step, asked, error) from None

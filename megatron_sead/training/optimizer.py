@@ -29,7 +29,7 @@ def build_optimizer(
     Returns:
         The chunks under DDP (which the schedule runs; `zero_grad_buffer` before each step), Megatron's optimizer, and
         its scheduler: ``scheduler.step(increment=1)`` after each update. 1-D parameters (norms) have no weight decay.
-        Gradients that are not finite raise RuntimeError before they reach the optimizer.
+        Neither looks for gradients that are not finite: the step does, and skips (`not_finite`).
     """
     config = chunks[0].config
     overlap = parallel.device.type == "cuda" and parallel.dp_size > 1
@@ -40,7 +40,7 @@ def build_optimizer(
         # engine and checkpoints read them.
         overlap_param_gather=False,
         use_distributed_optimizer=settings.use_distributed_optimizer,
-        check_for_nan_in_grad=True,
+        check_for_nan_in_grad=False,  # on: a rank raises in the midst of a collective
     )
     ddp_chunks = [
         DistributedDataParallel(

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.rollouts import Rollout, record_path, write_records
 from megatron_sead.training.identity import trained_log_probs
+from megatron_sead.training.not_finite import weights_are_finite
 from megatron_sead.training.run import Run
+from megatron_sead.training.skipping import remedy
 from megatron_sead.training.step import StepResult
 
 
@@ -28,7 +31,14 @@ def record_step(
         clock: when the step began, had its rollouts, had trained, and had given the engine its weights.
     """
     began, generated, trained, synchronized = clock
-    metrics: dict[str, Any] = {"step": step, "alpha": alpha} | result.metrics
+    skipped = result.reports is not None
+    metrics: dict[str, Any] = {"step": step, "skipped": skipped, "alpha": alpha} | result.metrics
+    if skipped:
+        metrics |= {
+            "loss": None,
+            "grad_norm": None,
+            "response_tokens": sum(len(r.response_token_ids) for r in rollouts),
+        }
     metrics |= run.rollout_metrics(rollouts, correct, step)
     metrics |= {
         "rollout_seconds": generated - began,
@@ -36,6 +46,8 @@ def record_step(
         "tokens_per_second": metrics["response_tokens"] / (synchronized - began),
         "seconds": run.seconds(),
     }
+    if not skipped:
+        run.state.skipped_in_a_row = 0
     interval = run.config.reporting.rollouts_interval
     if interval and step % interval == 0:
         _record_rollouts(run, step, rollouts, correct, result)
@@ -45,10 +57,24 @@ def record_step(
 
 
 def save(run: Run) -> None:
-    """A checkpoint of everything that the next step depends on. Collective."""
+    """A checkpoint of everything that the next step depends on. Collective.
+
+    Raises:
+        UserError: the student is spoilt: weights, or log-probabilities of the probe, that are not finite. Nothing is
+            written, so that no older checkpoint goes for it.
+    """
     run.state.seconds, run.started = run.seconds(), time.perf_counter()
     run.state.probe_tokens = run.probe
-    run.state.probe_log_probs = trained_log_probs(run)[0].tolist()
+    spoilt = None
+    if not weights_are_finite(list(run.student_chunks), run.parallel):
+        spoilt = "weights of the student are not finite"
+    else:
+        try:
+            run.state.probe_log_probs = trained_log_probs(run)[0].tolist()
+        except NotFiniteNumbers as error:
+            spoilt = str(error)
+    if spoilt is not None:
+        raise UserError(f"after {run.state.step} steps: {spoilt}; no checkpoint is written. {remedy(run)}")
     learner = run.learner
     run.store.save(
         run.state.step,
@@ -73,7 +99,7 @@ def _record_rollouts(run: Run, step: int, rollouts: list[Rollout], correct: list
         return
     zones = {index: text for part in parts for index, text in part.items()}
     extras = [
-        {"response": run.tokenizer.decode(rollout.response_token_ids), "correct": right, "zones": zones[index]}
+        {"response": run.tokenizer.decode(rollout.response_token_ids), "correct": right, "zones": zones.get(index, "")}
         for index, (rollout, right) in enumerate(zip(rollouts, correct, strict=True))
     ]
     write_records(record_path(run.config.output, step), rollouts, extras)

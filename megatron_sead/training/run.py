@@ -36,6 +36,8 @@ class Progress:
     accuracy_before: dict[str, Any] | None = None
     probe_tokens: list[int] = field(default_factory=list)  # of the run's first prompts, whatever they are now
     probe_log_probs: list[float] = field(default_factory=list)  # of the student as saved
+    skipped_steps: int = 0  # whose numbers were not finite
+    skipped_in_a_row: int = 0  # the last ones
     changed_inputs: list[str] = field(default_factory=list)  # since the run began, by consent
 
 

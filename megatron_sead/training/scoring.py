@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron_sead.distillation import TokenScores, TokenWeights, linear_token_scores, linear_weighted_divergence
+from megatron_sead.distillation import (
+    NotFiniteError,
+    TokenScores,
+    TokenWeights,
+    linear_token_scores,
+    linear_weighted_divergence,
+)
 from megatron_sead.models import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.pipeline import run_schedule
@@ -87,10 +93,19 @@ def score_student(
     teacher_hidden: list[torch.Tensor],
     heads: Heads,
     parallel: ParallelContext,
+    problems: list[str],
 ) -> list[TokenScores]:
-    """The student's forward-only pass, compared with the teacher's hidden states. Empty before the last stage."""
+    """The student's forward-only pass, compared with the teacher's hidden states. Empty before the last stage.
 
-    def score(index: int, hidden: torch.Tensor) -> TokenScores:
-        return heads.score(hidden, teacher_hidden[index].to(hidden.device), micro_batches[index])
+    Logits that are not finite are told in `problems`, on the ranks that see them; an exception would leave the other
+    stages waiting. The scores are then of no use.
+    """
+
+    def score(index: int, hidden: torch.Tensor) -> TokenScores | None:
+        try:
+            return heads.score(hidden, teacher_hidden[index].to(hidden.device), micro_batches[index])
+        except NotFiniteError as error:
+            problems.append(str(error))
+            return None
 
     return run_schedule(chunks, micro_batches, "student", score, parallel=parallel, forward_only=True)

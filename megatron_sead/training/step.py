@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from megatron_sead.distillation import Thresholds, TokenScores
+from megatron_sead.distillation import NotFiniteError, Thresholds, TokenScores
 from megatron_sead.models.parallel import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.measure import measure_tokens
+from megatron_sead.training.not_finite import Report, gather_reports, own_grad_norm
 from megatron_sead.training.pipeline import run_schedule
 from megatron_sead.training.scoring import Heads, score_student
 from megatron_sead.training.supervision import Supervision, Supervisor, gather_tokens
@@ -41,38 +42,48 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)  # of the whole step, on every rank
     zones: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int8))  # [n] of this rank's tokens
     rollout_index: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [n]
+    reports: list[Report] | None = None  # of a step that was skipped: every rank's, on every rank
 
 
 def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, step: int) -> StepResult:
     """Update the student once on this rank's share of a step's rollouts. Collective over all ranks.
 
     The loss is Megatron's per-token sum: gradients are divided by the count over all ranks and micro-batches, so
-    that no mean of means arises.
+    that no mean of means arises. A step whose numbers are not finite on any rank is skipped on all, by the rule of
+    `not_finite`; its result has the ranks' reports.
     """
     started = time.perf_counter()
     teacher_hidden = learner.teacher.hidden_states(micro_batches, learner.parallel)
-    decided: list[Supervision] = []
-    scores: list[TokenScores] = []
-    whole_step = learner.supervisor.needs_whole_step()
-    scores_ahead = whole_step and len(micro_batches) > 1  # a single one is the whole step, in the training pass itself
-    if scores_ahead:
-        scores = score_student(learner.student, micro_batches, teacher_hidden, learner.heads, learner.parallel)
+    problems: list[str] = []
+    decided: list[tuple[TokenScores, Supervision]] | None = None
+    if learner.supervisor.needs_whole_step() and len(micro_batches) > 1:  # a single one is the whole step
+        scores = score_student(
+            learner.student, micro_batches, teacher_hidden, learner.heads, learner.parallel, problems
+        )
+        reports = gather_reports(learner.parallel, learner.student, _first(problems))
+        if reports is not None:
+            return _skipped(learner, reports)
         if learner.parallel.is_last_stage:
-            decided = learner.supervisor.supervise_step(scores, micro_batches, alpha, step)
+            supervised = learner.supervisor.supervise_step(scores, micro_batches, alpha, step)
+            decided = list(zip(scores, supervised, strict=True))
     scored = time.perf_counter()
 
     def distill(index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
         micro_batch, heads = micro_batches[index], learner.heads
         from_teacher = teacher_hidden[index].to(hidden.device)
-        if scores_ahead:
-            score, supervision = scores[index], decided[index]
-        else:
-            score = heads.score(hidden, from_teacher, micro_batch)
-            if whole_step:
-                (supervision,) = learner.supervisor.supervise_step([score], [micro_batch], alpha, step)
+        try:
+            if decided is not None:
+                score, supervision = decided[index]
             else:
-                supervision = learner.supervisor.supervise_micro_batch(score, micro_batch, alpha, step)
-        loss = heads.loss(hidden, from_teacher, supervision.weights, micro_batch)
+                score, supervision = _decide(learner, hidden, from_teacher, micro_batch, alpha, step)
+            loss = heads.loss(hidden, from_teacher, supervision.weights, micro_batch)
+        except NotFiniteError as error:  # told after the pass: the other stages and replicas are waiting in it
+            problems.append(str(error))
+            assert heads.student is not None
+            nothing = 0 * (
+                hidden.float().sum() + heads.student.float().sum()
+            )  # every parameter has a gradient, which none will see
+            return nothing, torch.zeros((), dtype=torch.int, device=hidden.device), None
         return loss, supervision.count.int(), (loss.detach(), score, supervision)
 
     for chunk in learner.student:
@@ -82,6 +93,11 @@ def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, 
         learner.student, micro_batches, "student", distill, parallel=learner.parallel, forward_only=False
     )
     loss, count = _global_loss(outcomes, learner.parallel)
+    learner.optimizer.prepare_grads()
+    norm = own_grad_norm(learner.optimizer)
+    reports = gather_reports(learner.parallel, learner.student, _first(problems), loss=loss, grad_norm=norm)
+    if reports is not None:
+        return _skipped(learner, reports)
     result = StepResult()
     if learner.parallel.is_last_stage:
         result = _measure(learner, micro_batches, outcomes)
@@ -90,6 +106,49 @@ def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, 
     result.metrics = _from_last_stage(result.metrics, learner.parallel)
     learner.supervisor.remember(Thresholds(result.metrics["tau_teacher"], result.metrics["tau_student"]))
     return result
+
+
+def _first(problems: list[str]) -> str | None:
+    return problems[0] if problems else None
+
+
+def _decide(
+    learner: Learner,
+    hidden: torch.Tensor,
+    from_teacher: torch.Tensor,
+    micro_batch: MicroBatch,
+    alpha: float,
+    step: int,
+) -> tuple[TokenScores, Supervision]:
+    """Score and supervise one micro-batch within the training pass.
+
+    Raises:
+        NotFiniteError: its logits are not finite; or those of another replica, where all take part in supervision.
+    """
+    score, problem = None, None
+    try:
+        score = learner.heads.score(hidden, from_teacher, micro_batch)
+    except NotFiniteError as error:
+        problem = error
+    if learner.supervisor.needs_whole_step():
+        bad = torch.tensor(int(problem is not None), device=hidden.device)
+        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX, group=learner.parallel.dp)
+        if bad and problem is None:
+            problem = NotFiniteError("another replica's logits are not finite")
+    if score is None or problem is not None:
+        raise problem or NotFiniteError("no scores")
+    if learner.supervisor.needs_whole_step():
+        (supervision,) = learner.supervisor.supervise_step([score], [micro_batch], alpha, step)
+    else:
+        supervision = learner.supervisor.supervise_micro_batch(score, micro_batch, alpha, step)
+    return score, supervision
+
+
+def _skipped(learner: Learner, reports: list[Report]) -> StepResult:
+    """The step is over, and the student as it was."""
+    learning_rate = learner.optimizer.param_groups[0]["lr"]
+    learner.scheduler.step(increment=1)
+    return StepResult({"learning_rate": learning_rate}, reports=reports)
 
 
 def _from_last_stage(metrics: dict[str, float], parallel: ParallelContext) -> dict[str, float]:
@@ -103,7 +162,7 @@ def _from_last_stage(metrics: dict[str, float], parallel: ParallelContext) -> di
 def _global_loss(outcomes: list[Any], parallel: ParallelContext) -> tuple[float, int]:
     """The step's loss and what it was divided by, on every rank."""
     totals = torch.zeros(2, dtype=torch.float64, device=parallel.device)
-    for loss, _, supervision in outcomes:
+    for loss, _, supervision in filter(None, outcomes):
         totals += torch.stack([loss.double(), supervision.count.double()])
     torch.distributed.all_reduce(totals, group=parallel.dp)
     torch.distributed.broadcast(totals, group_src=parallel.pp_size - 1, group=parallel.pp)
@@ -116,7 +175,7 @@ def _update(learner: Learner, count: int, step: int) -> dict[str, float]:
     learning_rate = learner.optimizer.param_groups[0]["lr"]
     grad_norm = 0.0
     if count > 0:
-        _, norm, _ = learner.optimizer.step()  # gradients that are not finite have raised before (build_optimizer)
+        _, norm, _ = learner.optimizer.step()
         grad_norm = float(norm)
     else:
         log.warning("step %d: no token teaches (every weight is zero); the student is left as it is", step)

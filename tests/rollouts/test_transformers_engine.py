@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Olmo3ForCausalLM
 
-from megatron_sead.errors import UserError
+from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.rollouts import GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.transformers_engine import TransformersEngine
 
@@ -165,3 +165,13 @@ def test_wrong_weights_are_refused_after_all_were_consumed(
 def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         make_engine(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_not_finite_are_told(tiny_olmo3: Path, value: float, temperature: float) -> None:
+    """Greedy or drawn: without a word they would be some token, or an index beyond the vocabulary."""
+    engine = make_engine(tiny_olmo3, sampling=Sampling(temperature, 1.0, 4))
+    engine.model.get_output_embeddings().weight[5, 3] = value
+    with pytest.raises(NotFiniteNumbers, match=r"prompt 'p\d': the model's logits of token 0 are not finite"):
+        engine.generate(make_requests(3), step=0)

@@ -38,11 +38,18 @@ class Pools:
     def __init__(self) -> None:
         self._pools: dict[int, RankPool] = {}
 
+    def of(self, ranks: int) -> RankPool:
+        """The pool of so many ranks."""
+        if ranks not in self._pools:
+            self._pools[ranks] = RankPool(ranks, timeout=240.0)
+        return self._pools[ranks]
+
     def train(self, ranks: int, output: Path, overrides: list[str], interrupt_at: int | None = None) -> list[Any]:
         """Run the loop with `SHORT` and the overrides; what `run` returned on each rank."""
-        pool = self._pools.setdefault(ranks, RankPool(ranks, timeout=240.0))
         meeting_point = Path(mkdtemp()) / "store"
-        return pool.run(_train, ranks, str(meeting_point), [*SHORT, f"output={output}", *overrides], interrupt_at)
+        return self.of(ranks).run(
+            _train, ranks, str(meeting_point), [*SHORT, f"output={output}", *overrides], interrupt_at
+        )
 
     def stop(self) -> None:
         for pool in self._pools.values():
