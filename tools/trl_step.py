@@ -51,7 +51,7 @@ def main(settings: Settings) -> dict[str, Any]:
     """Train; what was measured."""
     torch.set_num_threads(1)
     timer = StepTimer()
-    tokenizer = AutoTokenizer.from_pretrained(settings["student"], padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(settings["student"], padding_side="left", trust_remote_code=False)
     conversations = [[{"role": "user", "content": prompt}] for prompt in settings["prompts"]]
     with tempfile.TemporaryDirectory() as output:
         trainer = DistillationTrainer(

@@ -103,7 +103,7 @@ def _encode(directory: Path, text: str) -> list[int]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever it raises on a folder without one, it means that there is none
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{directory}: holds no tokenizer that transformers loads ({reason})") from None
@@ -185,9 +185,11 @@ def _run_transformers(
     """Final hidden states [s, h]; `after_layer` sees those of each layer [1, s, h], whose weights are gone by then."""
     from transformers import AutoConfig, AutoModel
 
-    config = AutoConfig.from_pretrained(hf.source)
+    config = AutoConfig.from_pretrained(hf.source, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModel.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+        model = AutoModel.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        ).eval()
     model.rotary_emb = type(model.rotary_emb)(config)  # its frequencies are computed, not loaded
 
     def come(layer: int, module: torch.nn.Module, _: Any) -> None:

@@ -13,13 +13,15 @@ import logging
 import queue
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import megatron.core
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
@@ -37,6 +39,7 @@ from megatron_sead.checkpoints.manifest import (
 )
 from megatron_sead.checkpoints.optimizer_state import give_every_parameter_a_state, loading_into
 from megatron_sead.checkpoints.random_state import random_state, restore_random_state
+from megatron_sead.checkpoints.torch_dist_reader import TorchDistCheckpoint, plain_values, restricted_loading
 from megatron_sead.durable import flush_directory
 from megatron_sead.errors import UserError
 from megatron_sead.models.parallel import ParallelContext
@@ -120,19 +123,33 @@ class CheckpointStore:
             return None
         path, manifest = found
         _refuse_newer_megatron(path, manifest)
-        plain = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
-        with loading_into(optimizer):
+        plain = plain_values(path / STATE_FILE)
+        with self._only_refusals(path), restricted_loading(), loading_into(optimizer):
             content = self._sharded_model(chunks)
             content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=True, metadata=self._format())
             loaded = dist_checkpointing.load(content, str(path))
             for number, chunk in enumerate(chunks):
                 chunk.load_state_dict(loaded[f"model{number}"])
             optimizer.load_state_dict(loaded["optimizer"])
-        scheduler.load_state_dict(plain["scheduler"])
-        if manifest.layout == _layout(self.parallel):
-            restore_random_state(plain["generators"][self.parallel.rank])
+        with self._only_refusals(path):
+            scheduler.load_state_dict(plain["scheduler"])
+            if manifest.layout == _layout(self.parallel):
+                restore_random_state(plain["generators"][self.parallel.rank])
+            state: dict[str, Any] = plain["state"]
         self._log("loaded checkpoint %s", path)
-        return plain["state"]
+        return state
+
+    @contextmanager
+    def _only_refusals(self, path: Path) -> Iterator[None]:
+        """What reading values of another make can raise is the files' fault, which their checksums do not see."""
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError, CheckpointingException, CheckpointException) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(
+                f"{path}: is not a checkpoint of this run ({reason}); restore it from a copy, or delete the folder to "
+                "continue from the one before it"
+            ) from error
 
     def newest(self) -> Path | None:
         """The newest checkpoint, unread. Collective."""
@@ -159,6 +176,8 @@ class CheckpointStore:
             if manifest is not None:
                 problem = find_damage(path, manifest, self.parallel.control)
                 if problem is None:
+                    problem = from_first_rank(self._refused(path), self.parallel.control)
+                if problem is None:
                     return path, manifest
             self.damaged.add(name)
             problems.append(f"{name}: {problem}")
@@ -168,6 +187,19 @@ class CheckpointStore:
                 f"{self.directory}: none of {len(problems)} checkpoints is whole ({'; '.join(problems)}); "
                 "restore one from a copy, or delete the folder to start over"
             )
+        return None
+
+    def _refused(self, path: Path) -> str | None:
+        """First rank: why the files may not be unpickled, though their checksums fit, which anybody can make."""
+        if self.parallel.rank != 0:
+            return None
+        try:
+            TorchDistCheckpoint(path).check_objects()
+            for name in ("common.pt", STATE_FILE):  # Megatron-Core 0.19 writes no common.pt
+                if (path / name).exists():
+                    plain_values(path / name)
+        except UserError as refusal:
+            return str(refusal)
         return None
 
     def _names(self) -> tuple[list[str], list[str]]:

@@ -1,19 +1,24 @@
 """Reads tensors out of Megatron-Core's ``torch_dist`` checkpoints in one process, without Megatron, whoever wrote them.
 
 The table of the files, ``.metadata``, is a pickle, and a pickle can run any program: only the handful of classes that
-the format needs are let through. ``common.pt`` holds nothing about weights and is not opened. The pieces themselves go
-through torch.load's own restricted unpickler.
+the format needs are let through. The pieces themselves go through torch.load's own restricted unpickler. Conversion
+reads here; so does a resume, before and while Megatron reads the same files (`restricted_loading`). ``common.pt``
+holds nothing about weights, and conversion does not open it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path, PosixPath
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +36,8 @@ _NAMES: dict[str, tuple[Any, ...]] = {
     _PLANNER: (planner, "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
     "torch.distributed.checkpoint.filesystem": (filesystem, "_StorageInfo", "_StoragePrefix"),
 }  # fmt: skip
+
+FORCE, LIFT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch.load's, which knows both
 
 
 class _Inert:
@@ -90,7 +97,13 @@ class TorchDistCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         _require_format(directory)
-        self.tensors: dict[str, SavedTensor] = _tensors(_read_table(directory / ".metadata"))
+        table = _read_table(directory / ".metadata")
+        self.tensors: dict[str, SavedTensor] = _tensors(table)
+        self.objects: dict[str, tuple[str, int, int]] = {  # of what is no tensor: file, offset, bytes
+            index.fqn: (info.relative_path, info.offset, info.length)
+            for index, info in table.storage_data.items()
+            if isinstance(table.state_dict_metadata.get(index.fqn), format_classes.BytesStorageMetadata)
+        }
 
     def read(self, key: str, layer: int | None = None) -> torch.Tensor:
         """A whole tensor, assembled from the pieces that the ranks wrote.
@@ -124,6 +137,26 @@ class TorchDistCheckpoint:
             elif piece.offsets[0] <= layer < piece.offsets[0] + piece.sizes[0]:
                 yield piece.offsets[1:], self._load(key, piece, saved.dtype)[layer - piece.offsets[0]]
 
+    def check_objects(self) -> None:
+        """Read everything that is no tensor, through torch's restricted unpickler, and let go of it.
+
+        Megatron keeps ``_extra_state`` of Transformer Engine's modules there, which unpickle whatever they are given.
+        Without fp8, which nothing here trains in, it is empty, and must be.
+
+        Raises:
+            UserError: a class that plain values do not need, a state that is not empty, or damage.
+        """
+        for key, (file, begin, length) in self.objects.items():
+            path = self.directory / _plain_name(file)
+            try:
+                with open(path, "rb") as stream:
+                    view = _create_file_view(stream, begin, length)
+                    value = torch.load(view, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+            except Exception as error:  # as in _load
+                raise UserError(f"{path}: {key} is refused, or damaged ({_one_line(error)})") from None
+            if "_extra_state" in key and not _is_empty(value):
+                raise UserError(f"{path}: {key} is refused: it is not empty, and could run any program")
+
     def _load(self, key: str, piece: _Piece, dtype: torch.dtype) -> torch.Tensor:
         path = self.directory / piece.file
         try:
@@ -133,8 +166,9 @@ class TorchDistCheckpoint:
         except FileNotFoundError:
             raise UserError(f"{path}: missing, but the checkpoint's table places {key} there") from None
         except Exception as error:  # whatever torch's reader raises on bytes that are not what they were
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path}: {key} cannot be read, the file is truncated or damaged ({reason})") from None
+            raise UserError(
+                f"{path}: {key} cannot be read, the file is truncated or damaged ({_one_line(error)})"
+            ) from None
         if not isinstance(tensor, torch.Tensor) or (tensor.dtype, tuple(tensor.shape)) != (dtype, piece.sizes):
             raise UserError(f"{path}: holds something else than the piece of {key} that the checkpoint's table names")
         return tensor
@@ -166,6 +200,48 @@ def _read_table(path: Path) -> Any:
     if not isinstance(table, format_classes.Metadata) or not isinstance(table.storage_data, dict):
         raise UserError(f"{path}: is not the table of a distributed checkpoint")
     return table
+
+
+@contextmanager
+def restricted_loading() -> Iterator[None]:
+    """Around Megatron's own loading: it reads what this module reads, and may run as little.
+
+    torch.distributed.checkpoint unpickles ``.metadata`` and every object without any restriction. Inside of this, the
+    table goes through the unpickler above, and torch.load through its own, whatever its callers ask for.
+    """
+    pickled, forced, lifted = filesystem.pickle, os.environ.get(FORCE), os.environ.pop(LIFT, None)
+    filesystem.pickle = SimpleNamespace(load=lambda file: _RestrictedUnpickler(file).load())  # type: ignore[assignment]
+    os.environ[FORCE] = "1"
+    try:
+        yield
+    finally:
+        filesystem.pickle = pickled
+        for name, value in ((FORCE, forced), (LIFT, lifted)):
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def plain_values(path: Path) -> Any:
+    """What torch.save wrote of numbers, strings and tensors.
+
+    Raises:
+        UserError: damaged, or it calls for something else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch's reader raises on bytes that are not what they were
+        raise UserError(f"{path}: refused, or damaged ({_one_line(error)})") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 0
+    return value is None or (isinstance(value, BytesIO) and not value.getbuffer().nbytes)
 
 
 def _tensors(table: Any) -> dict[str, SavedTensor]:

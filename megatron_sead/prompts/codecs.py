@@ -182,7 +182,7 @@ def _load_backend(place: Path, setting: str, model: Path) -> PreTrainedTokenizer
             return _from_file(place, model)
         if not any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             raise UserError(f"{setting}={place}: no tokenizer there: needs tokenizer.json or tokenizer.model")
-        backend = AutoTokenizer.from_pretrained(place, local_files_only=True)
+        backend = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception

@@ -219,7 +219,9 @@ def _load_model(directory: Path, dtype: torch.dtype) -> Any:
         raise UserError(f"{directory}: no config.json there; must be a Hugging Face model directory")
     disable_progress_bar()  # of loading weights: one a rank, in the midst of the run's own
     try:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{directory}: transformers cannot load it: {_first_line(error)}") from None
 

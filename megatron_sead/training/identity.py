@@ -34,7 +34,7 @@ BLOCK = 64
 
 def probe_tokens(directory: Path, texts: list[tuple[int, ...]], limit: int = 16384) -> list[int]:
     """Token ids of prompts, repeated until no window and no rotary length of the model is long enough to hide in."""
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     # One dictionary, or one a layer type; YaRN's is the one with an original length
     rope = getattr(config, "rope_parameters", None) or {}
     dictionaries = [rope, *(value for value in rope.values() if isinstance(value, dict))]

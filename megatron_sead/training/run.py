@@ -173,9 +173,19 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.state = Progress(**state["progress"])
-        self.probe = self.state.probe_tokens or self.probe
-        self.curriculum.load_state_dict(state["curriculum"])
-        self.competence.load_state_dict(state["competence"])
-        self.learner.supervisor.load_state_dict(state["supervisor"])
+        """Continue from a checkpoint.
+
+        Raises:
+            UserError: its values are not of this make.
+        """
+        try:
+            self.state = Progress(**state["progress"])
+            self.probe = [int(token) for token in self.state.probe_tokens] or self.probe
+            self.curriculum.load_state_dict(state["curriculum"])
+            self.competence.load_state_dict(state["competence"])
+            self.learner.supervisor.load_state_dict(state["supervisor"])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{self.store.directory}: the newest checkpoint holds another run's state "
+                f"({type(error).__name__}: {error}); restore it from a copy, or delete its folder"
+            ) from error

@@ -50,7 +50,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises ValueError when it cannot be read or lacks ``<|endoftext|>``, ``<|pad|>`` (JSON) or eos and pad (directory).
     """
     if path.is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
             raise ValueError(f"{path}: the tokenizer names no eos_token or no pad_token")
         return tokenizer

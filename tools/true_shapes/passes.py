@@ -30,7 +30,9 @@ def transformers_pass(directory: Path, shape: Shape, dtype: torch.dtype, referen
 
     tokens, labels = text(shape)
     seen = Seen()
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").train()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+    ).train()
     if write:
         reference.mkdir()
         shapes = huggingface_shapes(directory) | {LOGITS: (tokens.shape[1], shape.vocab)}
