@@ -6,6 +6,8 @@ from megatron_sead.config import ParallelSettings, RunConfig, load_config
 from megatron_sead.errors import UserError
 from megatron_sead.settings_file import flatten
 
+OWNER_FILE = "owner.lock"  # in the run directory, while a run writes there
+
 # What may change when a run is resumed in its own directory: how it computes and what it writes, not what it computes.
 MAY_CHANGE_ON_RESUME = (
     "output",

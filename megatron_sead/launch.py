@@ -1,7 +1,7 @@
-"""``python -m megatron_sead.launch <torchrun's arguments>``: torchrun that keeps quiet about a user's mistake.
+"""``python -m megatron_sead.launch <torchrun's arguments>``: torchrun that leaves the telling of failures to the ranks.
 
-torchrun answers any failed rank with a page of its own and exit code 1. Ranks that end with code 2 have told the user
-in one line what to change; that line should be the last, and the code should arrive.
+torchrun answers any failed rank with a page of its own and exit code 1. Our ranks tell a failure themselves, and once:
+their account should be the last, and their exit code should arrive.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if __name__ == "__main__":  # Ctrl-C before any rank is there, torch's import in
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser, parse_args, run
 
 GRACE = "--shutdown-timeout=600"  # seconds to finish a step and save after Ctrl-C; torchrun's own 30 are too few
@@ -25,8 +25,8 @@ def main(arguments: list[str]) -> int:
     """Run the ranks.
 
     Returns:
-        0 when all is done or a signal ended the run early (saved, to be continued), 2 for a user's mistake, 1 after
-        torchrun's account of any other failure.
+        0 when all is done or a signal ended the run early (saved, to be continued), 2 for a user's mistake, 1 for any
+        other failure. A rank tells its own; one that was killed could not, and is told here.
     """
     # What it would log about a failing rank is in ChildFailedError too
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -38,11 +38,21 @@ def main(arguments: list[str]) -> int:
     except SignalException:
         return 0
     except ChildFailedError as error:
-        if any(failure.exitcode == 2 for failure in error.failures.values()):
-            return 2
-        print(error, file=sys.stderr)
-        return 1
+        codes = {failure.exitcode for failure in error.failures.values()}
+        if not codes & {1, 2}:
+            print(f"error: {_account_of(*error.get_first_failure())}", file=sys.stderr)
+        return 2 if 2 in codes else 1
     return 0
+
+
+def _account_of(rank: int, failure: ProcessFailure) -> str:
+    process = f"rank {rank} (process {failure.pid})"
+    if failure.exitcode >= 0:
+        return f"{process} ended with exit code {failure.exitcode}"
+    number = -failure.exitcode
+    name = signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
+    cause = ": by hand, or by the system for want of memory" if number == signal.SIGKILL else ""
+    return f"{process} was ended by {name}{cause}; the same command continues from the last checkpoint"
 
 
 if __name__ == "__main__":

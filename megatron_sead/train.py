@@ -20,8 +20,10 @@ import typer
 
 from megatron_sead.cli import one_line_errors_on_ranks
 from megatron_sead.config import RunConfig, load_config
-from megatron_sead.config_checks import check_output
+from megatron_sead.config_checks import OWNER_FILE, check_output
 from megatron_sead.errors import UserError
+from megatron_sead.ownership import refuse_if_owned
+from megatron_sead.rank_failures import ending_together
 
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
@@ -61,6 +63,7 @@ def _examine(config: RunConfig, world_size: int, *, show: bool) -> None:
     for line in check_inputs(config, weights_may_come_later=show):
         print(f"note: {line}")
     check_output(config)
+    refuse_if_owned(config.output / OWNER_FILE, f"output={config.output}")
 
 
 def _planned_world_size(config: RunConfig) -> int:
@@ -83,7 +86,8 @@ def _train(config: RunConfig) -> None:
     from megatron_sead.training.loop import run
 
     try:
-        run(config)
+        with ending_together():
+            run(config)
     except OSError as error:
         if error.errno not in DISK_REFUSES:
             raise

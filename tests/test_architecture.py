@@ -21,6 +21,10 @@ LEAVES = {
     "outputs",
     "settings_file",
     "token_ids",
+    "settings_values",
+    "environment",
+    "ownership",
+    "processes",
 }  # anyone may import them, distillation excepted
 PARTS = {"distillation", "models", "checkpoints", "rollouts", "prompts", "grading", "reporting"}
 
@@ -32,13 +36,18 @@ ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS} | {
     "errors": set(),
     "boxed": set(),
     "settings_file": set(),
+    "settings_values": set(),
+    "environment": set(),
+    "processes": set(),
     "config": set(),
     "config_checks": set(),
     "durable": set(),
     "outputs": set(),
     "token_ids": set(),
-    "cli": set(),
-    "train": {"training", "planning", "cli"},
+    "ownership": set(),
+    "rank_failures": set(),
+    "cli": {"rank_failures"},
+    "train": {"training", "planning", "cli", "rank_failures"},
     "planning": set(),
     "launch": set(),
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy
 import torch
@@ -46,6 +48,14 @@ def initialize_parallel(settings: ParallelSettings, device: str, seed: int) -> P
     context = _context(settings, torch_device)
     _seed(seed, context)
     return context
+
+
+@contextmanager
+def parallel_groups(settings: ParallelSettings, device: str, seed: int) -> Iterator[ParallelContext]:
+    """`initialize_parallel`, and at the end `destroy_parallel`; after an error not: the peers may be waiting in a
+    collective, and NCCL would wait for them in turn. Whoever catches the error ends the process."""
+    yield initialize_parallel(settings, device, seed)
+    destroy_parallel()
 
 
 def destroy_parallel(*, keep_world: bool = False) -> None:

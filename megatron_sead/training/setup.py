@@ -12,13 +12,21 @@ import torch
 from rich.console import Console
 
 from megatron_sead.checkpoints import CheckpointStore
+from megatron_sead.checkpoints.manifest import from_first_rank
 from megatron_sead.config import ModelSettings, RunConfig, dump_config
-from megatron_sead.config_checks import check_output, check_world_size, config_warnings, opening_line
+from megatron_sead.config_checks import (
+    OWNER_FILE,
+    check_output,
+    check_world_size,
+    config_warnings,
+    opening_line,
+)
 from megatron_sead.distillation import CompetenceTracker, Curriculum
 from megatron_sead.errors import UserError
 from megatron_sead.grading import Grader
 from megatron_sead.models import ParallelContext, build_model
 from megatron_sead.models.olmo3.model import Olmo3Model
+from megatron_sead.ownership import sole_owner
 from megatron_sead.prompts import ModelTokenizer, Prompt, check_pair, load_prompts, load_tokenizer
 from megatron_sead.reporting.metrics import MetricsWriter
 from megatron_sead.rollouts import make_engine
@@ -27,7 +35,7 @@ from megatron_sead.training.identity import check_engine, check_models, probe_to
 from megatron_sead.training.inputs import settle_inputs
 from megatron_sead.training.interrupt import InterruptFlag
 from megatron_sead.training.optimizer import build_optimizer
-from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+from megatron_sead.training.parallel import parallel_groups
 from megatron_sead.training.run import Progress, Run
 from megatron_sead.training.scoring import Heads
 from megatron_sead.training.step import Learner
@@ -47,8 +55,8 @@ def prepare(config: RunConfig) -> Iterator[Run]:
     started = time.perf_counter()
     check_output(config)
     with ExitStack() as stack:
-        parallel = initialize_parallel(config.parallel, config.device, config.seed)
-        stack.callback(destroy_parallel)
+        parallel = stack.enter_context(parallel_groups(config.parallel, config.device, config.seed))
+        _own_output(config, parallel, stack)
         check_world_size(config, parallel.world_size)
         student, teacher = load_tokenizer(config.student, "student"), load_tokenizer(config.teacher, "teacher")
         pair = check_pair(student, teacher, config.student, config.teacher, config.prompts.template)
@@ -101,6 +109,19 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             run.writer = MetricsWriter(config.output, run.state.step, config.reporting.tensorboard)
             stack.callback(run.writer.close)
         yield run
+
+
+def _own_output(config: RunConfig, parallel: ParallelContext, stack: ExitStack) -> None:
+    """Until the stack ends, by the first rank for all. Collective."""
+    refusal = None
+    if parallel.rank == 0:
+        try:
+            stack.enter_context(sole_owner(config.output / OWNER_FILE, f"output={config.output}"))
+        except UserError as error:
+            refusal = error
+    refusal = from_first_rank(refusal, parallel.control)
+    if refusal is not None:
+        raise refusal
 
 
 def _load_prompts(config: RunConfig, student: ModelTokenizer, teacher: ModelTokenizer) -> list[Prompt]:

@@ -58,9 +58,9 @@ class Pools:
 
 def _train(ranks: int, meeting_point: str, overrides: list[str], interrupt_at: int | None) -> bool:
     from megatron_sead.training import loop
+    from megatron_sead.training.parallel import destroy_parallel
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    destroy_parallel()  # a run that failed leaves its groups
     import os
 
     rank = int(os.environ["RANK"])
