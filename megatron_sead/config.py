@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from megatron_sead.environment import expand_path
 from megatron_sead.settings_file import dump_settings, load_settings
 
 PolicyName = Literal[
@@ -24,6 +25,10 @@ InputName = Literal[
 ]
 
 ZONE_POLICIES = ("sead", "zones")  # the others weigh tokens without knowing their zones
+
+
+LocalPath = Annotated[Path, BeforeValidator(expand_path)]
+PathOrHubName = Annotated[str, BeforeValidator(expand_path)]
 
 
 class Settings(BaseModel):
@@ -48,9 +53,9 @@ class Settings(BaseModel):
 class ModelSettings(Settings):
     """A model as a Hugging Face directory, and how it is spoken to."""
 
-    path: Path = Field(description="Hugging Face directory: config.json, safetensors, tokenizer")
-    tokenizer: Path | None = Field(None, description="tokenizer directory or sentencepiece file; default: path")
-    chat_template: Path | None = Field(None, description="Jinja file that replaces the model's own chat template")
+    path: LocalPath = Field(description="Hugging Face directory: config.json, safetensors, tokenizer")
+    tokenizer: LocalPath | None = Field(None, description="tokenizer directory or sentencepiece file; default: path")
+    chat_template: LocalPath | None = Field(None, description="Jinja file that replaces the model's own chat template")
     system_prompt: str | None = Field(None, description="system message put before every prompt")
     stop_token_ids: list[int] | None = Field(None, description="tokens that end a response; default: the model's own")
 
@@ -67,11 +72,11 @@ class TeacherSettings(ModelSettings):
 class PromptSettings(Settings):
     """Where prompts come from and how a row becomes tokens."""
 
-    path: str = Field(description="JSONL or parquet file, or a hub name for datasets.load_dataset")
+    path: PathOrHubName = Field(description="JSONL or parquet file, or a hub name for datasets.load_dataset")
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set")
-    prompt_field: str = "prompt"
-    answer_field: str = "answer"
+    prompt_field: str = Field("prompt", min_length=1)
+    answer_field: str = Field("answer", min_length=1)
     id_field: str = Field("id", description="field with a unique id; rows without one are numbered")
     difficulty_field: str = Field("difficulty", description="1 - pass rate of the initial student, in [0, 1]")
     level_field: str = Field("level", description="group under which accuracy is reported")
@@ -148,7 +153,7 @@ class RolloutSettings(Settings):
     """How the student writes."""
 
     engine: Literal["transformers", "vllm", "replay"] = "transformers"
-    path: Path | None = Field(None, description="replay: run directory, or its rollouts folder, to read from")
+    path: LocalPath | None = Field(None, description="replay: run directory, or its rollouts folder, to read from")
     temperature: float = Field(0.7, ge=0, description="0: greedy. The loss is always at temperature 1")
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(16384, ge=1)
@@ -254,7 +259,7 @@ class CheckpointSettings(Settings):
 class EvaluationSettings(Settings):
     """Accuracy on held-out prompts, before and after."""
 
-    path: str | None = Field(None, description="prompt file with answers; fields are named as in prompts")
+    path: PathOrHubName | None = Field(None, description="prompt file with answers; fields are named as in prompts")
     limit: int | None = Field(None, ge=1, description="evaluate on the first so many prompts")
     samples: int = Field(4, ge=0, description="sampled answers a prompt, beside the greedy one")
     temperature: float = Field(1.0, gt=0)
@@ -280,7 +285,7 @@ class ReportingSettings(Settings):
 class RunConfig(Settings):
     """One run, whole."""
 
-    output: Path = Field(description="run directory")
+    output: LocalPath = Field(description="run directory")
     device: Literal["cuda", "cpu"] = "cuda"
     seed: int = Field(0, ge=0)
     student: ModelSettings

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from megatron_sead.errors import UserError
+from megatron_sead.settings_values import NULLS, Plain, SettingsDumper, SettingsLoader, meaning, takes_text
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
@@ -27,7 +28,9 @@ def load_settings(schema: type[SettingsT], path: Path | None, overrides: list[st
     for override in overrides:
         _apply_override(schema, values, override)
     try:
-        return schema.model_validate(values)
+        return schema.model_validate(_meanings(schema, values))
+    except RecursionError:
+        raise UserError(f"{path}: a list or group holds itself") from None
     except ValidationError as error:
         raise UserError(_first_of(schema, error)) from None
 
@@ -39,13 +42,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: missing, unreadable or malformed file, a key given twice, or no mapping at the top.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=SettingsLoader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{path}: cannot be read: {reason}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}{_yaml_problem(error)}") from None
-    if values is None:
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply") from None
+    if values is None or values in NULLS:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold 'key: value' lines, not {_shown(values)}")
@@ -55,7 +60,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def dump_settings(settings: BaseModel) -> str:
     """YAML that ``load_settings`` reads back to an equal object, defaults included."""
     values = settings.model_dump(mode="json")
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(values, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -74,21 +79,53 @@ def dotted_keys(schema: type[BaseModel]) -> list[str]:
 def _fields(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in schema.model_fields.items():
         yield prefix + name, field
-        group = field.annotation
-        if isinstance(group, type) and issubclass(group, BaseModel):
+        if group := _group_of(field):
             yield from _fields(group, f"{prefix}{name}.")
+
+
+def repeated_overrides(overrides: list[str]) -> list[str]:
+    """A line for each setting that is given twice with different values; the last counts."""
+    given: dict[str, list[str]] = {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        given.setdefault(key.strip(), []).append(text)
+    return [
+        f"{key} is given {len(texts)} times ({', '.join(texts)}); the last counts"
+        for key, texts in given.items()
+        if len(set(texts)) > 1
+    ]
 
 
 def _apply_override(schema: type[BaseModel], values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
+    key, fields = key.strip(), dict(_fields(schema))
     if not equals:
         raise UserError(f"{override!r}: an override is written key=value, for example training.steps=100")
-    if key not in dotted_keys(schema):
+    if key not in fields:
         raise UserError(_unknown_key(schema, key))
+    value = _override_value(key, text, fields[key])
+    if not _group_of(fields[key]):
+        _set(values, key, value)
+    elif isinstance(value, dict):  # those of its settings that are named change
+        for name, item in flatten(value, f"{key}.").items():
+            _set(values, name, item)
+    else:
+        raise UserError(_no_group(schema, key, meaning(key, value, Any)))
+
+
+def _override_value(key: str, text: str, field: FieldInfo) -> Any:
+    """For text, what stands after the sign, whatever YAML sees in it; in quotes, and for all else, YAML."""
+    if takes_text(field.annotation) and text.lstrip()[:1] not in ("'", '"'):
+        return Plain(text.strip())
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, Loader=SettingsLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{key}={text}{_yaml_problem(error)}; quote the value as YAML asks for") from None
+    except RecursionError:
+        raise UserError(f"{key}: is nested too deeply") from None
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *groups, leaf = key.split(".")
     for group in groups:
         inner = values.get(group)
@@ -96,6 +133,26 @@ def _apply_override(schema: type[BaseModel], values: dict[str, Any], override: s
             inner = values[group] = {}
         values = inner
     values[leaf] = value
+
+
+def _meanings(schema: type[BaseModel], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values that the words of a file or an override mean, by the types of their settings."""
+    known: dict[str, Any] = {}
+    for name, value in values.items():
+        field = schema.model_fields.get(name)
+        group = field and _group_of(field)
+        if group and isinstance(value, dict):
+            known[name] = _meanings(group, value, f"{prefix}{name}.")
+        elif group and (value is None or value in NULLS):  # all its lines are comments
+            known[name] = {}
+        else:
+            known[name] = meaning(f"{prefix}{name}", value, field.annotation if field else Any)
+    return known
+
+
+def _group_of(field: FieldInfo) -> type[BaseModel] | None:
+    group = field.annotation
+    return group if isinstance(group, type) and issubclass(group, BaseModel) else None
 
 
 def _first_of(schema: type[BaseModel], error: ValidationError) -> str:
@@ -120,20 +177,33 @@ def _describe(schema: type[BaseModel], details: ErrorDetails) -> list[str]:
             f"{k}: missing; set it in the file or as {k}=... ({fields[k].description or 'no default'})"
             for k in required or [key]
         ]
-    if kind == "value_error":  # raised by a validator of ours, one line a mistake, each naming its keys
-        return str(details["ctx"]["error"]).splitlines()
+    if kind == "value_error":  # raised by a validator of ours: of a setting, or of a group, a line a mistake
+        told = str(details["ctx"]["error"]).splitlines()
+        return told if field is None or _group_of(field) else [f"{key}={_shown(given)}: {line}" for line in told]
     if kind in ("model_type", "dict_type"):
-        keys = [k.rpartition(".")[2] for k in dotted_keys(schema) if k.rpartition(".")[0] == key]
-        return [f"{key}={_shown(given)}: must be a group of settings: {', '.join(keys)}"]
+        return [_no_group(schema, key, given)]
     if kind == "tuple_type" and field is not None:
         return [f"{key}={_shown(given)}: must be a list, for example {list(field.default)}"]
-    return [f"{key}={_shown(given)}: {details['msg'].replace('Input should be', 'must be')}"]
+    if given is None and kind != "literal_error":
+        return [f"{key}=null: must have a value ({field.description if field and field.description else kind})"]
+    return [f"{key}={_shown(given)}: {_told_by_pydantic(details)}"]
+
+
+def _told_by_pydantic(details: ErrorDetails) -> str:
+    return details["msg"].replace("Input should be", "must be").replace("String should have", "must have")
+
+
+def _no_group(schema: type[BaseModel], key: str, given: object) -> str:
+    keys = [k.rpartition(".")[2] for k in dotted_keys(schema) if k.rpartition(".")[0] == key]
+    return f"{key}={_shown(given)}: must be a group of settings: {', '.join(keys)}"
 
 
 def _unknown_key(schema: type[BaseModel], key: str) -> str:
     valid = dotted_keys(schema)
     group, _, leaf = key.rpartition(".")
     same_leaf = [k for k in valid if k.rpartition(".")[2] == leaf]  # right name, wrong or no group
+    if key in valid:  # in a file, as one word
+        return f"{key}: in a file, settings stand under their group: {group}: on a line of its own, then   {leaf}: ..."
     near = same_leaf or difflib.get_close_matches(key, valid, n=1)
     if near:
         return f"{key}: unknown setting; did you mean {difflib.get_close_matches(key, near, n=1, cutoff=0.0)[0]}?"
@@ -151,17 +221,3 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
         return f": {' '.join(str(error).split())}"
     mark = error.problem_mark
     return f", line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader keeps the last of two equal keys and says nothing; here it is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
