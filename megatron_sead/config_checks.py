@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_sead.config import ParallelSettings, RunConfig, load_config
 from megatron_sead.errors import UserError
+from megatron_sead.outputs import overlap, require_written_here
 from megatron_sead.settings_file import flatten
 
 OWNER_FILE = "owner.lock"  # in the run directory, while a run writes there
+# What else a run writes there, beside config.yaml
+WRITTEN = ("metrics.jsonl", "summary.json", "checkpoints", "rollouts", "not-finite", "tensorboard", "student-hf")
 
 # What may change when a run is resumed in its own directory: how it computes and what it writes, not what it computes.
 MAY_CHANGE_ON_RESUME = (
@@ -33,16 +38,22 @@ def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def check_output(config: RunConfig) -> None:
-    """Refuse an output directory that holds another run; a run may be resumed with what MAY_CHANGE_ON_RESUME lists.
+    """Refuse an output directory that overlaps an input, or holds another run or files that no run wrote.
+
+    A run may be resumed with what MAY_CHANGE_ON_RESUME lists.
 
     Raises:
-        UserError: names the first setting that differs, with both values.
+        UserError: names the input, the file, or the first setting that differs, with both values.
     """
     if config.output.exists() and not config.output.is_dir():
         raise UserError(f"output={config.output}: is a file; must be a directory, or not exist yet")
+    _require_apart_from_inputs(config)
     recorded = config.output / "config.yaml"
     if not recorded.exists():
+        _refuse_files_of_others(config.output)
         return
+    if (config.output / "student-hf").exists():  # is replaced at the end, which may be days away
+        require_written_here(config.output / "student-hf")
     try:
         old = load_config(recorded, [])
     except UserError as error:
@@ -55,6 +66,29 @@ def check_output(config: RunConfig) -> None:
             f"output={config.output}: holds another run: {fixed[0]} is {there!r} there and {here!r} here{more}; "
             "choose another output, or the same settings to resume it"
         )
+
+
+def _require_apart_from_inputs(config: RunConfig) -> None:
+    """Inputs may lie in the output directory, beside what a run writes there."""
+    inputs = {"prompts.path": config.prompts.path, "evaluation.path": config.evaluation.path}
+    inputs |= {"rollouts.path": config.rollouts.path}
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        inputs |= {f"{role}.{name}": getattr(model, name) for name in ("path", "tokenizer", "chat_template")}
+    for setting, given in inputs.items():
+        if given is not None and any(overlap(config.output / name, Path(given)) for name in WRITTEN):
+            raise UserError(
+                f"output={config.output}: overlaps {setting}={given}, which is read; choose an output that is neither "
+                "in it nor has it among the files that a run writes"
+            )
+
+
+def _refuse_files_of_others(output: Path) -> None:
+    for name in WRITTEN:
+        if (output / name).exists() or (output / name).is_symlink():
+            raise UserError(
+                f"output={output}: holds {name}, which a run would write, and no config.yaml of a run; "
+                "choose another output, or move it away"
+            )
 
 
 def data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:

@@ -144,14 +144,20 @@ def require_apart(directory: Path, inputs: Iterable[Path]) -> None:
         UserError: names both.
     """
     for given in inputs:
-        if not given.exists():
-            continue
-        files = given.iterdir() if given.is_dir() else ()
-        for read in (given, *{file.resolve().parent for file in files if file.is_symlink() and file.exists()}):
-            if _is_within(directory, read) or (directory.exists() and _is_within(read, directory)):
-                raise UserError(
-                    f"{directory}: overlaps {given}, which is read; choose one that is neither in it nor around it"
-                )
+        if overlap(directory, given):
+            raise UserError(
+                f"{directory}: overlaps {given}, which is read; choose one that is neither in it nor around it"
+            )
+
+
+def overlap(directory: Path, given: Path) -> bool:
+    """Is one in the other, or something that `given` links to in `directory`? Neither need exist."""
+    if not given.exists():
+        return False
+    linked = [file for file in (given.iterdir() if given.is_dir() else ()) if file.is_symlink() and file.exists()]
+    return _is_within(directory, given) or (
+        directory.exists() and any(_is_within(read, directory) for read in (given, *linked))
+    )
 
 
 def _is_within(path: Path, folder: Path) -> bool:

@@ -237,6 +237,43 @@ def test_an_output_that_is_a_file_or_holds_an_unreadable_run_is_refused(tmp_path
         check_output(config(f"output={tmp_path}"))
 
 
+def test_an_output_that_overlaps_an_input_is_refused(tmp_path: Path) -> None:
+    for folder in ("model", "runs/a/rollouts", "runs/a/student-hf"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "runs/a/prompts.jsonl").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+
+    def check(output: str, *overrides: str) -> None:
+        check_output(config(f"output={tmp_path / output}", *overrides))
+
+    model, run = f"student.path={tmp_path}/model", f"{tmp_path}/runs/a"
+    for output, overrides, told in [
+        ("model", [model], "student.path"),
+        ("link/run", [model], "student.path"),
+        ("runs/a", [f"teacher.path={run}/student-hf"], "teacher.path"),
+        ("runs/a", ["rollouts.engine=replay", f"rollouts.path={run}"], "rollouts.path"),
+        ("runs/a", ["rollouts.engine=replay", f"rollouts.path={run}/rollouts"], "rollouts.path"),
+        ("runs/a/again", ["rollouts.engine=replay", f"rollouts.path={run}"], "rollouts.path"),
+    ]:
+        with pytest.raises(UserError, match=f"overlaps {told}="):
+            check(output, *overrides)
+    for path in ("rollouts", "student-hf"):
+        (tmp_path / "runs/a" / path).rmdir()
+    check("runs/a", model, f"prompts.path={run}/prompts.jsonl")
+    check("runs/b", model, f"teacher.path={tmp_path}/link")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "student-hf", "tensorboard"])
+def test_files_that_no_run_wrote_are_not_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"holds {name}, which a run would write"):
+        check_output(config(f"output={tmp_path}"))
+    if name == "student-hf":
+        (tmp_path / "config.yaml").write_text(dump_config(config(f"output={tmp_path}")))
+        with pytest.raises(UserError, match="was not written by this tool"):
+            check_output(config(f"output={tmp_path}"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "warned"),
     [

@@ -8,6 +8,7 @@ it since; that is checked before it is read.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import queue
@@ -26,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sead.checkpoints.manifest import (
+    FILE_NAME,
     STEP,
     Damage,
     Manifest,
@@ -73,7 +75,7 @@ class CheckpointStore:
         state: dict[str, Any],
         inputs: dict[str, Any],
     ) -> None:
-        """Write a checkpoint; then delete all but the newest `keep`, and what `load_latest` found damaged.
+        """Write a checkpoint; then delete the files of all but the newest `keep`, and of those found damaged.
 
         Args:
             step: steps done.
@@ -219,15 +221,30 @@ class CheckpointStore:
         write_manifest(temporary, manifest)
         path = self.directory / temporary.name[1:]
         if path.exists():  # damaged, and reached again
-            shutil.rmtree(path)
+            self._delete(path)
+        if path.exists():
+            path.rename(_unused(path.with_name(f"{path.name}.kept")))
         temporary.rename(path)
         flush_directory(self.directory)
         self.damaged.discard(path.name)
         others = [name for name in self._names()[0] if name != path.name]
-        whole = [name for name in others if name not in self.damaged]
+        whole = [name for name in others if name not in self.damaged and (self.directory / name / FILE_NAME).exists()]
         for name in [*whole[self.keep - 1 :], *self.damaged.intersection(others)]:
-            shutil.rmtree(self.directory / name)
+            self._delete(self.directory / name)
         self._log("saved checkpoint %s", path)
+
+    def _delete(self, path: Path) -> None:
+        """The files that a manifest says a run wrote, and the folder if it holds no others. Without one, nothing."""
+        manifest, _ = _try_manifest(path)
+        if manifest is None:
+            return
+        for name in [*manifest.files, FILE_NAME]:
+            if Path(name).name == name:  # a manifest is a file that anybody can write
+                (path / name).unlink(missing_ok=True)
+        try:
+            path.rmdir()
+        except OSError:
+            self._log("checkpoint %s: deleted, but for files that no run wrote", path)
 
     def _sharded_model(self, chunks: list[Any]) -> dict[str, Any]:
         return {
@@ -273,6 +290,11 @@ def _start_no_manager_process() -> None:
 def _layout(parallel: ParallelContext) -> dict[str, int]:
     sizes = {"tensor": parallel.tp_size, "pipeline": parallel.pp_size}
     return sizes | {"virtual": parallel.chunks, "data": parallel.dp_size}
+
+
+def _unused(path: Path) -> Path:
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(place for place in itertools.chain([path], numbered) if not place.exists())
 
 
 def _try_manifest(path: Path) -> tuple[Manifest | None, str | None]:

@@ -173,5 +173,16 @@ def test_a_damaged_later_one_takes_no_place(ranks: RankPool, hf_dir: Path, direc
     assert names(directory) == [OLD, NEW]
 
 
+def test_what_others_put_into_checkpoints_stays(ranks: RankPool, hf_dir: Path, directory: Path) -> None:
+    (directory / OLD / "evaluation.json").write_text("mine")
+    (directory / "step-00000009").mkdir()
+    (directory / "step-00000009" / "notes").write_text("mine")
+    (directory / NEW / "manifest.json").unlink()
+    ranks.run(train, hf_dir, Layout(), directory, steps=3, resume=True, save_after=(2, 3), keep=1)
+    assert names(directory) == [OLD, f"{NEW}.kept", "step-00000003", "step-00000009"]
+    assert [path.name for path in (directory / OLD).iterdir()] == ["evaluation.json"]
+    assert (directory / "step-00000009/notes").read_text() == "mine"
+
+
 def names(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir())
