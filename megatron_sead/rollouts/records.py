@@ -7,12 +7,13 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_sead.errors import UserError
 from megatron_sead.rollouts.engine import Rollout
 
 FOLDER = "rollouts"
+ValueT = TypeVar("ValueT")
 
 
 def record_path(run_directory: Path, step: int) -> Path:
@@ -42,7 +43,8 @@ def write_records(path: Path, rollouts: Sequence[Rollout], extras: Sequence[dict
         lines.append(json.dumps(record | extra, ensure_ascii=False, allow_nan=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".jsonl.partial")
-    partial.write_text("".join(lines), encoding="utf-8")
+    # What a model wrote may hold half of a character, which UTF-8 has not: then its escape stands in the string
+    partial.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)
 
 
@@ -66,21 +68,23 @@ def read_records(path: Path) -> list[Rollout]:
 def _read_line(line: str, place: str) -> Rollout:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: not a rollout: must be a JSON object, not {type(record).__name__}")
     try:
         log_probs = record["log_probs"]
         rollout = Rollout(
-            prompt_id=str(record["prompt_id"]),
-            sample=int(record["sample"]),
-            prompt_token_ids=tuple(int(token) for token in record["prompt_token_ids"]),
-            response_token_ids=tuple(int(token) for token in record["response_token_ids"]),
-            finished=bool(record["finished"]),
-            log_probs=None if log_probs is None else tuple(float(value) for value in log_probs),
+            prompt_id=str(_only((str, int), record["prompt_id"], "prompt_id")),
+            sample=_only(int, record["sample"], "sample"),
+            prompt_token_ids=_all_only(int, record["prompt_token_ids"], "prompt_token_ids"),
+            response_token_ids=_all_only(int, record["response_token_ids"], "response_token_ids"),
+            finished=_only(bool, record["finished"], "finished"),
+            log_probs=None if log_probs is None else _finite(log_probs),
         )
     except KeyError as error:
         raise UserError(f"{place}: not a rollout: has no {error}") from None
-    except (TypeError, ValueError) as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{place}: not a rollout: {error}") from None
     if not rollout.prompt_token_ids or not rollout.response_token_ids:
         raise UserError(f"{place}: not a rollout: prompt and response must hold at least one token each")
@@ -90,3 +94,22 @@ def _read_line(line: str, place: str) -> Rollout:
     if not all(map(math.isfinite, rollout.log_probs or ())):
         raise UserError(f"{place}: not a rollout: its log_probs are not all finite")
     return rollout
+
+
+def _only(kind: type[ValueT] | tuple[type[ValueT], ...], value: Any, name: str) -> ValueT:
+    """Just these types: int("7"), int(7.5) and bool("false") would make something of what was not written here."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if type(value) not in kinds:
+        raise ValueError(f"{name} must be {' or '.join(k.__name__ for k in kinds)}, not {value!r:.60}")
+    return value
+
+
+def _all_only(kind: type[ValueT], values: Any, name: str) -> tuple[ValueT, ...]:
+    return tuple(_only(kind, value, name) for value in _only(list, values, name))
+
+
+def _finite(values: Any) -> tuple[float, ...]:
+    values = [float(value) if type(value) is int else value for value in _only(list, values, "log_probs")]
+    if not all(map(math.isfinite, _all_only(float, values, "log_probs"))):
+        raise ValueError("log_probs must be finite")
+    return tuple(values)

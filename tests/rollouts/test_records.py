@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def test_round_trip_with_extras(tmp_path: Path) -> None:
     first = json.loads(path.read_text(encoding="utf-8").split("\n")[0])
     assert first["zones"] == "ABC"
     assert list(path.parent.iterdir()) == [path]  # nothing partial stays
+
+
+def test_half_a_character_is_written_as_its_escape(tmp_path: Path) -> None:
+    path = tmp_path / "step-0.jsonl"
+    write_records(path, [replace(ROLLOUTS[1], prompt_id="\ud83d")], [{"response": "é\udc00"}])
+    assert read_records(path)[0].prompt_id == "\ud83d"
+    assert json.loads(path.read_text(encoding="utf-8"))["response"] == "é\udc00"
 
 
 def test_an_extra_may_not_replace_a_field(tmp_path: Path) -> None:
@@ -85,7 +93,18 @@ def record(**changes: object) -> str:
         ("{", r"line 2: not valid JSON"),
         ("[]", r"line 2: not a rollout"),
         ("{}", r"line 2: not a rollout: has no 'log_probs'"),
-        (record(sample="x"), r"line 2: not a rollout"),
+        (record(sample="x"), r"line 2: not a rollout: sample must be int, not 'x'"),
+        (record(sample=0.5), r"line 2: not a rollout: sample must be int, not 0.5"),
+        (record(prompt_id=None), r"line 2: not a rollout: prompt_id must be str or int, not None"),
+        (record(finished="false"), r"line 2: not a rollout: finished must be bool, not 'false'"),
+        (record(prompt_token_ids="123"), r"line 2: not a rollout: prompt_token_ids must be list, not '123'"),
+        (record(response_token_ids=[2, 3.5]), r"line 2: not a rollout: response_token_ids must be int, not 3.5"),
+        (record(response_token_ids=[2, True]), r"line 2: not a rollout: response_token_ids must be int, not True"),
+        (record(log_probs=[-1.0, float("nan")]), r"line 2: not a rollout: log_probs must be finite"),
+        (record(log_probs=[-1.0, 10**400]), r"line 2: not a rollout: int too large"),
+        (record(log_probs=["-1.0", -1.0]), r"line 2: not a rollout: log_probs must be float, not '-1.0'"),
+        ("[" * 100_000, r"line 2: not valid JSON"),
+        ("\0" * 8, r"line 2: not valid JSON"),
         (record(response_token_ids=[]), r"line 2: not a rollout: prompt and response"),
         (record(log_probs=[-1.0]), r"line 2: not a rollout: 1 log_probs for 2 response tokens"),
     ],
