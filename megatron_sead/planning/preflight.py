@@ -1,24 +1,24 @@
-"""Are the files of a run there and whole? Looks at sizes, headers and first lines; loads no model, imports no torch."""
+"""Are the files of a run there and whole? Looks at sizes and headers, and at every prompt; loads no model, no torch."""
 
 from __future__ import annotations
 
 import json
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_sead.config import ModelSettings, PromptSettings, RunConfig
+from megatron_sead.config import ModelSettings, RunConfig
 from megatron_sead.errors import UserError
 from megatron_sead.planning.tokenizer_files import tokenizer_problems
+from megatron_sead.prompts.problems import read_problems, repeats
+from megatron_sead.prompts.rows import is_hub_name
 from megatron_sead.token_ids import embedding_rows
-
-FIRST_LINES = 100
 
 
 def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> list[str]:
-    """Look for everything that would stop the run when it reads its files. Returns what is not there yet, if it may.
+    """Look for everything that would stop the run when it reads its files. Returns what is not there yet, if it may,
+    and what is odd but may be meant: a line each.
 
-    The run itself reads files whole and checks more: every prompt, every tensor and chat templates.
+    The run itself reads files whole and checks more: every tensor, chat templates and prompts' lengths.
 
     Raises:
         UserError: the first problem, and how many more there are.
@@ -28,15 +28,13 @@ def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> 
     problems += _damaged_weights(config.student) + _damaged_weights(config.teacher)
     problems += _embedding_problems(config.student) + _embedding_problems(config.teacher)
     problems += tokenizer_problems(config)
-    needs_difficulty = config.curriculum.mode != "none"
-    problems += _prompt_problems(config.prompts.path, "prompts.path", config.prompts, needs_difficulty)
-    if config.evaluation.path is not None:
-        problems += _prompt_problems(config.evaluation.path, "evaluation.path", config.prompts, needs_difficulty=False)
+    prompt_problems, notes = _prompt_problems(config)
+    problems += prompt_problems
     if config.rollouts.path is not None and not config.rollouts.path.is_dir():
         problems.append(f"rollouts.path={config.rollouts.path}: no such directory")
     if problems:
         raise UserError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
-    return missing
+    return missing + notes
 
 
 def _weight_files(model: ModelSettings) -> list[Path]:
@@ -92,43 +90,24 @@ def _safetensors_problem(file: Path) -> str | None:
     return None if size == expected else f"truncated: {size:,} bytes, its header says {expected:,}"
 
 
-def _prompt_problems(path: str, setting: str, fields: PromptSettings, needs_difficulty: bool) -> list[str]:
-    file = Path(path)
-    if file.suffix not in (".jsonl", ".json", ".parquet") and not file.exists():
-        return []  # a hub name; the run downloads it
-    if not file.is_file():
-        return [f"{setting}={path}: no such file"]
-    if file.suffix == ".parquet":
-        return []
-    try:
-        with file.open(encoding="utf-8-sig") as stream:
-            lines = [(number, line) for number, line in enumerate(islice(stream, FIRST_LINES), 1) if line.strip()]
-    except UnicodeDecodeError as error:
-        return [f"{setting}={path}: not UTF-8 text at byte {error.start}"]
-    if not lines:
-        return [f"{setting}={path}: holds no prompts"]
-    if lines[0][1].lstrip().startswith("["):
-        return []  # one JSON array, which the run reads whole
-    for number, line in lines:
-        problem = _row_problem(line, fields, needs_difficulty)
-        if problem is not None:
-            return [f"{setting}={path}, line {number}: {problem}"]
-    return []
-
-
-def _row_problem(line: str, fields: PromptSettings, needs_difficulty: bool) -> str | None:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return f"not valid JSON: {error}"
-    if not isinstance(row, dict):
-        return "not a JSON object"
-    for setting, name in (("prompt_field", fields.prompt_field), ("answer_field", fields.answer_field)):
-        if name not in row:
-            return f"has no {name!r}, which prompts.{setting} names; it has {', '.join(map(repr, row))}"
-    if needs_difficulty and row.get(fields.difficulty_field) is None:
-        return (
-            f"has no {fields.difficulty_field!r}, which the curriculum needs; "
-            "add it with tools/estimate_difficulty.py, or set curriculum.mode=none"
-        )
-    return None
+def _prompt_problems(config: RunConfig) -> tuple[list[str], list[str]]:
+    """What the run would refuse in its rows, since the same code reads and checks them; and what to know of them."""
+    problems, notes = [], []
+    needed = {
+        "teacher_prompt_field": config.teacher.prompt_field,
+        "needs_difficulty": config.curriculum.mode != "none",
+    }
+    asked: list[tuple[str, str, dict[str, Any]]] = [("prompts.path", config.prompts.path, needed)]
+    if config.evaluation.path is not None:
+        asked.append(("evaluation.path", config.evaluation.path, {"limit": config.evaluation.limit}))
+    for setting, path, rest in asked:
+        if is_hub_name(path):
+            notes.append(f"{setting}={path}: no such file here; the run will load the hub data set of this name")
+            continue
+        try:
+            rows = read_problems(config.prompts.model_copy(update={"path": path}), setting, **rest)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            notes += repeats(rows, f"{setting}={path}")
+    return problems, notes

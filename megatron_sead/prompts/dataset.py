@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_sead.config import PromptSettings
 from megatron_sead.errors import UserError
-from megatron_sead.prompts.answers import reference_answers
-from megatron_sead.prompts.rows import Row, read_rows
+from megatron_sead.prompts.problems import Problem, read_problems, repeats
 from megatron_sead.prompts.tokenizer import ModelTokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,118 +32,85 @@ def load_prompts(
     student: ModelTokenizer,
     teacher: ModelTokenizer | None = None,
     *,
+    setting: str = "prompts.path",
     teacher_prompt_field: str | None = None,
+    needs_difficulty: bool = False,
     max_new_tokens: int = 0,
     limit: int | None = None,
 ) -> list[Prompt]:
-    """Read, check and tokenize a prompt set.
+    """Read, check and tokenize a prompt set. Prompts that stand there more than once are counted in the log.
 
     Args:
         teacher: None: the prompts are for one model alone, and its tokens stand for the teacher's too.
+        setting: the setting that names the path, for messages.
         teacher_prompt_field: field with the teacher's own prompt; None: the student's text, in the teacher's template.
+        needs_difficulty: a row without one is refused.
         max_new_tokens: room that a response must find in the context after the prompt.
         limit: read the first so many rows only.
 
     Raises:
-        UserError: names file, line and field: whatever `read_rows` refuses, a missing field or answer, an id given
-            twice, a difficulty outside [0, 1], a prompt that is empty or too long.
+        UserError: names file, line and field: whatever `read_problems` refuses, and a prompt that is too long.
     """
-    rows = read_rows(settings)[:limit]
-    prompts, places = [], dict[str, str]()
-    for number, row in enumerate(rows):
-        prompt = _make_prompt(row, number, settings, student, teacher, teacher_prompt_field)
-        if prompt.id in places:
-            raise UserError(
-                f"{row.place}: {settings.id_field} {prompt.id!r} is given twice, first at {places[prompt.id]}"
-            )
-        places[prompt.id] = row.place
-        _require_room(prompt.student_token_ids, prompt.id, row, settings, student, max_new_tokens)
-        if teacher is not None:
-            _require_room(prompt.teacher_token_ids, prompt.id, row, settings, teacher, max_new_tokens)
-        prompts.append(prompt)
-    return prompts
+    problems = read_problems(
+        settings,
+        setting,
+        teacher_prompt_field=teacher_prompt_field,
+        needs_difficulty=needs_difficulty,
+        limit=limit,
+    )
+    for line in repeats(problems, f"{setting}={settings.path}"):
+        log.info("%s", line)  # the first rank alone logs at this level
+    return tokenize(problems, settings, student, teacher, max_new_tokens=max_new_tokens)
 
 
-def _make_prompt(
-    row: Row,
-    number: int,
+def tokenize(
+    problems: Sequence[Problem],
+    settings: PromptSettings,
+    student: ModelTokenizer,
+    teacher: ModelTokenizer | None = None,
+    *,
+    max_new_tokens: int = 0,
+) -> list[Prompt]:
+    """Problems with their tokens, as `load_prompts` says.
+
+    Raises:
+        UserError: a prompt without tokens, or one that is too long.
+    """
+    return [_tokenize_one(problem, settings, student, teacher, max_new_tokens) for problem in problems]
+
+
+def _tokenize_one(
+    problem: Problem,
     settings: PromptSettings,
     student: ModelTokenizer,
     teacher: ModelTokenizer | None,
-    teacher_prompt_field: str | None,
+    max_new_tokens: int,
 ) -> Prompt:
-    text = _text(row, settings.prompt_field, "prompts.prompt_field") + settings.instruction
-    student_tokens = _tokenize(text, settings, student)
-    teacher_tokens = student_tokens
-    if teacher is not None:
-        teacher_text = text
-        if teacher_prompt_field is not None:
-            teacher_text = _text(row, teacher_prompt_field, "teacher.prompt_field") + settings.instruction
-        teacher_tokens = _tokenize(teacher_text, settings, teacher)
-    if not student_tokens or not teacher_tokens:
-        raise UserError(f"{row.place}: the prompt is empty")
-    answers = reference_answers(_field(row, settings.answer_field, "prompts.answer_field"))
-    if not answers:
-        raise UserError(f"{row.place}: {settings.answer_field!r} holds no answer")
-    given_id, level = row.fields.get(settings.id_field), row.fields.get(settings.level_field)
+    tokens = _tokens(problem.text, problem, settings, student, max_new_tokens)
     return Prompt(
-        id=str(number if given_id is None else given_id),
-        text=text,
-        answers=answers,
-        difficulty=_difficulty(row, settings),
-        level=None if level is None else str(level),
-        student_token_ids=student_tokens,
-        teacher_token_ids=teacher_tokens,
+        id=problem.id,
+        text=problem.text,
+        answers=problem.answers,
+        difficulty=problem.difficulty,
+        level=problem.level,
+        student_token_ids=tokens,
+        teacher_token_ids=(
+            tokens if teacher is None else _tokens(problem.teacher_text, problem, settings, teacher, max_new_tokens)
+        ),
     )
 
 
-def _tokenize(text: str, settings: PromptSettings, tokenizer: ModelTokenizer) -> tuple[int, ...]:
-    return tokenizer.encode(tokenizer.render(text) if settings.template == "chat" else text)
-
-
-def _field(row: Row, name: str, setting: str) -> Any:
-    if name not in row.fields:
-        raise UserError(
-            f"{row.place}: has no {name!r}, which {setting} names; it has {', '.join(map(repr, row.fields))}"
-        )
-    return row.fields[name]
-
-
-def _text(row: Row, name: str, setting: str) -> str:
-    value = _field(row, name, setting)
-    if not isinstance(value, str):
-        raise UserError(f"{row.place}: {name!r} ({setting}) must be text, not {type(value).__name__}")
-    return value
-
-
-def _difficulty(row: Row, settings: PromptSettings) -> float | None:
-    value = row.fields.get(settings.difficulty_field)
-    if value is None:
-        return None
-    try:
-        difficulty = float(value)
-    except (TypeError, ValueError):
-        difficulty = float("nan")
-    if not 0 <= difficulty <= 1:
-        raise UserError(
-            f"{row.place}: {settings.difficulty_field}={value!r}: must be 1 - pass rate, in [0, 1]; if this field "
-            "means something else, set prompts.difficulty_field to another name"
-        )
-    return difficulty
-
-
-def _require_room(
-    tokens: tuple[int, ...],
-    prompt_id: str,
-    row: Row,
-    settings: PromptSettings,
-    tokenizer: ModelTokenizer,
-    max_new_tokens: int,
-) -> None:
-    where = f"{row.place}: prompt {prompt_id!r} has {len(tokens)} tokens"
+def _tokens(
+    text: str, problem: Problem, settings: PromptSettings, tokenizer: ModelTokenizer, max_new_tokens: int
+) -> tuple[int, ...]:
+    tokens = tokenizer.encode(tokenizer.render(text) if settings.template == "chat" else text)
+    if not tokens:
+        raise UserError(f"{problem.place}: the prompt is empty: it has no tokens")
+    where = f"{problem.place}: prompt {problem.id!r} has {len(tokens)} tokens"
     if settings.max_prompt_tokens is not None and len(tokens) > settings.max_prompt_tokens:
         raise UserError(f"{where}, more than prompts.max_prompt_tokens={settings.max_prompt_tokens}")
     context = tokenizer.context_length
     if context is not None and len(tokens) + max_new_tokens > context:
         room = f", which leaves no room for {max_new_tokens} new ones" if max_new_tokens else ", more than fit"
         raise UserError(f"{where}{room} in the {tokenizer.role}'s context of {context}")
+    return tokens

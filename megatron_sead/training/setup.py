@@ -130,6 +130,7 @@ def _load_prompts(config: RunConfig, student: ModelTokenizer, teacher: ModelToke
         student,
         teacher,
         teacher_prompt_field=config.teacher.prompt_field,
+        needs_difficulty=config.curriculum.mode != "none",
         max_new_tokens=config.rollouts.max_new_tokens,
     )
 
@@ -143,6 +144,7 @@ def _load_heldout(config: RunConfig, student: ModelTokenizer, teacher: ModelToke
         config.prompts.model_copy(update={"path": evaluation.path}),
         student,
         teacher,
+        setting="evaluation.path",
         max_new_tokens=evaluation.max_new_tokens or config.rollouts.max_new_tokens,
         limit=evaluation.limit,
     )

@@ -152,8 +152,8 @@ def run_inputs(tmp_path: Path) -> Path:
         (tmp_path / role / "config.json").write_text((SHAPES / "olmo3-7b" / "config.json").read_text())
         (tmp_path / role / "tokenizer.json").write_text(json.dumps(tokenizer))
         save_file({"weight": torch.zeros(4, 4)}, tmp_path / role / "model.safetensors")
-    row = {"prompt": "1+1=", "answer": "2", "difficulty": 0.5}
-    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    rows = [{"prompt": f"{i}+1=", "answer": f"{i + 1}", "difficulty": 0.5} for i in range(2)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
 
@@ -239,11 +239,6 @@ def test_a_missing_or_damaged_file_is_told(what: str, part: str, run_inputs: Pat
     with pytest.raises(UserError, match=part) as caught:
         check_inputs(inputs_config(run_inputs))
     assert "\n" not in str(caught.value)
-
-
-def test_one_json_array_is_left_to_the_run(run_inputs: Path) -> None:
-    (run_inputs / "prompts.jsonl").write_text('[\n{"prompt": "1+1=", "answer": "2"}\n]\n')
-    assert check_inputs(inputs_config(run_inputs)) == []
 
 
 def test_a_plan_may_come_before_the_weights(run_inputs: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -86,12 +88,23 @@ def test_chat_template_and_the_teachers_own_prompt(tmp_path: Path, tiny_olmo3: P
         (r"\boxed{unclosed", (r"\boxed{unclosed",)),
         ("  ", ()),
         (None, ()),
-        (True, ()),
+        (True, ("true",)),
         ([], ()),
+        (1e-5, ("0.00001",)),
+        (np.float32(0.1), ("0.1",)),
+        (np.int64(2**53 + 1), ("9007199254740993",)),
+        (Decimal("1.50"), ("1.5",)),
+        (1e300, ("1" + "0" * 300,)),
     ],
 )
 def test_reference_answers(value: Any, expected: tuple[str, ...]) -> None:
     assert reference_answers(value) == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.float64("inf"), "NaN", ["1", ""], [["1"]], {"a": 1}, b"1"], ids=str)
+def test_what_is_no_answer_is_said(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"nan|inf|NaN|a list with|a value of type"):
+        reference_answers(value)
 
 
 GOOD = ROWS[0]

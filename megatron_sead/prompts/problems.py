@@ -1,0 +1,191 @@
+"""Rows become problems: which fields a row must have, and what in them is told. Imports no torch.
+
+A run, its held-out evaluation, a check before them and an estimate of difficulty all ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
+from typing import Any
+
+from megatron_sead.config import PromptSettings
+from megatron_sead.errors import UserError
+from megatron_sead.prompts.answers import MISSING, is_blank, reference_answers, written_number
+from megatron_sead.prompts.rows import Row, read_rows
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row that can be asked and graded; not yet tokens."""
+
+    place: str  # "FILE, line 3"
+    id: str
+    text: str
+    teacher_text: str  # the same, unless the teacher has a prompt field of its own
+    answers: tuple[str, ...]
+    difficulty: float | None
+    level: str | None
+
+
+def read_problems(
+    settings: PromptSettings,
+    setting: str = "prompts.path",
+    *,
+    teacher_prompt_field: str | None = None,
+    needs_difficulty: bool = False,
+    limit: int | None = None,
+) -> list[Problem]:
+    """`check_rows` of the first ``limit`` rows that `read_rows` finds.
+
+    Raises:
+        UserError: whatever these refuse.
+    """
+    rows = read_rows(settings, setting)[:limit]
+    return check_rows(rows, settings, teacher_prompt_field=teacher_prompt_field, needs_difficulty=needs_difficulty)
+
+
+def check_rows(
+    rows: Sequence[Row],
+    settings: PromptSettings,
+    *,
+    teacher_prompt_field: str | None = None,
+    needs_difficulty: bool = False,
+) -> list[Problem]:
+    """Every row as a problem.
+
+    Args:
+        teacher_prompt_field: field with the teacher's own prompt; None: the student's text.
+        needs_difficulty: a row without one is refused.
+
+    Raises:
+        UserError: names file, line and field: a missing or blank prompt, chat messages in place of text, an answer
+            that is none, an id given twice, a difficulty that is missing or outside [0, 1].
+    """
+    problems, places = [], dict[str, str]()
+    for number, row in enumerate(rows):
+        problem = _problem(row, number, settings, teacher_prompt_field)
+        if problem.id in places:
+            numbered = (
+                " (a row without one has its number, from 0)" if row.fields.get(settings.id_field) is None else ""
+            )
+            first = places[problem.id]
+            raise UserError(
+                f"{row.place}: {settings.id_field} {problem.id!r} is given twice, first at {first}{numbered}"
+            )
+        if needs_difficulty and problem.difficulty is None:
+            raise UserError(
+                f"{row.place}: has no {settings.difficulty_field!r}, which the curriculum needs; "
+                "add it with tools/estimate_difficulty.py, or set curriculum.mode=none"
+            )
+        places[problem.id] = row.place
+        problems.append(problem)
+    return problems
+
+
+def repeats(problems: Sequence[Problem], source: str) -> list[str]:
+    """What is odd and may be meant: prompts that stand there more than once, counted, a line a kind."""
+    first: dict[str, Problem] = {}
+    same: list[str] = []
+    other: list[str] = []
+    for problem in problems:
+        earlier = first.setdefault(" ".join(problem.text.split()), problem)
+        if earlier is not problem:
+            (same if earlier.answers == problem.answers else other).append(f"{problem.place} and {earlier.place}")
+    lines = [(same, "the same answer; each counts as often as it stands there"), (other, "another answer")]
+    return [
+        f"{source}: {len(found)} of {len(problems)} rows have the prompt of an earlier row and {what} "
+        f"(first: {found[0]})"
+        for found, what in lines
+        if found
+    ]
+
+
+def _problem(row: Row, number: int, settings: PromptSettings, teacher_prompt_field: str | None) -> Problem:
+    text = teacher_text = _text(row, settings.prompt_field, "prompts.prompt_field") + settings.instruction
+    if teacher_prompt_field is not None:
+        teacher_text = _text(row, teacher_prompt_field, "teacher.prompt_field") + settings.instruction
+    given_id = _name(row, settings.id_field, "prompts.id_field")
+    return Problem(
+        place=row.place,
+        id=str(number) if given_id is None else given_id,
+        text=text,
+        teacher_text=teacher_text,
+        answers=_answers(row, settings.answer_field),
+        difficulty=_difficulty(row, settings.difficulty_field),
+        level=_name(row, settings.level_field, "prompts.level_field"),
+    )
+
+
+def _field(row: Row, name: str, setting: str) -> Any:
+    if name not in row.fields:
+        raise UserError(
+            f"{row.place}: has no {name!r}, which {setting} names; it has {', '.join(map(repr, row.fields))}"
+        )
+    return row.fields[name]
+
+
+def _text(row: Row, name: str, setting: str) -> str:
+    value = _field(row, name, setting)
+    if value is None:
+        value = ""
+    if isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith(('[{"role"', "[{'role'"))):
+        raise UserError(
+            f"{row.place}: {name!r} ({setting}) must be text, not a list of chat messages: the chat template makes "
+            "the turns; name a field with the user's words alone"
+        )
+    if not isinstance(value, str):
+        raise UserError(f"{row.place}: {name!r} ({setting}) must be text, not {type(value).__name__}")
+    if is_blank(value) or value.strip() in MISSING:
+        shown = f": it is {value.strip()!r}" if not is_blank(value) else ""
+        raise UserError(f"{row.place}: the prompt is empty, {name!r} ({setting}) holds no text{shown}")
+    return value
+
+
+def _answers(row: Row, name: str) -> tuple[str, ...]:
+    try:
+        answers = reference_answers(_field(row, name, "prompts.answer_field"))
+    except ValueError as error:
+        raise UserError(f"{row.place}: {name!r} holds no answer but {error}") from None
+    if not answers:
+        raise UserError(f"{row.place}: {name!r} holds no answer")
+    return answers
+
+
+def _name(row: Row, name: str, setting: str) -> str | None:
+    """An id or a level: text or a number."""
+    value = row.fields.get(name)
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        if type(value) is not bool and isinstance(value, Real | Decimal):
+            return written_number(value)
+    except ValueError:
+        pass
+    raise UserError(
+        f"{row.place}: {name!r} is {_shown(value)}: must be text or a number; if this field means something else, set "
+        f"{setting} to another name"
+    )
+
+
+def _difficulty(row: Row, name: str) -> float | None:
+    value = row.fields.get(name)
+    if value is None:
+        return None
+    try:
+        difficulty = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
+        difficulty = float("nan")
+    if not 0 <= difficulty <= 1:
+        raise UserError(
+            f"{row.place}: {name}={_shown(value)}: must be 1 - pass rate, in [0, 1]; if this field "
+            "means something else, set prompts.difficulty_field to another name"
+        )
+    return difficulty
+
+
+def _shown(value: Any) -> str:
+    text = str(value) if isinstance(value, Decimal) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
