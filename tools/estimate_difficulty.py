@@ -6,9 +6,13 @@ depends on (K, seed, decoding, grader) stands beside the output in ``OUTPUT.prov
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +28,16 @@ from megatron_sead.cli import one_line_errors
 from megatron_sead.config import GradingSettings, ModelSettings, PromptSettings, RolloutSettings, Settings
 from megatron_sead.errors import UserError
 from megatron_sead.grading import GRADER_VERSION, Grader
-from megatron_sead.prompts import ModelTokenizer, Prompt, load_prompts, load_tokenizer
-from megatron_sead.prompts.rows import read_rows
+from megatron_sead.prompts import ModelTokenizer, Prompt, load_tokenizer
+from megatron_sead.prompts.dataset import tokenize
+from megatron_sead.prompts.exact_json import dumps, holds_no_number
+from megatron_sead.prompts.problems import check_rows, repeats
+from megatron_sead.prompts.rows import Row, read_rows
 from megatron_sead.rollouts import GenerationRequest, RolloutEngine, Sampling, make_engine
 from megatron_sead.settings_file import load_settings
 
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
+DISK_REFUSES += (errno.EEXIST, errno.ENAMETOOLONG)
 DIFFICULTY_STEP = -2  # neither a training step (0 and up) nor an evaluation (-1): their draws are others
 
 
@@ -49,23 +58,34 @@ class EstimateSettings(Settings):
             yield "rollouts.engine='replay': must be an engine that generates; difficulty is measured on new rollouts"
         if self.rollouts.temperature == 0 and self.samples > 1:
             yield f"samples={self.samples}: must be 1 when rollouts.temperature is 0: greedy samples are all the same"
+        prompts = self.prompts
+        if prompts.difficulty_field in (prompts.prompt_field, prompts.answer_field, prompts.id_field):
+            yield (
+                f"prompts.difficulty_field={prompts.difficulty_field}: must not be the field of prompts, answers or "
+                "ids, which the difficulty would replace"
+            )
 
 
 class Tally:
     """Passes per prompt in ``OUTPUT.partial``: appended as they come, so that nothing is lost when the command stops.
 
     Raises:
-        UserError: the partial file was made with other settings.
+        UserError: the file is not this command's, damaged, made with other settings or prompts, or in use.
     """
 
     def __init__(self, path: Path, measurement: dict[str, Any]) -> None:
         self.path = path
         self.passes: dict[str, int] = {}
-        whole = self._read(measurement) if path.exists() else 0
-        self._file = path.open("ab")
-        self._file.truncate(whole)  # a line cut short by a kill is measured again
-        if not whole:
-            self._append({"measurement": measurement})
+        self._file = path.open("a+b")
+        try:
+            self._lock()
+            whole = self._read(measurement)
+            self._file.truncate(whole)  # a line cut short by a kill is measured again
+            if not whole:
+                self._append({"measurement": measurement})
+        except BaseException:
+            self._file.close()
+            raise
 
     def add(self, prompt_id: str, passes: int) -> None:
         self.passes[prompt_id] = passes
@@ -74,30 +94,51 @@ class Tally:
     def close(self) -> None:
         self._file.close()
 
+    def _lock(self) -> None:
+        """Until the file is closed, however the process ends."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another process is measuring into it; let it end, or stop it") from None
+        except OSError:  # a file system without locks
+            pass
+
     def _append(self, record: dict[str, Any]) -> None:
         self._file.write((json.dumps(record) + "\n").encode())
         self._file.flush()
 
     def _read(self, measurement: dict[str, Any]) -> int:
         """Bytes that hold whole lines."""
-        content = self.path.read_bytes()
+        self._file.seek(0)
+        content = self._file.read()
         whole = content.rfind(b"\n") + 1
-        lines = content[:whole].decode().splitlines()
-        if not lines:
-            return 0
+        if not whole and b'{"measurement": '.startswith(content[:16]):
+            return 0  # nothing, or a first line cut short
         try:
-            header, *records = (json.loads(line) for line in lines)
-            earlier = header["measurement"]
+            header, *records = (json.loads(line) for line in content[:whole].decode().split("\n")[:-1])
+            earlier = dict(header["measurement"])
             self.passes = {record["id"]: record["passes"] for record in records}
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.path}: not a partial result of this command; delete it to start anew") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(
+                f"{self.path}: not a partial result of this command, or damaged; move it away to start anew"
+            ) from None
+        self._require_same(earlier, measurement)
+        return whole
+
+    def _require_same(self, earlier: dict[str, Any], measurement: dict[str, Any]) -> None:
         for key in sorted(earlier.keys() | measurement.keys()):
             if earlier.get(key) != measurement.get(key):
+                before, now = (textwrap.shorten(repr(values.get(key)), 100) for values in (earlier, measurement))
                 raise UserError(
-                    f"{self.path}: was begun with {key}={earlier.get(key)!r}, now {measurement.get(key)!r}; "
-                    "use the same settings to continue, or delete it to start anew"
+                    f"{self.path}: was begun with {key}={before}, now {now}; "
+                    "use the same to continue, or move it away to start anew"
                 )
-        return whole
+        most = measurement["samples"]
+        for prompt_id, count in self.passes.items():
+            if type(count) is not int or not 0 <= count <= most:
+                raise UserError(
+                    f"{self.path}: damaged: says that prompt {prompt_id!r} passed {count!r} of {most} times"
+                )
 
 
 def main(
@@ -114,36 +155,74 @@ def main(
         given = [f"model.path={model}"] if model is not None else []
         given += [f"prompts.path={prompts}"] if prompts is not None else []
         settings = load_settings(EstimateSettings, config, given + (overrides or []))
-        if output.exists():
-            raise UserError(f"--output={output}: exists already; choose another name, or delete it")
+        require_free(output)
+        if output.suffix.lower() == ".parquet":
+            raise UserError(
+                f"--output={output}: JSON lines are written, not parquet; choose a name that ends in .jsonl"
+            )
         try:
             estimate(settings, output)
         except KeyboardInterrupt:
             print(f"interrupted; the same command continues from {partial_path(output)}", file=sys.stderr)
             raise typer.Exit(130) from None
+        except OSError as error:
+            if error.errno not in DISK_REFUSES:
+                raise
+            raise UserError(f"--output={output}: cannot be written ({error.filename}): {error.strerror}") from error
 
 
 def estimate(settings: EstimateSettings, output: Path) -> None:
     """Measure what is not measured yet, then write output and provenance, and drop the partial file."""
+    rows = read_rows(settings.prompts)
+    problems = check_rows(rows, settings.prompts)
+    field = settings.prompts.difficulty_field
+    for line in [*repeats(problems, f"prompts.path={settings.prompts.path}"), *notes_on_writing(rows, field)]:
+        print(f"note: {line}", file=sys.stderr)
     tokenizer = load_tokenizer(settings.model, "model")
-    prompts = load_prompts(settings.prompts, tokenizer, max_new_tokens=settings.rollouts.max_new_tokens)
-    measurement = describe(settings, tokenizer)
+    prompts = tokenize(problems, settings.prompts, tokenizer, max_new_tokens=settings.rollouts.max_new_tokens)
+    measurement = describe(settings, tokenizer, prompts)
+    provenance = json.dumps({"difficulty": "1 - pass rate", **measurement, "prompt_count": len(prompts)}, indent=2)
+    require_free(provenance_path(output), provenance + "\n")
     output.parent.mkdir(parents=True, exist_ok=True)
     tally = Tally(partial_path(output), measurement)
     try:
         left = [prompt for prompt in prompts if prompt.id not in tally.passes]
         if left:
             measure(settings, tokenizer, left, tally, done=len(prompts) - len(left))
+        difficulties = [1 - tally.passes[prompt.id] / settings.samples for prompt in prompts]
+        lines = [dumps(row.fields | {field: value}) for row, value in zip(rows, difficulties, strict=True)]
+        _write_whole(provenance_path(output), provenance + "\n")
+        _write_whole(output, "\n".join(lines) + "\n")  # the prompt file last: where it is, everything is
+        tally.path.unlink()
     finally:
         tally.close()
-    difficulties = [1 - tally.passes[prompt.id] / settings.samples for prompt in prompts]
-    write_results(settings, output, difficulties, measurement)
-    tally.path.unlink()
     unsolved = sum(difficulty == 1 for difficulty in difficulties)
     Console().print(
         f"{output}: {len(prompts)} prompts, mean difficulty {sum(difficulties) / len(prompts):.3f}, "
         f"{unsolved} never solved, {sum(d == 0 for d in difficulties)} always"
     )
+
+
+def notes_on_writing(rows: list[Row], difficulty_field: str) -> list[str]:
+    """What the output will hold differently from the input.
+
+    Raises:
+        UserError: a row holds what no JSONL file can.
+    """
+    for row in rows:
+        for name, value in row.fields.items():
+            try:
+                dumps(value)
+            except TypeError as error:
+                raise UserError(
+                    f"{row.place}: {name!r} holds {error}, which a JSONL file cannot hold; drop this field first"
+                ) from None
+    replaced = sum(difficulty_field in row.fields for row in rows)
+    emptied = [row.place for row in rows if holds_no_number(row.fields)]
+    notes = [f"{replaced} rows have a {difficulty_field!r} already; the output has the new one"] if replaced else []
+    if emptied:
+        notes.append(f"NaN or infinity, which JSON has not, will be null in {len(emptied)} rows, first {emptied[0]}")
+    return notes
 
 
 def measure(
@@ -190,12 +269,14 @@ def count_passes(
     return [sum(correct[start : start + samples]) for start in range(0, len(correct), samples)]
 
 
-def describe(settings: EstimateSettings, tokenizer: ModelTokenizer) -> dict[str, Any]:
+def describe(settings: EstimateSettings, tokenizer: ModelTokenizer, prompts: list[Prompt]) -> dict[str, Any]:
     """Everything that a difficulty depends on, and nothing that it does not (batch size, device)."""
     rollouts = settings.rollouts
+    asked = dumps([[prompt.id, prompt.student_token_ids, prompt.answers] for prompt in prompts])
     return {
         "model": str(settings.model.path),
         "prompts": settings.prompts.model_dump(mode="json"),
+        "prompts_content": f"{len(prompts)} prompts, sha256 {hashlib.sha256(asked.encode()).hexdigest()[:16]}",
         "samples": settings.samples,
         "seed": settings.seed,
         "sampling": asdict(Sampling(rollouts.temperature, rollouts.top_p, rollouts.max_new_tokens)),
@@ -208,24 +289,29 @@ def describe(settings: EstimateSettings, tokenizer: ModelTokenizer) -> dict[str,
     }
 
 
-def write_results(
-    settings: EstimateSettings, output: Path, difficulties: list[float], measurement: dict[str, Any]
-) -> None:
-    """The prompt file last: where it is, everything is."""
-    provenance = {"difficulty": "1 - pass rate", **measurement, "prompt_count": len(difficulties)}
-    _write_whole(output.with_name(output.name + ".provenance.json"), json.dumps(provenance, indent=2) + "\n")
-    rows = zip(read_rows(settings.prompts), difficulties, strict=True)
-    lines = [row.fields | {settings.prompts.difficulty_field: difficulty} for row, difficulty in rows]
-    _write_whole(output, "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
-
-
 def partial_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def provenance_path(output: Path) -> Path:
+    return output.with_name(output.name + ".provenance.json")
+
+
+def require_free(path: Path, own: str | None = None) -> None:
+    """Nothing stands there, not even a link to nowhere; or what this command left, which it would write again.
+
+    Raises:
+        UserError: something else does.
+    """
+    if os.path.lexists(path) and (own is None or not path.is_file() or path.read_bytes() != own.encode()):
+        raise UserError(f"{path}: exists already; choose another --output, or move it away")
+
+
 def _write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".writing")
-    unfinished.write_text(text, encoding="utf-8")
+    require_free(path, text)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.writing")
+    with unfinished.open("x", encoding="utf-8") as file:
+        file.write(text)
     os.replace(unfinished, path)
 
 

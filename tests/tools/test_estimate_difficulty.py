@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
+import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,11 +14,16 @@ import time
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+
+from megatron_sead.config import PromptSettings
+from megatron_sead.prompts import Prompt
+from megatron_sead.prompts.problems import read_problems
 
 TOOL = Path(__file__).parents[2] / "tools" / "estimate_difficulty.py"
 sys.path.insert(0, str(TOOL.parent))
 
-from estimate_difficulty import main  # noqa: E402  (the tools are commands, not a package)
+from estimate_difficulty import Tally, main  # noqa: E402  (the tools are commands, not a package)
 
 PROMPTS = 12
 
@@ -122,3 +130,140 @@ def test_mistakes_are_one_line(
 def test_exit_code_of_the_command(prompts: Path, tmp_path: Path) -> None:
     done = run(command(tmp_path, prompts, tmp_path / "out.jsonl"))
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every prompt passes every time, without a model; the list says which ones were measured."""
+    measured: list[str] = []
+
+    def measure(_settings: object, _tokenizer: object, prompts: list[Prompt], tally: Tally, done: int) -> None:
+        for prompt in prompts:
+            measured.append(prompt.id)
+            tally.add(prompt.id, 8)
+
+    monkeypatch.setattr("estimate_difficulty.measure", measure)
+    return measured
+
+
+def estimate(model: Path, prompts: Path, output: Path, *overrides: str) -> int:
+    """In this process; the exit code."""
+    try:
+        main(output, model, str(prompts), None, ["prompts.template=plain", "rollouts.max_new_tokens=1", *overrides])
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+def test_fields_that_are_not_used_are_written_as_they_stood(
+    tiny_olmo3: Path, tmp_path: Path, solved: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, output = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    kept = '"prompt": "1+1=", "answer": 12345678901234567890.0, "score": 1.10, "big": 1E+400'
+    prompts.write_text(f'{{{kept}, "mean": NaN}}\n{{{kept}, "difficulty": 0.5}}\n')
+    assert estimate(tiny_olmo3, prompts, output) == 0
+    assert output.read_text() == f'{{{kept}, "mean": null, "difficulty": 0.0}}\n{{{kept}, "difficulty": 0.0}}\n'
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    for note, part in zip(notes, ["1 of 2 rows have the prompt", "1 rows have a 'd", "null in 1 rows"], strict=True):
+        assert part in note
+    answers = [problem.answers for problem in read_problems(PromptSettings(path=str(output)))]
+    assert answers == [("12345678901234567890",)] * 2
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_measured(
+    tiny_olmo3: Path, tmp_path: Path, solved: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, image = tmp_path / "p.jsonl", tmp_path / "p.parquet"
+    good.write_text('{"prompt": "1+1=", "answer": 2, "difficulty_of": 1}\n')
+    row = {"prompt": "1+1=", "answer": "2", "day": datetime.date(2020, 1, 1), "image": {"bytes": b"\xff"}}
+    Dataset.from_list([row]).to_parquet(str(image))
+    (tmp_path / "file").touch()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "noted.jsonl.provenance.json").write_text("{}")
+    (tmp_path / "mine.jsonl.partial").write_text("my notes")
+    cases = [
+        (image, "out.jsonl", [], "row 1: 'image' holds bytes, which a JSONL file cannot hold"),
+        (good, "file/out.jsonl", [], "out.jsonl: cannot be written"),
+        (good, "link.jsonl", [], "link.jsonl: exists already"),
+        (good, "noted.jsonl", [], "noted.jsonl.provenance.json: exists already"),
+        (good, "mine.jsonl", [], "mine.jsonl.partial: not a partial result of this command"),
+        (good, "out.parquet", [], "JSON lines are written, not parquet"),
+        (good, "out.jsonl", ["prompts.difficulty_field=answer"], "prompts.difficulty_field=answer: must not be"),
+    ]
+    before = contents(tmp_path)
+    for prompts, name, overrides, message in cases:
+        assert estimate(tiny_olmo3, prompts, tmp_path / name, *overrides) == 2
+        errors = capsys.readouterr().err
+        assert message in errors.splitlines()[-1], errors
+        assert "Traceback" not in errors
+    assert contents(tmp_path) == before
+    assert solved == []
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("partial", "message"),
+    [
+        (b"\xff\n", "not a partial result of this command, or damaged"),
+        (b"[]\n", "not a partial result"),
+        (b'{"measurement": []}\n{"id": []}\n', "not a partial result"),
+        (b"\0\0\0\n", "not a partial result"),
+        (b'{"measurement": {"samples": 4}}\n', "was begun with .*=None, now"),
+        ("LAST", "damaged: says that prompt '1' passed 9 of 8 times"),
+    ],
+    ids=str,
+)
+def test_a_damaged_partial_result_is_left_as_it_is(
+    partial: bytes | str,
+    message: str,
+    tiny_olmo3: Path,
+    prompts: Path,
+    tmp_path: Path,
+    solved: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "out.jsonl.partial"
+    path.write_bytes(
+        begun(tiny_olmo3, prompts, tmp_path, '{"id": "1", "passes": 9}\n') if partial == "LAST" else partial
+    )
+    before = path.read_bytes()
+    assert estimate(tiny_olmo3, prompts, tmp_path / "out.jsonl") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert path.read_bytes() == before
+
+
+def begun(model: Path, prompts: Path, folder: Path, lines: str) -> bytes:
+    """A partial result of the same command with these lines."""
+    assert estimate(model, prompts, folder / "other.jsonl") == 0
+    provenance = json.loads((folder / "other.jsonl.provenance.json").read_text())
+    measurement = {k: v for k, v in provenance.items() if k not in ("difficulty", "prompt_count")}
+    return (json.dumps({"measurement": measurement}) + "\n" + lines).encode()
+
+
+def test_a_partial_result_is_continued_with_the_same_prompts_alone(
+    tiny_olmo3: Path, prompts: Path, tmp_path: Path, solved: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = tmp_path / "out.jsonl.partial", tmp_path / "out.jsonl"
+    path.write_bytes(begun(tiny_olmo3, prompts, tmp_path, '{"id": "0", "passes": 4}\n'))
+    text = prompts.read_text()
+    for changed in (
+        text.replace('"answer": 3', '"answer": 4'),
+        text + text.replace("+", "-"),
+        text[text.index("\n") + 1 :],
+    ):
+        prompts.write_text(changed)
+        assert estimate(tiny_olmo3, prompts, output) == 2
+        assert "was begun with prompts_content='12 prompts, sha256" in capsys.readouterr().err
+    prompts.write_text(text.replace("kept", "changed, and not used"))
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert estimate(tiny_olmo3, prompts, output) == 2
+        assert "another process is measuring into it" in capsys.readouterr().err
+    solved.clear()
+    assert estimate(tiny_olmo3, prompts, output) == 0
+    assert solved == [str(i) for i in range(1, PROMPTS)]
+    assert difficulties(output) == [0.5] + [0.0] * (PROMPTS - 1)
+    assert not path.exists()
