@@ -14,6 +14,7 @@ from typing import Any
 from megatron_sead.config import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.answers import MISSING, is_blank, reference_answers, written_number
+from megatron_sead.prompts.exact_json import fault
 from megatron_sead.prompts.rows import Row, read_rows
 
 
@@ -62,19 +63,19 @@ def check_rows(
 
     Raises:
         UserError: names file, line and field: a missing or blank prompt, chat messages in place of text, an answer
-            that is none, an id given twice, a difficulty that is missing or outside [0, 1].
+            that is none, an id given twice, a difficulty that is missing or outside [0, 1]. Or prompts.instruction,
+            which ends every prompt.
     """
+    if (found := fault(settings.instruction)) is not None:
+        raise UserError(f"prompts.instruction={settings.instruction!a}: {found}")
     problems, places = [], dict[str, str]()
     for number, row in enumerate(rows):
         problem = _problem(row, number, settings, teacher_prompt_field)
         if problem.id in places:
-            numbered = (
-                " (a row without one has its number, from 0)" if row.fields.get(settings.id_field) is None else ""
-            )
             first = places[problem.id]
-            raise UserError(
-                f"{row.place}: {settings.id_field} {problem.id!r} is given twice, first at {first}{numbered}"
-            )
+            if row.fields.get(settings.id_field) is None:
+                first += " (a row without one has its number, from 0)"
+            raise UserError(f"{row.place}: {settings.id_field} {problem.id!r} is given twice, first at {first}")
         if needs_difficulty and problem.difficulty is None:
             raise UserError(
                 f"{row.place}: has no {settings.difficulty_field!r}, which the curriculum needs; "

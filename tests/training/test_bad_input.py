@@ -67,6 +67,11 @@ PROMPTS = {
     "empty": ([], "holds no prompts"),
     "malformed": ([*prompt_lines(), '{"prompt": "1+'], "line 65: not valid JSON"),
     "twice": ([*prompt_lines(), prompt_lines()[0]], "line 65: id"),
+    "half of a character": (
+        [*prompt_lines(), json.dumps({"id": "\ud83d"})],
+        "line 65: field 'id' holds \\ud83d, half of",
+    ),
+    "no difficulty": ([*prompt_lines(), '{"prompt": "1+1=", "answer": 2}'], "line 65: has no 'difficulty', which the"),
     "too long": (
         [*prompt_lines(), json.dumps(json.loads(prompt_lines()[0]) | {"id": "x", "prompt": "1+" * 400})],
         "tokens, which leaves no room for 40 new ones",
@@ -80,6 +85,16 @@ def test_wrong_prompts(pools: Pools, tmp_path: Path, case: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(line + "\n" for line in lines))
     assert told in refusal(pools, tmp_path / "run", f"prompts.path={path}")
+
+
+def test_wrong_held_out_prompts(pools: Pools, tmp_path: Path) -> None:
+    """The file is told by its own setting; difficulty is not asked of it."""
+    path = tmp_path / "held.jsonl"
+    path.write_text('{"prompt": "1+1=", "answer": 2}\n{"prompt": "1+2=", "answer": NaN}\n')
+    setting = f"evaluation.path={path}"
+    assert "held.jsonl, line 2: 'answer' holds no answer but nan" in refusal(pools, tmp_path / "run", setting)
+    path.write_text("")
+    assert refusal(pools, tmp_path / "run", setting).startswith(f"{setting}: holds no prompts")
 
 
 @pytest.fixture(scope="module")
