@@ -10,6 +10,10 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 DEEPEST = 100  # levels of lists and objects in one another
+UNSEEN = {
+    "\0": "a NUL byte, as in files that were not written whole",
+    "\ufeff": "a byte-order mark, as where files were joined",
+}
 
 
 class Ambiguous(dict[str, Any]):
@@ -25,7 +29,7 @@ def loads(text: str) -> Any:
         ValueError: says in one line what is not valid. What `fault` finds is not raised here: the caller knows where.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_float=_decimal, parse_int=_integer)
+        return DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(_syntax_error(text, error)) from None
     except RecursionError:
@@ -101,11 +105,8 @@ def _integer(text: str) -> int | Decimal:
 
 def _syntax_error(text: str, error: json.JSONDecodeError) -> str:
     place = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
-    here = text[error.pos : error.pos + 1]
-    reason = {"\0": "a NUL byte, as in files that were not written whole", "\ufeff": "a byte-order mark"}.get(here)
-    if text.startswith("\ufeff"):  # Python says this one without looking further
-        reason = "a byte-order mark, as where files were joined"
-    return f"{reason or error.msg} at {place}"
+    reason = UNSEEN.get(text[error.pos : error.pos + 1], error.msg)
+    return f"{reason} at {place}"
 
 
 def _has_lone_surrogate(text: str) -> bool:
@@ -119,3 +120,6 @@ def _has_lone_surrogate(text: str) -> bool:
 def _about_surrogates(text: str) -> str:
     character = next(c for c in text if "\ud800" <= c <= "\udfff")
     return f"holds {ascii(character)[1:-1]}, half of a character (a lone surrogate), which no file of UTF-8 can hold"
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_decimal, parse_int=_integer)

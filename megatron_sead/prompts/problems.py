@@ -5,6 +5,7 @@ A run, its held-out evaluation, a check before them and an estimate of difficult
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -16,6 +17,8 @@ from megatron_sead.errors import UserError
 from megatron_sead.prompts.answers import MISSING, is_blank, reference_answers, written_number
 from megatron_sead.prompts.exact_json import fault
 from megatron_sead.prompts.rows import Row, read_rows
+
+SAME_ANSWER, OTHER_ANSWER = "the same answer; each counts as often as it stands there", "another answer"
 
 
 @dataclass(frozen=True)
@@ -88,19 +91,21 @@ def check_rows(
 
 def repeats(problems: Sequence[Problem], source: str) -> list[str]:
     """What is odd and may be meant: prompts that stand there more than once, counted, a line a kind."""
-    first: dict[str, Problem] = {}
-    same: list[str] = []
-    other: list[str] = []
+    seen: dict[str, Problem] = {}
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
     for problem in problems:
-        earlier = first.setdefault(" ".join(problem.text.split()), problem)
+        earlier = seen.setdefault(" ".join(problem.text.split()), problem)
         if earlier is not problem:
-            (same if earlier.answers == problem.answers else other).append(f"{problem.place} and {earlier.place}")
-    lines = [(same, "the same answer; each counts as often as it stands there"), (other, "another answer")]
+            kind = SAME_ANSWER if earlier.answers == problem.answers else OTHER_ANSWER
+            counts[kind] += 1
+            if kind not in first:
+                first[kind] = f"{problem.place} and {earlier.place}"
     return [
-        f"{source}: {len(found)} of {len(problems)} rows have the prompt of an earlier row and {what} "
-        f"(first: {found[0]})"
-        for found, what in lines
-        if found
+        f"{source}: {counts[kind]} of {len(problems)} rows have the prompt of an earlier row and {kind} "
+        f"(first: {first[kind]})"
+        for kind in (SAME_ANSWER, OTHER_ANSWER)
+        if counts[kind]
     ]
 
 

@@ -222,8 +222,12 @@ def _values(column: pyarrow.ChunkedArray, name: str, unit: str) -> list[Any]:
 def _without_single(kind: pyarrow.DataType, instead: pyarrow.DataType) -> pyarrow.DataType:
     import pyarrow
 
-    if pyarrow.types.is_list(kind):
-        return pyarrow.list_(_without_single(kind.value_type, instead))
+    for is_list, list_of in (
+        (pyarrow.types.is_list, pyarrow.list_),
+        (pyarrow.types.is_large_list, pyarrow.large_list),
+    ):
+        if is_list(kind):
+            return list_of(_without_single(kind.value_type, instead))
     return instead if pyarrow.types.is_float32(kind) else kind
 
 

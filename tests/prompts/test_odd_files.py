@@ -173,6 +173,7 @@ READ: dict[str, tuple[str, bytes, list[tuple[str, ...]]]] = {
     "decimals": ("p.parquet", parquet(answer=pa.array([Decimal("27.00"), Decimal("0.10")])), [("27",), ("0.1",)]),
     "double precision": ("p.parquet", parquet(answer=[1e-5, 27.0]), [("0.00001",), ("27",)]),
     "lists": ("p.parquet", parquet(answer=pa.array([[0.1, 2]], pa.list_(pa.float32()))), [("0.1", "2")]),
+    "long lists": ("p.parquet", parquet(answer=pa.array([[0.1]], pa.large_list(pa.float32()))), [("0.1",)]),
     "not used": ("p.jsonl", row(x="NaN", y="1" * 5000, z="[" * 90 + "]" * 90), [("2",)]),
     "a character of two escapes": ("p.jsonl", row(x=r'"\ud83d\ude00"'), [("2",)]),
     "an id of any text": ("p.jsonl", row(id=r'"../a\nb\u2028"', level="1.0"), [("2",)]),
