@@ -12,8 +12,10 @@ def annealing_coefficient(u: float, *, start: float = 0.8, end: float = 0.0, sha
     """alpha(u): `start` at u = 0, `end` at u = 1 (SEAD, cosine schedule). u outside [0, 1] counts as the nearer end.
 
     Raises:
-        ValueError: an unknown shape.
+        ValueError: an unknown shape, or a number that is not one.
     """
+    if math.isnan(u) or not math.isfinite(start) or not math.isfinite(end):
+        raise ValueError(f"u={u}, start={start}, end={end}: must be numbers")
     u = min(1.0, max(0.0, u))
     if shape == "cosine":
         return end + (start - end) / 2 * (1 + math.cos(math.pi * u))
@@ -42,7 +44,13 @@ class CompetenceTracker:
         self.value = 0.0  # smoothed pass rate; 0 before the first observation
 
     def update(self, pass_rate: float) -> None:
-        """Observe a step's pass rate."""
+        """Observe a step's pass rate.
+
+        Raises:
+            ValueError: it is not in [0, 1].
+        """
+        if not 0 <= pass_rate <= 1:
+            raise ValueError(f"pass_rate={pass_rate}: must be from 0 to 1")
         if not self._seen:
             self._seen = True
             self.value = self._start = self._best = pass_rate

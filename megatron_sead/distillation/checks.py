@@ -33,13 +33,45 @@ def check_logits(**logits: torch.Tensor) -> None:
             )
 
 
+def require_tensors(**values: object) -> None:
+    """Before anything is asked of them.
+
+    Raises:
+        TypeError: another kind of object; on this rank alone, since the others cannot be told without a shape.
+    """
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: must be a torch.Tensor, not {type(value).__name__}")
+
+
+def weights_per_token(
+    shape: torch.Size, device: torch.device, **weights: torch.Tensor | float
+) -> tuple[torch.Tensor, ...]:
+    """Weights [...], one a token; a number is the weight of all of them.
+
+    Raises:
+        ValueError: neither a number nor real tensors of this shape and device.
+    """
+    tensors = {
+        name: torch.full(shape, float(weight), device=device) if isinstance(weight, int | float) else weight
+        for name, weight in weights.items()
+    }
+    check_per_token(shape, device, **tensors)
+    for name, weight in tensors.items():
+        if weight.is_complex():
+            raise ValueError(f"{name} is {_describe(weight)}: must be real")
+    return tuple(tensors.values())
+
+
 def check_per_token(shape: torch.Size, device: torch.device, **values: torch.Tensor) -> None:
     """Each value [...] holds one number a token.
 
     Raises:
-        ValueError: another shape or device.
+        ValueError: no tensor, another shape or device.
     """
     for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name}: must be a tensor of one number a token, not {type(value).__name__}")
         if value.shape != shape or value.device != device:
             raise ValueError(
                 f"{name} is {_describe(value)}: must be one number a token, of shape {list(shape)} on {device}"

@@ -60,6 +60,9 @@ class Curriculum:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"curriculum mode {mode!r}: must be one of {', '.join(MODES)}")
+        for name, value in (("c0", c0), ("k", k), ("noise", noise), ("replay_share", replay_share)):
+            if not math.isfinite(value):
+                raise ValueError(f"{name}={value}: must be a finite number")
         if mode == "gated" and c0 * 2**k < 1:
             raise ValueError(
                 f"c0={c0:g}, k={k:g}: c0 * 2^k is {c0 * 2**k:g}, under 1: harder prompts would stay locked for ever"

@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_sead.distillation.checks import check_logits, check_per_token, refuse, refuse_nan
+from megatron_sead.distillation.checks import check_logits, refuse, refuse_nan, require_tensors, weights_per_token
 from megatron_sead.distillation.kernels import row_kernels
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.partial_sums import (
@@ -39,8 +39,8 @@ from megatron_sead.distillation.statistics import divergences
 def weighted_divergence(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    forward_weight: torch.Tensor,
-    reverse_weight: torch.Tensor,
+    forward_weight: torch.Tensor | float,
+    reverse_weight: torch.Tensor | float,
     *,
     group: ProcessGroup | None = None,
     vocab_size: int | None = None,
@@ -54,25 +54,30 @@ def weighted_divergence(
     Args:
         student_logits: [..., V/tp], this rank's contiguous columns of the vocabulary.
         teacher_logits: the same shape and type.
-        forward_weight: [...], the same on every rank of the group; a divergence of weight zero counts as zero.
+        forward_weight: [...], or a number for all tokens; the same on every rank of the group. A divergence of weight
+            zero counts as zero.
         reverse_weight: [...], likewise.
         group: ranks over which the vocabulary is split; None: it is not.
         vocab_size: true size; columns beyond it are padding, never read, gradient zero. None: all are tokens.
         reuse_student_logits: the backward pass writes the gradient over the logits, whose values are then gone.
 
     Raises:
+        TypeError: logits that are no tensors.
         ValueError: shapes, types or devices do not fit, vocab_size is beyond the shards, or the logits of a token
             with a weight are NaN; on every rank of the group, whichever of them is at fault.
     """
+    require_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
     tokens = student_logits.shape[:-1]
     try:
         check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
-        check_per_token(tokens, student_logits.device, forward_weight=forward_weight, reverse_weight=reverse_weight)
+        weights = weights_per_token(
+            tokens, student_logits.device, forward_weight=forward_weight, reverse_weight=reverse_weight
+        )
         shard = vocabulary_shard(student_logits.shape[-1], group, vocab_size)
     except ValueError as problem:
         refuse(problem, student_logits, tokens.numel(), group)
     loss: torch.Tensor = _WeightedDivergence.apply(
-        student_logits, teacher_logits, forward_weight, reverse_weight, shard, reuse_student_logits
+        student_logits, teacher_logits, *weights, shard, reuse_student_logits
     )
     return loss
 

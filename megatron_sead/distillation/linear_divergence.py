@@ -18,9 +18,10 @@ from torch.distributed import ProcessGroup
 from megatron_sead.distillation.checks import (
     agree,
     check_heads,
-    check_per_token,
     refuse_nan,
     refused_together,
+    require_tensors,
+    weights_per_token,
     whole_shape,
 )
 from megatron_sead.distillation.chunks import Chunk
@@ -52,8 +53,8 @@ def linear_weighted_divergence(
     student_head: torch.Tensor,
     teacher_hidden: torch.Tensor,
     teacher_head: torch.Tensor,
-    forward_weight: torch.Tensor,
-    reverse_weight: torch.Tensor,
+    forward_weight: torch.Tensor | float,
+    reverse_weight: torch.Tensor | float,
     *,
     group: ProcessGroup | None = None,
     vocab_size: int | None = None,
@@ -71,7 +72,7 @@ def linear_weighted_divergence(
         student_head: [V/tp, h], this rank's contiguous rows.
         teacher_hidden: [..., h of the teacher], the same tokens.
         teacher_head: [V/tp, h of the teacher].
-        forward_weight: [...], the same on every rank of the group; so is reverse_weight.
+        forward_weight: [...], or a number for all tokens; the same on every rank of the group. So is reverse_weight.
         group: ranks over which the vocabulary is split; None: it is not.
         vocab_size: true size; head rows beyond it are padding, never read, gradient zero. None: all are tokens.
         scratch_bytes: memory for a chunk's logits, whatever the number of tokens; one token's are the least. None: as
@@ -80,21 +81,28 @@ def linear_weighted_divergence(
             order, and so does the gradient; weights and loss are whole, [s, ...].
 
     Raises:
+        TypeError: hidden states or heads that are no tensors.
         ValueError: sizes, types or devices do not fit, vocab_size is beyond the shards, ranks have other weights, or
             the logits of a token with a weight are NaN; on every rank of the group, whichever of them is at fault.
     """
+    require_tensors(
+        student_hidden=student_hidden,
+        student_head=student_head,
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher_head,
+    )
     with refused_together(group, student_hidden.device):
         check_heads(student_hidden, student_head, teacher_hidden, teacher_head)
         shard = vocabulary_shard(len(student_head), group, vocab_size)
         spread = shard.group if sequence_parallel else None
         device, shape = student_hidden.device, whole_shape(student_hidden, spread)
-        check_per_token(shape, device, forward_weight=forward_weight, reverse_weight=reverse_weight)
+        weights = weights_per_token(shape, device, forward_weight=forward_weight, reverse_weight=reverse_weight)
         if scratch_bytes is not None and scratch_bytes < 1:
             raise ValueError(f"scratch_bytes={scratch_bytes}: must be positive")
     needs_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
     setting = _Setting(shard, spread, scratch_bytes, needs_gradient)
     loss: torch.Tensor = _LinearWeightedDivergence.apply(
-        student_hidden, student_head, teacher_hidden, teacher_head, forward_weight, reverse_weight, setting
+        student_hidden, student_head, teacher_hidden, teacher_head, *weights, setting
     )
     return loss
 

@@ -14,6 +14,7 @@ from megatron_sead.distillation.checks import (
     check_per_token,
     refuse_nan,
     refused_together,
+    require_tensors,
     whole_shape,
 )
 from megatron_sead.distillation.heads import logit_chunks
@@ -79,6 +80,12 @@ def linear_token_scores(
             beyond the shards, or a token's logits are NaN; on every rank, whichever of them is at fault.
     """
     stops = student_stop_token_ids, teacher_stop_token_ids
+    require_tensors(
+        student_hidden=student_hidden,
+        student_head=student_head,
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher_head,
+    )
     with refused_together(group, student_hidden.device):
         check_heads(student_hidden, student_head, teacher_hidden, teacher_head)
         if student_hidden.dim() != 2:

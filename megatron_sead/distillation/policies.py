@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,8 @@ def make_policy(
         groups: tip_soft_or: process groups over which the step's tokens are distributed.
 
     Raises:
-        ValueError: an unknown name, or a value out of range.
+        ValueError: an unknown name, or a value out of range. The policy raises it too, for alpha or statistics of a
+            valid token that are NaN.
     """
     if name not in POLICIES:
         raise ValueError(f"policy {name!r}: must be one of {', '.join(POLICIES)}")
@@ -67,6 +69,9 @@ def make_policy(
         raise ValueError(f"zone_c={zone_c!r}: must be one of {', '.join(ZONE_C_LOSSES)}")
     if not 0 < keep_share <= 1:
         raise ValueError(f"keep_share={keep_share}: must be over 0 and at most 1")
+    for what, value in (("zone_c_scale", zone_c_scale), ("entropy_gate", entropy_gate)):
+        if not math.isfinite(value):
+            raise ValueError(f"{what}={value}: must be a finite number")
     weights: dict[str, Policy] = {
         "sead": lambda step: _sead(step, zone_c, zone_c_scale),
         "opd": lambda step: _weights(step, forward=0.0, reverse=1.0),
@@ -84,7 +89,7 @@ def make_policy(
             step, forward=0.0, reverse=_sampled(step, torch.ones_like(step.statistics.reverse_kl), keep_share)
         ),
     }
-    return weights[name]
+    return lambda step: weights[name](_require_numbers(step))
 
 
 POLICIES = (
@@ -98,6 +103,17 @@ POLICIES = (
     "tip_soft_or",
     "random_half",
 )
+
+
+def _require_numbers(step: PolicyInput) -> PolicyInput:
+    if math.isnan(step.alpha):
+        raise ValueError("alpha is NaN")
+    for name in ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl"):
+        bad = getattr(step.statistics, name).isnan() & (step.zones >= 0)
+        if bool(bad.any()):
+            first = int(bad.nonzero()[0])
+            raise ValueError(f"{name} of {int(bad.sum())} valid tokens is NaN, the first is token {first}")
+    return step
 
 
 def _weights(step: PolicyInput, *, forward: torch.Tensor | float, reverse: torch.Tensor | float) -> TokenWeights:

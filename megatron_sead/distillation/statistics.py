@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_sead.distillation.checks import check_logits, refuse, refuse_nan
+from megatron_sead.distillation.checks import check_logits, refuse, refuse_nan, require_tensors
 from megatron_sead.distillation.kernels.formulas import move_single_sums
 from megatron_sead.distillation.partial_sums import (
     PartialSums,
@@ -57,6 +57,7 @@ def token_statistics(
         ValueError: shapes, types or devices differ, vocab_size is beyond the shards, or a token's logits are NaN; on
             every rank of the group, whichever of them is at fault.
     """
+    require_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
     tokens = student_logits.shape[:-1].numel()
     try:
         check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
@@ -75,6 +76,7 @@ def vocab_parallel_entropy(
     logits: torch.Tensor, *, group: ProcessGroup | None = None, vocab_size: int | None = None
 ) -> torch.Tensor:
     """Entropy [...] in nats of logits [..., V/tp]; arguments and errors as in `token_statistics`. No gradient."""
+    require_tensors(logits=logits)
     try:
         check_logits(logits=logits)
         shard = vocabulary_shard(logits.shape[-1], group, vocab_size)

@@ -6,6 +6,7 @@ among the rest, A what remains. They are chosen by count, so that the shares hol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
+from megatron_sead.distillation.checks import require_tensors
 from megatron_sead.distillation.gather import gather_tokens
 
 # Shapes: [...] any, the same for all tensors of a call; n valid tokens of this rank, N of all ranks
@@ -56,7 +58,9 @@ def assign_zones(
             the higher zone. None: the order of ranks and positions, so that ties depend on the layout.
 
     Raises:
-        ValueError: shapes differ, or shares are negative or do not sum to 100.
+        TypeError: entropies that are no tensors.
+        ValueError: shapes differ, shares are negative or do not sum to 100, or a valid token's entropy is not finite,
+            on every rank, whichever holds it. What stands at other positions does not matter.
     """
     _check(student_entropy, teacher_entropy, valid, token_index=token_index)
     _check_shares(shares)
@@ -76,7 +80,10 @@ def zone_thresholds(
     groups: Sequence[ProcessGroup] = (),
     token_index: torch.Tensor | None = None,
 ) -> Thresholds:
-    """The thresholds that `assign_zones` amounts to: the least H_t of zone C and the greatest H_s of zone A."""
+    """The thresholds that `assign_zones` amounts to: the least H_t of zone C and the greatest H_s of zone A.
+
+    Arguments and errors as there.
+    """
     _check(student_entropy, teacher_entropy, valid, token_index=token_index)
     _check_shares(shares)
     entropies, zones, _ = _quantile_zones(student_entropy, teacher_entropy, valid.bool(), shares, groups, token_index)
@@ -90,8 +97,15 @@ def zone_thresholds(
 def assign_zones_by_threshold(
     student_entropy: torch.Tensor, teacher_entropy: torch.Tensor, valid: torch.Tensor, thresholds: Thresholds
 ) -> torch.Tensor:
-    """Zones [...] int8 by given thresholds: absolute ones, or those of earlier steps. Local to the rank."""
+    """Zones [...] int8 by given thresholds: absolute ones, or those of earlier steps. Local to the rank.
+
+    Raises:
+        ValueError: shapes differ, a threshold is NaN, or a valid token's entropy is not finite.
+    """
     _check(student_entropy, teacher_entropy, valid)
+    if math.isnan(thresholds.student) or math.isnan(thresholds.teacher):
+        raise ValueError(f"{thresholds}: must not be NaN")
+    _require_finite(torch.stack([student_entropy[valid.bool()], teacher_entropy[valid.bool()]], dim=-1))
     zones = (student_entropy > thresholds.student).to(torch.int8)  # ZONE_A, ZONE_B
     zones[teacher_entropy >= thresholds.teacher] = ZONE_C
     zones[~valid.bool()] = NOT_VALID
@@ -116,7 +130,13 @@ def assign_zones_per_sequence(
 
 
 def rescue_confident_errors(zones: torch.Tensor, reverse_kl: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Zones with tokens of A moved to B where the reverse KL is above `threshold` nats: confident, and wrong."""
+    """Zones with tokens of A moved to B where the reverse KL is above `threshold` nats: confident, and wrong.
+
+    Raises:
+        ValueError: the threshold, or the reverse KL of a token of A, is NaN.
+    """
+    if math.isnan(threshold) or bool(reverse_kl[zones == ZONE_A].isnan().any()):
+        raise ValueError(f"threshold={threshold}, reverse_kl: must not be NaN in zone A")
     return torch.where((zones == ZONE_A) & (reverse_kl > threshold), ZONE_B, zones).to(torch.int8)
 
 
@@ -130,8 +150,14 @@ class RunningThresholds:
         self.value: Thresholds | None = None  # None before the first step
 
     def update(self, thresholds: Thresholds) -> None:
-        """Follow a step's thresholds. Those of a step without a zone A or C are infinite and tell nothing."""
+        """Follow a step's thresholds. Those of a step without a zone A or C are infinite and tell nothing.
+
+        Raises:
+            ValueError: NaN.
+        """
         new = torch.tensor([thresholds.teacher, thresholds.student], dtype=torch.float64)
+        if bool(new.isnan().any()):
+            raise ValueError(f"{thresholds}: must not be NaN")
         if not bool(new.isfinite().all()):
             return
         if self.value is not None:
@@ -164,6 +190,7 @@ def _quantile_zones(
         parts.append(token_index[chosen].long()[:, None])
     gathered, place = gather_tokens(torch.cat(parts, dim=1), groups)
     entropies = gathered[:, :1].contiguous().view(torch.float32)
+    _require_finite(entropies)
     if token_index is None:
         return entropies, _select(entropies, shares), place
     order = gathered[:, 1].argsort(stable=True)
@@ -186,7 +213,21 @@ def _select(entropies: torch.Tensor, shares: Shares) -> torch.Tensor:
     return zones
 
 
+def _require_finite(entropies: torch.Tensor) -> None:
+    """[N, 2] (student, teacher) of valid tokens."""
+    bad = ~entropies.isfinite()
+    if bool(bad.any()):
+        token, model = bad.nonzero()[0].tolist()
+        name = ("student_entropy", "teacher_entropy")[model]
+        raise ValueError(
+            f"{name} of {int(bad[:, model].sum())} valid tokens is not finite, the first is token {token} of "
+            f"{len(entropies)}"
+        )
+
+
 def _check(student_entropy: torch.Tensor, teacher_entropy: torch.Tensor, valid: torch.Tensor, **more: Any) -> None:
+    require_tensors(student_entropy=student_entropy, teacher_entropy=teacher_entropy, valid=valid)
+    require_tensors(**{name: value for name, value in more.items() if value is not None})
     for name, value in {"teacher_entropy": teacher_entropy, "valid": valid, **more}.items():
         if value is not None and value.shape != student_entropy.shape:
             raise ValueError(
@@ -195,5 +236,5 @@ def _check(student_entropy: torch.Tensor, teacher_entropy: torch.Tensor, valid: 
 
 
 def _check_shares(shares: Shares) -> None:
-    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 100) > 1e-6:
+    if len(shares) != 3 or not min(shares) >= 0 or not abs(sum(shares) - 100) <= 1e-6:
         raise ValueError(f"shares={list(shares)}: must be three percentages that are not negative and sum to 100")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sead.distillation import (
+    assign_zones,
     linear_token_scores,
     linear_weighted_divergence,
     token_statistics,
@@ -89,6 +90,8 @@ FAULTS: dict[str, tuple[str, Callable[[Arguments], None], str]] = {
     "nan, scores": ("linear_token_scores", nan_at("student_head"), "student logits of token 0 (of 6) are NaN"),
     "type": ("token_statistics", with_value("teacher_logits", torch.zeros(TOKENS, COLUMNS).double()), "float64"),
     "type, entropy": ("vocab_parallel_entropy", with_value("logits", torch.zeros(TOKENS, COLUMNS).int()), "int32"),
+    "list": ("weighted_divergence", with_value("forward_weight", [1.0]), "forward_weight: must be a tensor"),
+    "list, fused": ("linear_weighted_divergence", with_value("reverse_weight", [1.0]), "reverse_weight: must be"),
     "length": ("weighted_divergence", with_value("reverse_weight", torch.ones(5)), "reverse_weight is [5]"),
     "vocabulary": ("weighted_divergence", with_value("vocab_size", 99), "vocab_size=99"),
     "length, fused": ("linear_weighted_divergence", with_value("forward_weight", torch.ones(7)), "weight is [7]"),
@@ -138,6 +141,22 @@ def other_weights_on_rank(groups: Groups) -> str:
 def test_weights_that_differ_between_ranks_are_refused(ranks: Ranks) -> None:
     for message in ranks.run(other_weights_on_rank):
         assert "from 3 to 6 tokens" in message
+
+
+def zones_on_rank(groups: Groups) -> str:
+    entropies = torch.rand(2, TOKENS)
+    if dist.get_rank(groups["4"]) == 2:
+        entropies[1, 4] = torch.nan
+    try:
+        assign_zones(*entropies, torch.ones(TOKENS).bool(), groups=[groups["4"]])
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_every_rank_raises_for_an_entropy_that_one_holds(ranks: Ranks) -> None:
+    for message in ranks.run(zones_on_rank):
+        assert message == "teacher_entropy of 1 valid tokens is not finite, the first is token 16 of 24"
 
 
 def good_on_rank(groups: Groups) -> None:

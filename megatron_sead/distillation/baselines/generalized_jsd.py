@@ -27,7 +27,7 @@ from megatron_sead.distillation.baselines.normalizers import (
     own_normalizer,
     token_blocks,
 )
-from megatron_sead.distillation.checks import agree, check_logits, refuse_nan_loss, refused_together
+from megatron_sead.distillation.checks import agree, check_logits, refuse_nan_loss, refused_together, require_tensors
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.partial_sums import VocabularyShard, vocabulary_shard
 
@@ -66,6 +66,7 @@ def generalized_jsd(
         ValueError: shapes, types or devices do not fit, beta is out of range, vocab_size is beyond the shards, or
             logits are NaN; on every rank of the group.
     """
+    require_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
     with refused_together(group, student_logits.device):
         check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
         shard = vocabulary_shard(student_logits.shape[-1], group, vocab_size)

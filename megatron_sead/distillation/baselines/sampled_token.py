@@ -25,7 +25,14 @@ from megatron_sead.distillation.baselines.normalizers import (
     token_blocks,
     vocabulary_total,
 )
-from megatron_sead.distillation.checks import agree, check_logits, check_per_token, refuse_nan_loss, refused_together
+from megatron_sead.distillation.checks import (
+    agree,
+    check_logits,
+    check_per_token,
+    refuse_nan_loss,
+    refused_together,
+    require_tensors,
+)
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.partial_sums import VocabularyShard, vocabulary_shard
 
@@ -60,6 +67,7 @@ def sampled_token_loss(
         ValueError: shapes, types or devices do not fit, a target is not in the vocabulary, clip is not between 0
             and 1, vocab_size is beyond the shards, or logits are NaN; on every rank of the group.
     """
+    require_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
     with refused_together(group, student_logits.device):
         check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
         shape, device, width = student_logits.shape[:-1], student_logits.device, student_logits.shape[-1]

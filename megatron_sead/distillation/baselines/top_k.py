@@ -21,7 +21,14 @@ from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation.baselines.normalizers import token_blocks, vocabulary_total
 from megatron_sead.distillation.baselines.top_k_support import Tail, check_top_k, top_k_buckets
-from megatron_sead.distillation.checks import agree, check_logits, check_per_token, refuse_nan_loss, refused_together
+from megatron_sead.distillation.checks import (
+    agree,
+    check_logits,
+    refuse_nan_loss,
+    refused_together,
+    require_tensors,
+    weights_per_token,
+)
 from megatron_sead.distillation.partial_sums import VocabularyShard, vocabulary_shard
 
 # Shapes: [...] any leading dimensions; V columns of this rank, padding included; c real ones; n tokens; b buckets
@@ -30,8 +37,8 @@ from megatron_sead.distillation.partial_sums import VocabularyShard, vocabulary_
 def top_k_divergence(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    forward_weight: torch.Tensor,
-    reverse_weight: torch.Tensor,
+    forward_weight: torch.Tensor | float,
+    reverse_weight: torch.Tensor | float,
     *,
     k: int,
     tail: Tail = "bucket",
@@ -45,7 +52,8 @@ def top_k_divergence(
     Args:
         student_logits: [..., V/tp], this rank's contiguous columns of the vocabulary.
         teacher_logits: the same shape and type.
-        forward_weight: [...], the same on every rank of the group; a divergence of weight zero counts as zero.
+        forward_weight: [...], or a number for all tokens; the same on every rank of the group. A divergence of weight
+            zero counts as zero.
         reverse_weight: [...], likewise.
         k: tokens of the whole vocabulary, not of a shard; of equal teacher logits the lowest token is taken first.
         tail: "bucket": all other tokens are one more bucket; "renormalize": both models are renormalized over the k.
@@ -56,16 +64,15 @@ def top_k_divergence(
         ValueError: shapes, types or devices do not fit, k is not from 1 to the size of the vocabulary, the tail is
             neither, vocab_size is beyond the shards, or logits are NaN; on every rank of the group.
     """
+    require_tensors(student_logits=student_logits, teacher_logits=teacher_logits)
     with refused_together(group, student_logits.device):
         check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
         shape, device, width = student_logits.shape[:-1], student_logits.device, student_logits.shape[-1]
-        check_per_token(shape, device, forward_weight=forward_weight, reverse_weight=reverse_weight)
+        weights = weights_per_token(shape, device, forward_weight=forward_weight, reverse_weight=reverse_weight)
         shard = vocabulary_shard(width, group, vocab_size)
         check_top_k(k, tail, vocabulary_total(width, group, vocab_size))
     agree(group, student_logits.device, tokens=student_logits.shape[:-1].numel())
-    loss: torch.Tensor = _TopKDivergence.apply(
-        student_logits, teacher_logits, forward_weight, reverse_weight, k, tail, shard
-    )
+    loss: torch.Tensor = _TopKDivergence.apply(student_logits, teacher_logits, *weights, k, tail, shard)
     refuse_nan_loss(loss, shard.real, group, student_logits=student_logits, teacher_logits=teacher_logits)
     return loss
 
@@ -84,6 +91,7 @@ def top_k_entropy(
     With the tail as a bucket it is at most the exact entropy; renormalized it bounds nothing. Two collectives.
     Arguments and errors as in `top_k_divergence`.
     """
+    require_tensors(logits=logits)
     with refused_together(group, logits.device):
         check_logits(logits=logits)
         width = logits.shape[-1]
