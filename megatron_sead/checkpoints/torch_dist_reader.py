@@ -239,6 +239,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _is_empty(value: Any) -> bool:
+    if isinstance(value, list):  # Megatron wraps an object in one
+        return all(map(_is_empty, value))
     if isinstance(value, torch.Tensor):
         return value.numel() == 0
     return value is None or (isinstance(value, BytesIO) and not value.getbuffer().nbytes)

@@ -80,13 +80,13 @@ def state(path: Path, program: Program) -> None:
 
 def an_object(path: Path, program: Program) -> None:
     """An ``_extra_state``, which is no tensor: torch.distributed.checkpoint loads it without restriction."""
-    replace_object(path, lambda file: torch.save(program, file))
+    replace_object(path, lambda file: torch.save([program], file))
 
 
 def an_extra_state(path: Path, program: Program) -> None:
     """As Transformer Engine takes it: a tensor of bytes, which it unpickles."""
     content = torch.frombuffer(bytearray(pickle.dumps(program)), dtype=torch.uint8)
-    replace_object(path, lambda file: torch.save(content, file))
+    replace_object(path, lambda file: torch.save([content], file))
 
 
 def replace_object(path: Path, save: Callable[[Any], None]) -> None:

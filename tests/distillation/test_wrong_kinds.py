@@ -143,5 +143,5 @@ def test_a_policy_takes_no_nan(name: str) -> None:
     ],
 )
 def test_no_function_takes_nan(call: Callable[[], Any]) -> None:
-    with pytest.raises(ValueError, match="nan|NaN|inf|difficulties|difficulty|shares"):
+    with pytest.raises(ValueError, match=r"nan|NaN|inf|difficulties|difficulty|shares"):
         call()
