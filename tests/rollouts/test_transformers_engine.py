@@ -167,11 +167,10 @@ def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:
         make_engine(tmp_path)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_logits_that_are_not_finite_are_told(tiny_olmo3: Path, value: float, temperature: float) -> None:
+def test_logits_that_are_not_finite_are_told(tiny_olmo3: Path, temperature: float) -> None:
     """Greedy or drawn: without a word they would be some token, or an index beyond the vocabulary."""
     engine = make_engine(tiny_olmo3, sampling=Sampling(temperature, 1.0, 4))
-    engine.model.get_output_embeddings().weight[5, 3] = value
+    engine.model.get_output_embeddings().weight[5, 3] = float("nan")
     with pytest.raises(NotFiniteNumbers, match=r"prompt 'p\d': the model's logits of token 0 are not finite"):
         engine.generate(make_requests(3), step=0)
