@@ -67,7 +67,7 @@ def split_answers(answer: str) -> list[str]:
 
 def split_sequence(answer: str) -> list[str] | None:
     r"""The parts of a list that dots abbreviate, dots among them: 1, 2, \ldots, n. None for anything without dots."""
-    return split_answers(as_text(answer)) if has_dots(answer) else None
+    return split_answers(as_text(answer).removeprefix(r"\{").removesuffix(r"\}")) if has_dots(answer) else None
 
 
 def _same_in_base(reference: str, given: str) -> bool | None:

@@ -160,6 +160,8 @@ def _ends(sides: list[Any]) -> Any:
 
 def _last_side(sides: list[Any]) -> Any:
     """What an equation says something is: 5 for x = 2 + 3 = 5. None when its sides differ, as in 3 = 4 or x + 1 = 0."""
+    if len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]):  # 5 = x
+        sides = sides[::-1]
     *others, last = sides[1:] if _is_name(sides[0]) else sides
     return last if all(_same(last, other) for other in others) else None
 
@@ -281,10 +283,11 @@ def _is_real(number: Expr) -> bool:
 
 
 def _same_list(gold: Any, answer: Any) -> bool:
-    (golds, ordered), (answers, _) = _members(gold), _members(answer)
+    (golds, gold_is_pair), (answers, answer_is_pair) = _members(gold), _members(answer)
     if (golds, answers) == ([gold], [answer]):
         return bool(verify(gold, answer, timeout_seconds=None))
-    return _same_in_order(golds, answers) if ordered else _same_in_any_order(golds, answers)
+    compare = _same_in_order if gold_is_pair or answer_is_pair else _same_in_any_order
+    return compare(golds, answers)
 
 
 def _members(value: Any) -> tuple[list[Any], bool]:

@@ -20,20 +20,21 @@ _LINE_MARKUP = re.compile(
 _ENDING_TOKENS = re.compile(r"(?:\s*(?:<\|[^<>|\n]*\|>|</?[a-zA-Z]+>))+\s*$")
 _LINK = (
     r"(?:\b(?:is|are|was|equals?|(?:should|would|must|will|has\s+to|comes?\s+out)\s+(?:only\s+)?(?:be|to))\b"
-    r"|[:：=＝])"
+    r"|[:：＝→]|[=-]?>|=)"
 )
 _LOOSE_MARKUP = re.compile(r"^[\s*_`\"']+|(?:(?<!\^)[*`\"]|\s)+$")
 _MARK = re.compile(
     rf"""(?:
         \#\#\#\#
       | <answer>
-      | (?<!this\ )(?<!that\ )(?:\banswers?|\b(?:correct|right)\s+(?:option|choice))
+      | (?<!this\ )(?<!that\ )(?:\bans(?:wers?)?\b\.?|\b(?:correct|right)\s+(?:option|choice))
         (?:\s+(?:to|of|for)\b[^.:\n]{{0,80}}?)? \s* (?:{_LINK}|[-–—](?=\s))
       | ^[^\w\n]{{0,20}}(?:the\s+)?(?:final\s+)?answer[^\w\n]{{0,20}}$
       | \bfinal\s+answer(?=\s+[-\d$\\])
       | 答案\s*(?:是|为|為|[:：])
     )
-    (?:\s*(?:{_LINK}|therefore|thus|then|simply|just|exactly|(?:equal\s+)?to|given\s+by|option|choice)(?![a-zA-Z]))*
+    (?:\s*(?:{_LINK}|therefore|thus|then|simply|just|exactly|indeed|actually|clearly|only|approximately|about|roughly
+             |(?:equal\s+)?to|given\s+by|option|choice)(?![a-zA-Z]))*
     \s*(?!(?:correct|right|wrong|incorrect|valid|verified|consistent|confirmed|helpful|reasonable|clear)\b)""",
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
@@ -43,6 +44,7 @@ _PROSE = re.compile(
       | \n | [。！？；] | (?<!\.)\.(?=\s|$) | (?<!\\)\?(?=\s|$|[.)*"]) | (?<=\w!)(?=\s*$|\s+[A-Z]|\n|["*])
       | ;(?=\s*$|\s+[a-zA-Z]{{2,}}) | :(?=\s+[a-zA-Z]{{2,}})
       | ,?\s+(?:since|because|as|which|so|thus|hence|therefore|due|given|obtained|after|but|making|meaning)\b
+      | (?:(?<=\d)|(?<=\d\$)),\s+(?:where|using|by|with|when|if|for|i\.e\.|that\s+is|namely|assuming)(?=[\s,])
       | ,\s+not\b | ,?\s+and\s+(?=(?:I|we|this|that|it|the|so|thus|hence)\b)
       | \s*[(\[](?=(?:since|because|as|i\.e|which|see|from|using|approximately|rounded|after)\b)
       | \s*[—–]\s*(?=[a-zA-Z]) | \s+-{{1,2}}\s+(?=[a-zA-Z]{{2,}}\s+[a-zA-Z]) | <[|/]""",

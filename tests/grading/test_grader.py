@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
+import time
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
+from megatron_sead.boxed import box_cut_off, boxed
 from megatron_sead.config import PromptSettings
 from megatron_sead.grading import Grader
-from megatron_sead.grading.answers import integer, split_answers
+from megatron_sead.grading.answers import integer, split_answers, split_choice
 from megatron_sead.grading.extraction import marked_answers
+from megatron_sead.grading.numerals import exact_value
 from megatron_sead.prompts.answers import reference_answers
 from megatron_sead.prompts.rows import read_rows
 
@@ -136,6 +141,21 @@ def test_pieces() -> None:
     assert split_answers(r"(1,2), \{3,4\} and 5") == ["(1,2)", r"\{3,4\}", "5"]
     assert integer("9" * 5000) is None
     assert integer("1,23") is None
+    assert split_choice(r"\textbf{(C) }24") == ("C", "24")
+    assert split_choice("(A), (C)") is None
+    assert exact_value(r"0.1\overline{6}") == Fraction(1, 6)
+    assert exact_value("1e999999999") is None
+    assert boxed(r"\boxed{a \boxed{b}} \boxed 5, \fbox {c\}}") == [r"a \boxed{b}", "5", r"c\}"]
+    assert box_cut_off(r"\boxed{5} \boxed{\frac{1}") and not box_cut_off(r"\boxed{5} \boxed{7}")
+
+
+@pytest.mark.parametrize(
+    "text", ["\\boxed{" * 15000, "answer to " * 10000, "\n" * 100000, " " * 100000 + "**a " * 9000]
+)
+def test_a_response_that_repeats_itself_is_read_in_time(text: str) -> None:
+    started = time.process_time()
+    assert marked_answers(text) == []
+    assert time.process_time() - started < 10  # a second; a search of every place from every place takes minutes
 
 
 BENCHMARKS = {
@@ -145,17 +165,27 @@ BENCHMARKS = {
     "amc23/test.jsonl": "answer",
     "aime24/test.jsonl": "answer",
     "aime25/test.jsonl": "answer",
+    "gsm8k/test.jsonl": "answer",
 }
+FORMS = [
+    r"Therefore $\boxed{%s}$.",
+    "The answer is **%s**.",
+    "#### %s",
+    "**Final Answer:** %s. I hope it is correct.",
+    "The answer is $%s$, since we computed it.",
+]
 
 
 @pytest.mark.parametrize("file", BENCHMARKS)
 def test_benchmark_references_are_right_and_each_others_are_wrong(data_folder: Path, grader: Grader, file: str) -> None:
     rows = read_rows(PromptSettings(path=str(data_folder / file)))
     references = [reference_answers(row.fields[BENCHMARKS[file]]) for row in rows]
-    boxes = [rf"Therefore $\boxed{{{', '.join(reference)}}}$." for reference in references]
-    assert all(grader.grade_all(boxes, references))
+    texts = [re.sub(r"^\$|\$\.?$", "", ", ".join(reference)) for reference in references]
+    for form in FORMS:
+        verdicts = grader.grade_all([form % text for text in texts], references)
+        assert [text for text, right in zip(texts, verdicts, strict=True) if not right] == [], form
     sample = range(0, len(references), max(1, len(references) // 40))  # comparing all takes Math-Verify half a minute
     for i in sample:
         j = (i + 1) % len(references)
         same = integer(references[i][0]) is not None and integer(references[i][0]) == integer(references[j][0])
-        assert grader.grade(boxes[j], references[i]) == same
+        assert grader.grade(FORMS[0] % texts[j], references[i]) == same

@@ -57,6 +57,7 @@ def test_close_to_the_reference_is_not_the_reference(grader: Grader, reference: 
     [
         (r"1, 2, \ldots, n", [r"2, 4, \ldots, 2n", r"1, 3, 5, \ldots, 2n-1", "1,2,n", r"1,2,\ldots,m",
           r"1, 2, \ldots"]),
+        (r"\{1, 2, \ldots, n\}", [r"\{1,3,\dots,n\}", r"\{1,2,n\}"]),
         (r"1+2+\cdots+n", [r"2+4+\cdots+2n", "1+n"]),
         ("2516_8", ["2516_9", "2516_{16}", "2516", "1358", "2517_8"]),
         ("2516", ["2516_8"]),
@@ -69,6 +70,10 @@ def test_close_to_the_reference_is_not_the_reference(grader: Grader, reference: 
           r"4 \times 10^1"]),
         ("5", [r"\infty", "nan", "zoo", r"\text{undefined}", r"\frac{5}{0}", "i", r"\text{}"]),
         (r"\infty", [r"-\infty", "100", r"\frac{1}{0}"]),
+        ("1,-2", ["(-2,1)", "1,2"]),
+        ("[3,1]", ["[4,2]"]),
+        ("3 < x < 1", ["5 < x < 2"]),
+        ("4", ["xy=4", "|x|=4", "2x=4", "4=x+1"]),
         ("1", ["x^2+y^2=1", "x+y=1", "2x+3y=1"]),
         ("x=3", ["y=3", "x=4", "x>3"]),
         ("f(x)=x^2", ["f(x)=x^3", "f(x)=2x^2"]),
