@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
+from argparse import Namespace
 
 if __name__ == "__main__":  # Ctrl-C before any rank is there, torch's import included; torchrun's own handlers follow
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))
@@ -17,6 +19,9 @@ if __name__ == "__main__":  # Ctrl-C before any rank is there, torch's import in
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser, parse_args, run
+
+from megatron_sead.cli import forgive_streams
+from megatron_sead.errors import UserError
 
 GRACE = "--shutdown-timeout=600"  # seconds to finish a step and save after Ctrl-C; torchrun's own 30 are too few
 
@@ -28,13 +33,17 @@ def main(arguments: list[str]) -> int:
         0 when all is done or a signal ended the run early (saved, to be continued), 2 for a user's mistake, 1 for any
         other failure. A rank tells its own; one that was killed could not, and is told here.
     """
+    forgive_streams()
     # What it would log about a failing rank is in ChildFailedError too
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun sets it as well, after a paragraph about it
     if GRACE.partition("=")[0] in get_args_parser().format_help():  # newer torch only
         arguments = [GRACE, *arguments]
     try:
-        run(parse_args(arguments))
+        run(_checked(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except SignalException:
         return 0
     except ChildFailedError as error:
@@ -43,6 +52,20 @@ def main(arguments: list[str]) -> int:
             print(f"error: {_account_of(*error.get_first_failure())}", file=sys.stderr)
         return 2 if 2 in codes else 1
     return 0
+
+
+def _checked(arguments: list[str]) -> Namespace:
+    """torchrun's arguments; it finds the same mistakes, in a traceback.
+
+    Raises:
+        UserError: ranks or nodes that are no number.
+    """
+    parsed: Namespace = parse_args(arguments)
+    if not re.fullmatch(r"[1-9]\d{0,5}|gpu|cpu|auto|xpu", str(parsed.nproc_per_node), re.ASCII):
+        raise UserError(f"--nproc-per-node {parsed.nproc_per_node}: must be a number of ranks of at least 1")
+    if not re.fullmatch(r"[1-9]\d{0,5}(:[1-9]\d{0,5})?", str(parsed.nnodes), re.ASCII):
+        raise UserError(f"--nnodes {parsed.nnodes}: must be a number of nodes of at least 1")
+    return parsed
 
 
 def _account_of(rank: int, failure: ProcessFailure) -> str:

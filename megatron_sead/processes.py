@@ -12,13 +12,15 @@ from pathlib import Path
 
 import psutil
 
+PROC = Path("/proc/self/stat")
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that the kernel sends a process when its parent ends
+WATCH = "parent"  # the thread's name
 
 
 def started(pid: int) -> float | None:
     """When a process began, in a unit that only this function knows; None if there is none, or only its remains."""
     try:
-        if sys.platform == "linux":  # in ticks since the machine's start: no clock that is set can move it
+        if PROC.exists():  # in ticks since the machine's start: no clock that is set can move it
             fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
             return None if fields[0] in "ZX" else float(fields[19])
         process = psutil.Process(pid)
@@ -34,14 +36,16 @@ def end_with_parent() -> None:
     start a second run beside them. Linux's kernel does it; the thread is for other systems, and for a parent that was
     gone before the kernel was asked.
     """
+    if any(thread.name == WATCH for thread in threading.enumerate()):
+        return
     parent = os.getppid()
     _ask_kernel()
     os.register_at_fork(after_in_child=_ask_kernel)  # Megatron forks processes that write checkpoints
-    threading.Thread(target=_end_without, args=(parent,), name="parent", daemon=True).start()
+    threading.Thread(target=_end_without, args=(parent,), name=WATCH, daemon=True).start()
 
 
 def _ask_kernel() -> None:
-    if sys.platform == "linux":
+    if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -51,10 +51,11 @@ def fail(code: int, message: str, error: BaseException) -> NoReturn:
     """
     first = _first_failure(code, message, error) if _has_peers() else None
     if first is None or first["rank"] == _rank():
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
         if first is not None and _number("LOCAL_WORLD_SIZE", 1) < _number("WORLD_SIZE", 1):
             time.sleep(TELLING)  # this node's launcher may hold the store, in which other nodes' ranks must read
-        _leave(code)
+        leave(code)
     _leave_after(first)
 
 
@@ -138,7 +139,7 @@ class _Watch:
     def _leave_without_store(self) -> NoReturn:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         print(f"error: rank {_rank()}: {place}, where the ranks met, is gone; ending", file=sys.stderr, flush=True)
-        _leave(1)
+        leave(1)
 
 
 def _leave_after(first: dict[str, Any]) -> NoReturn:
@@ -146,12 +147,13 @@ def _leave_after(first: dict[str, Any]) -> NoReturn:
     if first["node"] != os.environ.get("GROUP_RANK") and _number("LOCAL_RANK", 0) == 0:
         print(f"error: rank {first['rank']} failed on another node: {first['line']}", file=sys.stderr, flush=True)
     time.sleep(TELLING)
-    _leave(first["code"])
+    leave(first["code"])
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
+    """End this process now: no other thread, no process group is waited for."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
+        with suppress(OSError):  # closed, or a full disk
             stream.flush()
     os._exit(code)
 

@@ -18,16 +18,19 @@ if __name__ == "__main__":  # Ctrl-C ends a rank at once and quietly, until ther
 
 import typer
 
-from megatron_sead.cli import one_line_errors_on_ranks
+from megatron_sead.cli import App, one_line_errors_on_ranks
 from megatron_sead.config import RunConfig, load_config
 from megatron_sead.config_checks import OWNER_FILE, check_output
+from megatron_sead.environment import environment_number
 from megatron_sead.errors import UserError
 from megatron_sead.ownership import refuse_if_owned
 from megatron_sead.rank_failures import ending_together
+from megatron_sead.settings_file import repeated_overrides
 
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = App()
+log = logging.getLogger("megatron_sead.train")
 
 
 @app.command()
@@ -47,9 +50,15 @@ def main(
     """Distil the teacher into the student, or with --dry-run print what that would take."""
     with one_line_errors_on_ranks():
         settings = load_config(config, overrides or [])
+        repeated = repeated_overrides(overrides or [])
         if check or dry_run:
             _examine(settings, world_size or _planned_world_size(settings), show=dry_run)
+            for line in repeated:
+                print(f"note: {line}")
         else:
+            _configure_logging(settings.device)
+            for line in repeated:
+                log.info("%s", line)
             _train(settings)
 
 
@@ -69,15 +78,12 @@ def _examine(config: RunConfig, world_size: int, *, show: bool) -> None:
 def _planned_world_size(config: RunConfig) -> int:
     parallel = config.parallel
     fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    if "NPROC" in os.environ:
-        return int(os.environ["NPROC"]) * int(os.environ.get("NNODES", "1"))
-    return fewest
+    per_node = environment_number("NPROC")
+    planned = None if per_node is None else per_node * (environment_number("NNODES") or 1)
+    return environment_number("WORLD_SIZE") or planned or fewest
 
 
 def _train(config: RunConfig) -> None:
-    _configure_logging(config.device)
     # Here, not at the top: torch and Megatron take seconds to import, and mistakes are told before
     if config.device == "cpu":
         from megatron_sead.training.cpu_adaptor import adapt_to_cpu
@@ -100,7 +106,7 @@ def _train(config: RunConfig) -> None:
 
 def _configure_logging(device: str) -> None:
     """This package speaks, on the first rank at least; the libraries only when something is wrong."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = environment_number("RANK", 0, least=0)
     logging.basicConfig(
         level=logging.WARNING,
         format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s",

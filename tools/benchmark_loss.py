@@ -26,13 +26,13 @@ from loss_benchmark.report import markdown, plot, print_tables
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from megatron_sead.cli import one_line_errors
+from megatron_sead.cli import App, one_line_errors
 from megatron_sead.errors import UserError
 
 FITS = 0.8  # of the memory that is free at the start
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = App()
 
 
 @app.command()

@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sead.cli import one_line_errors
+from megatron_sead.cli import App, one_line_errors
 from megatron_sead.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -256,6 +256,6 @@ def _print(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = App()
     app.command()(main)
     app()

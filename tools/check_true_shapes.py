@@ -19,7 +19,7 @@ import typer
 from true_shapes.launch import check
 from true_shapes.model import SHAPES
 
-from megatron_sead.cli import one_line_errors
+from megatron_sead.cli import App, one_line_errors
 from megatron_sead.errors import UserError
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "true_shapes"
@@ -36,7 +36,7 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = App(help=__doc__)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from megatron_sead.cli import one_line_errors
+from megatron_sead.cli import App, one_line_errors
 
 if TYPE_CHECKING:
     from megatron_sead.checkpoints.inspection import Inspection
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DIFFERENT = 1  # exit code: both models were read, and they are not the same
 LISTED = 20  # tensors that differ, named one by one
 
-checks = typer.Typer()
+checks = App()
 
 
 @checks.command()

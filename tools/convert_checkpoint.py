@@ -18,14 +18,14 @@ import typer
 from checkpoint_checks import checks
 from conversion_console import prepare_megatron, progress
 
-from megatron_sead.cli import one_line_errors
+from megatron_sead.cli import App, expand_argument, one_line_errors
 from megatron_sead.errors import UserError
 from megatron_sead.outputs import require_apart
 
 if TYPE_CHECKING:
     from megatron_sead.checkpoints.conversion import Conversion
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+app = App(no_args_is_help=True, help=__doc__)
 app.add_typer(checks)
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace OUTPUT, if all in it is ours")]
@@ -118,6 +118,7 @@ def local_directory(source: str) -> Path:
     Raises:
         UserError: no such directory, and no such model on the hub.
     """
+    source = str(expand_argument(source))
     if Path(source).is_dir():
         return Path(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):

@@ -7,7 +7,6 @@ depends on (K, seed, decoding, grader) stands beside the output in ``OUTPUT.prov
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,10 +23,11 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_sead.cli import one_line_errors
+from megatron_sead.cli import App, one_line_errors
 from megatron_sead.config import GradingSettings, ModelSettings, PromptSettings, RolloutSettings, Settings
 from megatron_sead.errors import UserError
 from megatron_sead.grading import GRADER_VERSION, Grader
+from megatron_sead.ownership import sole_owner
 from megatron_sead.prompts import ModelTokenizer, Prompt, load_tokenizer
 from megatron_sead.prompts.dataset import tokenize
 from megatron_sead.prompts.exact_json import dumps, holds_no_number
@@ -70,7 +70,7 @@ class Tally:
     """Passes per prompt in ``OUTPUT.partial``: appended as they come, so that nothing is lost when the command stops.
 
     Raises:
-        UserError: the file is not this command's, damaged, made with other settings or prompts, or in use.
+        UserError: the file is not this command's, damaged, or made with other settings or prompts.
     """
 
     def __init__(self, path: Path, measurement: dict[str, Any]) -> None:
@@ -78,7 +78,6 @@ class Tally:
         self.passes: dict[str, int] = {}
         self._file = path.open("a+b")
         try:
-            self._lock()
             whole = self._read(measurement)
             self._file.truncate(whole)  # a line cut short by a kill is measured again
             if not whole:
@@ -93,15 +92,6 @@ class Tally:
 
     def close(self) -> None:
         self._file.close()
-
-    def _lock(self) -> None:
-        """Until the file is closed, however the process ends."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path}: another process is measuring into it; let it end, or stop it") from None
-        except OSError:  # a file system without locks
-            pass
 
     def _append(self, record: dict[str, Any]) -> None:
         self._file.write((json.dumps(record) + "\n").encode())
@@ -161,7 +151,8 @@ def main(
                 f"--output={output}: JSON lines are written, not parquet; choose a name that ends in .jsonl"
             )
         try:
-            estimate(settings, output)
+            with sole_owner(output.with_name(f"{output.name}.lock"), f"--output={output}"):
+                estimate(settings, output)
         except KeyboardInterrupt:
             print(f"interrupted; the same command continues from {partial_path(output)}", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -183,7 +174,6 @@ def estimate(settings: EstimateSettings, output: Path) -> None:
     measurement = describe(settings, tokenizer, prompts)
     provenance = json.dumps({"difficulty": "1 - pass rate", **measurement, "prompt_count": len(prompts)}, indent=2)
     require_free(provenance_path(output), provenance + "\n")
-    output.parent.mkdir(parents=True, exist_ok=True)
     tally = Tally(partial_path(output), measurement)
     try:
         left = [prompt for prompt in prompts if prompt.id not in tally.passes]
@@ -316,6 +306,6 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = App()
     app.command()(main)
     app()

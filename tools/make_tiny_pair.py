@@ -24,11 +24,12 @@ from tiny_pair.tokenizer import load_tokenizer, train_tokenizer
 from transformers import Olmo3ForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from megatron_sead.cli import App
 from megatron_sead.errors import UserError
 from megatron_sead.outputs import whole_directory
 
 console = Console(stderr=True)
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = App()
 STUDENT_MAX_STEPS = 2000
 TEACHER_LR = 3e-3  # at 4e-3 its greedy answers are as good, its sampled ones worse (.94 for .98)
 

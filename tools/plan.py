@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_sead.cli import one_line_errors
+from megatron_sead.cli import App, one_line_errors
 from megatron_sead.config import load_config
 from megatron_sead.planning.plan import make_plan, print_plan
 
@@ -24,6 +24,6 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = App()
     app.command()(main)
     app()

@@ -21,7 +21,7 @@ from benchmark_step import machine  # beside this file
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sead.cli import one_line_errors_on_ranks
+from megatron_sead.cli import App, one_line_errors_on_ranks
 from megatron_sead.config import load_config
 from megatron_sead.errors import UserError
 
@@ -198,6 +198,6 @@ def table(result: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = App()
     app.command()(main)
     app()

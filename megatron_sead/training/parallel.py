@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_sead.config import ParallelSettings
 from megatron_sead.config_checks import data_parallel_size
+from megatron_sead.environment import environment_number
 from megatron_sead.errors import UserError
 from megatron_sead.models.parallel import ParallelContext
 from megatron_sead.training.cpu_adaptor import is_adapted
@@ -83,7 +84,7 @@ def _choose_device(device: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("device: cuda, but no GPU is visible; use device=cpu, or start on a machine with GPUs")
-    local, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local, visible = environment_number("LOCAL_RANK", 0, least=0) or 0, torch.cuda.device_count()
     if local >= visible:
         raise UserError(f"device: cuda, but {visible} GPUs are visible to local rank {local}; start fewer ranks a node")
     torch.cuda.set_device(local)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import pytest
 from datasets import Dataset
 
 from megatron_sead.config import PromptSettings
+from megatron_sead.ownership import sole_owner
 from megatron_sead.prompts import Prompt
 from megatron_sead.prompts.problems import read_problems
 
@@ -258,10 +258,9 @@ def test_a_partial_result_is_continued_with_the_same_prompts_alone(
         assert estimate(tiny_olmo3, prompts, output) == 2
         assert "was begun with prompts_content='12 prompts, sha256" in capsys.readouterr().err
     prompts.write_text(text.replace("kept", "changed, and not used"))
-    with path.open("rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with sole_owner(tmp_path / "out.jsonl.lock", "another"):
         assert estimate(tiny_olmo3, prompts, output) == 2
-        assert "another process is measuring into it" in capsys.readouterr().err
+        assert f"--output={output}: in use by process {os.getpid()}" in capsys.readouterr().err
     solved.clear()
     assert estimate(tiny_olmo3, prompts, output) == 0
     assert solved == [str(i) for i in range(1, PROMPTS)]
