@@ -6,6 +6,13 @@
 #   MASTER_ADDR  the first node's name or address
 #   MASTER_PORT  a free port there (29500)
 
+absolute() { # PATH: relative ones are meant from where the command was typed, before the script's cd
+    case "$1" in
+        "" | /* | "~"* | "\$"*) echo "$1" ;; # the run expands ~ and $NAME
+        *) echo "$OLDPWD/$1" ;;
+    esac
+}
+
 require_number() { # NAME LEAST: the variable of that name holds a whole number of at least so much
     if ! [[ "${!1}" =~ ^[0-9]{1,6}$ ]] || [ "$((10#${!1}))" -lt "$2" ]; then
         echo "error: $1='${!1}': must be a whole number of at least $2" >&2

@@ -11,10 +11,10 @@ source examples/setup_environment.sh
 source examples/launch.sh
 
 DATA="${MEGATRON_SEAD_DATA:-}"
-PROMPTS="${PROMPTS:-${DATA:+$DATA/gsm8k/train.jsonl}}"
-TOKENIZER="${TOKENIZER:-${DATA:+$DATA/tokenizer_dolma2/allenai_dolma2.json}}"
-PAIR="${PAIR:-runs/gsm8k-pair}"
-OUTPUT="${OUTPUT:-runs/gsm8k-smoke}"
+PROMPTS="$(absolute "${PROMPTS:-${DATA:+$DATA/gsm8k/train.jsonl}}")"
+TOKENIZER="$(absolute "${TOKENIZER:-${DATA:+$DATA/tokenizer_dolma2/allenai_dolma2.json}}")"
+PAIR="$(absolute "${PAIR:-$PWD/runs/gsm8k-pair}")"
+OUTPUT="$(absolute "${OUTPUT:-$PWD/runs/gsm8k-smoke}")"
 NPROC="${NPROC:-2}"
 
 if [ ! -d "$PAIR/student" ]; then

@@ -9,14 +9,11 @@
 # The same command continues a run that was stopped. It ends with the accuracy before and after, and the run directory.
 set -euo pipefail
 
-OUTPUT="${OUTPUT:-}"
-if [ -n "$OUTPUT" ] && [ "${OUTPUT#/}" = "$OUTPUT" ]; then
-    OUTPUT="$PWD/$OUTPUT" # relative to where the command was typed
-fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/setup_environment.sh
 source examples/launch.sh
 
+OUTPUT="$(absolute "${OUTPUT:-}")"
 NPROC="${NPROC:-2}"
 launch examples/configs/sead_tiny.yaml \
     output="${OUTPUT:-runs/sead-tiny}" \

@@ -70,8 +70,13 @@ def _first_failure(code: int, message: str, error: BaseException) -> dict[str, A
         return None
 
 
-def _may_be_echo(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ECHOES)
+def _may_be_echo(error: BaseException | None) -> bool:
+    """Is it, or what led to it, an error that a lost peer causes?"""
+    while error is not None:
+        if any(sign in str(error) for sign in ECHOES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _await_cause(store: TCPStore) -> None:

@@ -24,6 +24,7 @@ from rich.table import Table
 from megatron_sead.cli import App, one_line_errors_on_ranks
 from megatron_sead.config import load_config
 from megatron_sead.errors import UserError
+from megatron_sead.rank_failures import ending_together
 
 WARM_UP = 3  # first steps, not counted
 LOOP = "the rest: schedule, loop, progress"
@@ -107,7 +108,7 @@ def main(
         from megatron_sead.training.loop import distill
         from megatron_sead.training.setup import prepare
 
-        with prepare(settings) as run:
+        with ending_together(), prepare(settings) as run:
             watch_run(clock, run)
             distill(run)
             if run.parallel.rank == 0:

@@ -258,11 +258,19 @@ def test_a_partial_result_is_continued_with_the_same_prompts_alone(
         assert estimate(tiny_olmo3, prompts, output) == 2
         assert "was begun with prompts_content='12 prompts, sha256" in capsys.readouterr().err
     prompts.write_text(text.replace("kept", "changed, and not used"))
-    with sole_owner(tmp_path / "out.jsonl.lock", "another"):
-        assert estimate(tiny_olmo3, prompts, output) == 2
-        assert f"--output={output}: in use by process {os.getpid()}" in capsys.readouterr().err
     solved.clear()
     assert estimate(tiny_olmo3, prompts, output) == 0
     assert solved == [str(i) for i in range(1, PROMPTS)]
     assert difficulties(output) == [0.5] + [0.0] * (PROMPTS - 1)
     assert not path.exists()
+
+
+def test_two_commands_do_not_write_one_output(
+    tiny_olmo3: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "with.jsonl"
+    with sole_owner(tmp_path / "with.jsonl.lock", "the first"), pytest.raises(SystemExit) as left:
+        main(output, tiny_olmo3, str(prompts), overrides=["device=cpu"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: --output={output}: in use by process {os.getpid()} on ")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("with.jsonl")]
