@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import NoReturn
 
@@ -23,7 +22,7 @@ class Left(Exception):
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[TCPStore]:
+def store(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
     def leave(code: int) -> NoReturn:
         raise Left(str(code))
 
@@ -35,7 +34,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[TCPStore]:
     variables |= {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    yield store
+    return store
 
 
 def fail_as(rank: int, code: int, error: Exception) -> str:
@@ -69,13 +68,9 @@ def test_an_error_that_a_killed_rank_causes_is_not_told_as_the_first(
     store: TCPStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store.set(rank_failures._key("process/1"), json.dumps([GONE, 5.0]))
-    try:
-        try:
-            raise RuntimeError("gloo/transport/tcp/pair.cc: Connection closed by peer")
-        except RuntimeError as cause:
-            raise UserError("the checkpoint cannot be written") from cause
-    except UserError as error:
-        assert fail_as(0, 2, error) == "1"
+    error = UserError("the checkpoint cannot be written")
+    error.__cause__ = RuntimeError("gloo/transport/tcp/pair.cc: Connection closed by peer")
+    assert fail_as(0, 2, error) == "1"
     assert capsys.readouterr().err == ""
 
 
