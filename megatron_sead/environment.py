@@ -63,3 +63,17 @@ def environment_number(name: str, default: int | None = None, *, least: int = 1)
     if not re.fullmatch("[0-9]{1,9}", text, re.ASCII) or int(text) < least:
         raise UserError(f"{name}={text!r} (environment variable): must be a whole number of at least {least}")
     return int(text)
+
+
+def check_rank_variables() -> None:
+    """That a process told its rank is told where to meet the others, too.
+
+    Raises:
+        UserError: a variable that torchrun sets is missing, or holds no number.
+    """
+    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"the environment variable RANK is set and {missing[0]} is not; torchrun sets all, or unset RANK"
+        )
+    for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", 1)):
+        environment_number(name, least=least)

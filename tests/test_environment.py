@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sead.config import dump_config, load_config
-from megatron_sead.environment import environment_number, expand_path
+from megatron_sead.environment import check_rank_variables, environment_number, expand_path
 from megatron_sead.errors import UserError
 from tests.test_config import config, refusal
 
@@ -103,3 +103,28 @@ def test_a_variable_that_is_a_number_is_read(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("NPROC", "08")
     assert environment_number("NPROC") == 8
     assert environment_number("UNSET", 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE='two' (environment variable): must be a whole number"),
+        ("RANK", "", "RANK='' (environment variable): must be a whole number of at least 0"),
+        ("MASTER_PORT", "x", "MASTER_PORT='x' (environment variable)"),
+        ("MASTER_ADDR", None, "RANK is set and MASTER_ADDR is not; torchrun sets all"),
+    ],
+)
+def test_a_rank_that_cannot_meet_the_others_is_told(
+    name: str, text: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    check_rank_variables()
+    if text is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, text)
+    with pytest.raises(UserError) as caught:
+        check_rank_variables()
+    assert told in str(caught.value)

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_sead.config import ParallelSettings
 from megatron_sead.config_checks import data_parallel_size
-from megatron_sead.environment import environment_number
+from megatron_sead.environment import check_rank_variables, environment_number
 from megatron_sead.errors import UserError
 from megatron_sead.models.parallel import ParallelContext
 from megatron_sead.training.cpu_adaptor import is_adapted
@@ -94,6 +94,7 @@ def _choose_device(device: str) -> torch.device:
 def _join(device: str) -> None:
     backend = "nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ:
+        check_rank_variables()
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
