@@ -25,6 +25,8 @@ LEAVES = {
     "environment",
     "ownership",
     "processes",
+    "model_config",
+    "weight_files",
 }  # anyone may import them, distillation excepted
 PARTS = {"distillation", "models", "checkpoints", "rollouts", "prompts", "grading", "reporting"}
 
@@ -50,6 +52,8 @@ ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS} | {
     "train": {"training", "planning", "cli", "rank_failures"},
     "planning": {"prompts"},
     "launch": {"cli"},
+    "model_config": set(),
+    "weight_files": set(),
 }
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 70

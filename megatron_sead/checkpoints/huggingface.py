@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 
 from megatron_sead.checkpoints.manifest import from_first_rank
 from megatron_sead.checkpoints.model_files import model_weights
@@ -21,6 +20,7 @@ from megatron_sead.errors import UserError
 from megatron_sead.models.builder import read_hf_config
 from megatron_sead.models.huggingface import tensor_shapes
 from megatron_sead.models.olmo3.config import YarnScaling, olmo3_fields
+from megatron_sead.models.tensor_files import TensorFiles
 from megatron_sead.outputs import Output
 from megatron_sead.token_ids import TOKENIZER_FILES, TOKENIZER_SETTINGS, portable_tokenizer
 
@@ -129,44 +129,41 @@ def verify_huggingface_directory(
     Raises:
         RuntimeError: on every rank; names the first tensor that differs, is missing, or is of no weight.
     """
-    reader = _WrittenTensors(directory) if dist.get_rank(group) == 0 else None
-    problem = reader.problem if reader is not None else None
-    seen = set()
-    for name, tensor in weights:
-        if reader is not None and problem is None:
-            problem = reader.compare(name, tensor if dtype is None else tensor.to(dtype))
-            seen.add(name)
-    if reader is not None and problem is None and (unknown := sorted(reader.files.keys() - seen)):
-        problem = f"{unknown[0]} is not a weight of the model"
+    problem: str | None = None
+    seen: set[str] = set()
+    with ExitStack() as stack:
+        files: TensorFiles | None = None
+        if dist.get_rank(group) == 0:
+            try:
+                files = stack.enter_context(TensorFiles(directory))
+            except UserError as error:
+                problem = str(error)
+        for name, tensor in weights:
+            if files is not None and problem is None:
+                problem = _difference(files, name, tensor if dtype is None else tensor.to(dtype))
+                seen.add(name)
+        if files is not None and problem is None and (unknown := sorted(files.file_of.keys() - seen)):
+            problem = f"{unknown[0]} is not a weight of the model"
     problem = from_first_rank(problem, group)
     if problem is not None:
         raise RuntimeError(f"{directory} is not the trained model: {problem}")
 
 
-class _WrittenTensors:
-    """The tensors of a directory, by name."""
-
-    def __init__(self, directory: Path) -> None:
-        self.files: dict[str, Any] = {}
-        self.problem: str | None = None
-        try:
-            for path in sorted(directory.glob("*.safetensors")):
-                file = safe_open(path, framework="pt")
-                self.files |= dict.fromkeys(file.keys(), file)
-        except (OSError, SafetensorError) as error:
-            self.problem = f"{path.name} cannot be read ({error})"
-
-    def compare(self, name: str, tensor: torch.Tensor) -> str | None:
-        if name not in self.files:
-            return f"{name} is missing"
-        written, tensor = self.files[name].get_tensor(name), tensor.detach().cpu().contiguous()
-        if (written.dtype, written.shape) != (tensor.dtype, tensor.shape):
-            return f"{name} is {written.dtype} {list(written.shape)}, not {tensor.dtype} {list(tensor.shape)}"
-        # As bytes, so that a NaN equals itself and -0 is not 0
-        if not torch.equal(written.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)):
-            different = int((written != tensor).sum())
-            return f"{name} differs in {different} of {tensor.numel()} elements"
-        return None
+def _difference(files: TensorFiles, name: str, tensor: torch.Tensor) -> str | None:
+    """What is wrong with the written form of a weight."""
+    if name not in files.file_of:
+        return f"{name} is missing"
+    try:
+        written, tensor = files.read(name), tensor.detach().cpu().contiguous()
+    except UserError as error:
+        return str(error)
+    if (written.dtype, written.shape) != (tensor.dtype, tensor.shape):
+        return f"{name} is {written.dtype} {list(written.shape)}, not {tensor.dtype} {list(tensor.shape)}"
+    # As bytes, so that a NaN equals itself and -0 is not 0
+    if not torch.equal(written.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)):
+        different = int((written != tensor).sum())
+        return f"{name} differs in {different} of {tensor.numel()} elements"
+    return None
 
 
 def write_settings(source: Path, directory: Path, dtype: torch.dtype) -> None:

@@ -185,7 +185,11 @@ def _run_transformers(
     """Final hidden states [s, h]; `after_layer` sees those of each layer [1, s, h], whose weights are gone by then."""
     from transformers import AutoConfig, AutoModel
 
-    config = AutoConfig.from_pretrained(hf.source, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(hf.source, trust_remote_code=False)
+    except Exception as error:  # its checks raise what they like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{hf.source / 'config.json'}: transformers cannot read it ({reason})") from None
     with torch.device("meta"):
         model = AutoModel.from_config(
             config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False

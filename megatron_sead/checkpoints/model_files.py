@@ -23,6 +23,7 @@ from megatron_sead.models.builder import read_hf_config
 from megatron_sead.models.huggingface import NamedWeight, named_weights, tensor_shapes
 from megatron_sead.models.olmo3.config import Olmo3Config, olmo3_fields
 from megatron_sead.models.tensor_files import TensorFiles
+from megatron_sead.weight_files import has_weights
 
 
 def model_weights(hf_dir: Path) -> tuple[Olmo3Config, list[NamedWeight]]:
@@ -208,9 +209,15 @@ def open_model(directory: Path, iteration: int | None = None) -> ModelFiles:
         iteration: of a training run; None: the latest.
 
     Raises:
-        UserError: neither.
+        UserError: neither, or both.
     """
-    if any(directory.glob("*.safetensors*")) and not (directory / "metadata.json").exists():
+    is_checkpoint = (directory / "metadata.json").exists()
+    if is_checkpoint and has_weights(directory) and (directory / ".metadata").exists():
+        raise UserError(
+            f"{directory}: holds safetensors and a Megatron-Core checkpoint (.metadata): it is ambiguous which is the "
+            "model; keep them in two directories"
+        )
+    if has_weights(directory) or (any(directory.glob("*.safetensors*")) and not is_checkpoint):
         return HuggingFaceModel(directory)
     return MegatronModel(find_checkpoint(directory, iteration))
 

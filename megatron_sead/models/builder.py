@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from megatron_sead.errors import UserError
-from megatron_sead.models.huggingface import load_huggingface_weights
-from megatron_sead.models.olmo3.config import MODEL_TYPES, Olmo3Config, olmo3_fields
+from megatron_sead.model_config import olmo3_fields
+from megatron_sead.model_config import read_hf_config as read_hf_config
+from megatron_sead.models.huggingface import check_huggingface_weights, load_huggingface_weights
+from megatron_sead.models.olmo3.config import Olmo3Config
 from megatron_sead.models.olmo3.layers import AttentionBackend
 from megatron_sead.models.olmo3.model import Olmo3Model
 from megatron_sead.models.parallel import ParallelContext
@@ -50,6 +51,8 @@ def build_model(
         spread_hidden_states=spread_hidden_states,
         recompute_granularity=recompute_granularity,
     )
+    if load_weights:
+        check_huggingface_weights(config, hf_dir)
     chunks = []
     for stage in range(parallel.chunks):
         vp_stage = stage if parallel.vpp_size is not None else None
@@ -109,25 +112,6 @@ def model_config(
         persist_layer_norm=False,
         apply_rope_fusion=False,
     )
-
-
-def read_hf_config(hf_dir: Path) -> dict[str, Any]:
-    """``config.json``, of a supported model_type.
-
-    Raises:
-        UserError: no such file, not JSON, or another architecture.
-    """
-    source = hf_dir / "config.json"
-    try:
-        hf = json.loads(source.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{hf_dir}: holds no config.json; must be a Hugging Face model directory") from None
-    except ValueError as error:
-        raise UserError(f"{source}: not JSON ({error})") from None
-    model_type = hf.get("model_type") if isinstance(hf, dict) else None
-    if model_type not in MODEL_TYPES:
-        raise UserError(f"{source}: model_type={model_type!r} is not supported; must be {' or '.join(MODEL_TYPES)}")
-    return hf
 
 
 def check_layout(fields: dict[str, Any], parallel: ParallelContext, source: Path) -> None:

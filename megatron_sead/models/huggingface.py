@@ -79,16 +79,27 @@ def unwrap(chunk: torch.nn.Module) -> Olmo3Model:
 # --- In --------------------------------------------------------------------------------------------------------------
 
 
+def check_huggingface_weights(config: Olmo3Config, hf_dir: Path) -> None:
+    """The directory holds the model that its config.json describes. Reads headers alone, before any memory is taken.
+
+    Raises:
+        UserError: as `load_huggingface_weights` does.
+    """
+    with TensorFiles(hf_dir) as files:
+        files.check(named_weights(config))
+
+
 @torch.no_grad()
 def load_huggingface_weights(chunks: list[torch.nn.Module], hf_dir: Path, parallel: ParallelContext) -> None:
     """Fill this rank's chunks, reading only this rank's slices. Every rank checks every tensor's name and shape.
 
     Args:
         chunks: this rank's model chunks, wrapped or not.
-        hf_dir: ``model.safetensors``, or ``model.safetensors.index.json`` and its files; any floating dtype.
+        hf_dir: ``model.safetensors``, or ``model.safetensors.index.json`` and its files; fp64, fp32, fp16 or bf16.
 
     Raises:
-        UserError: a file is missing or truncated; a tensor is missing, unknown or has another shape.
+        UserError: it is ambiguous which files are the model; a file is missing or truncated; a tensor is missing,
+            unknown, or has another shape or a dtype that is not tested.
     """
     models = [unwrap(chunk) for chunk in chunks]
     config = models[0].config

@@ -6,9 +6,7 @@ estimate of what the backward pass keeps (the terms are in `_activation_bytes`),
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,10 +14,9 @@ from rich.table import Table
 from megatron_sead.config import ModelSettings, ParallelSettings, RunConfig
 from megatron_sead.config_checks import check_world_size, config_warnings
 from megatron_sead.errors import UserError
+from megatron_sead.model_config import olmo3_fields, padded_vocabulary, read_hf_config
 
 ASSUMED_PROMPT_TOKENS = 1024  # where prompts.max_prompt_tokens is not set
-VOCABULARY_MULTIPLE = 128  # rows of the padded vocabulary, whatever the tensor-parallel size
-MODEL_TYPES = ("olmo3", "olmo2")
 
 
 @dataclass(frozen=True)
@@ -185,46 +182,24 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     return Plan(world_size, data_parallel_size, micro_batches, length, student, teacher, stages, notes)
 
 
-def padded_vocabulary(vocabulary: int) -> int:
-    """Rows of embedding and head over all tensor-parallel ranks."""
-    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
 def read_shape(model: ModelSettings, role: str) -> ModelShape:
     """Shape of a Hugging Face directory's model.
 
     Raises:
-        UserError: no such directory, no readable config.json, another architecture than OLMo-3, a missing field.
+        UserError: no such directory, no readable config.json, or what `olmo3_fields` refuses.
     """
     if not model.path.is_dir():
         raise UserError(f"{role}.path={model.path}: no such directory; must be a model in Hugging Face format")
-    file = model.path / "config.json"
-    try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{role}.path={model.path}: config.json cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from None
-    if values.get("model_type") not in MODEL_TYPES:
-        valid = " and ".join(map(repr, MODEL_TYPES))
-        raise UserError(f"{file}: model_type is {values.get('model_type')!r}; only {valid} work")
-    try:
-        return _shape(values)
-    except KeyError as error:
-        raise UserError(f"{file}: has no {error}") from None
-
-
-def _shape(values: dict[str, Any]) -> ModelShape:
-    heads = int(values["num_attention_heads"])
+    fields = olmo3_fields(read_hf_config(model.path), model.path / "config.json")
     return ModelShape(
-        layers=int(values["num_hidden_layers"]),
-        hidden=int(values["hidden_size"]),
-        heads=heads,
-        kv_heads=int(values.get("num_key_value_heads") or heads),
-        head_dim=int(values.get("head_dim") or values["hidden_size"] // heads),
-        ffn=int(values["intermediate_size"]),
-        vocabulary=int(values["vocab_size"]),
-        context=int(values["max_position_embeddings"]),
+        layers=fields["num_layers"],
+        hidden=fields["hidden_size"],
+        heads=fields["num_attention_heads"],
+        kv_heads=fields["num_query_groups"],
+        head_dim=fields["kv_channels"],
+        ffn=fields["ffn_hidden_size"],
+        vocabulary=fields["vocab_size"],
+        context=fields["max_position_embeddings"],
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from megatron_sead.planning.tokenizer_files import tokenizer_problems
 from megatron_sead.prompts.problems import read_problems, repeats
 from megatron_sead.prompts.rows import is_hub_name
 from megatron_sead.token_ids import embedding_rows
+from megatron_sead.weight_files import has_weights, locate_tensors, read_header, weight_files
 
 
 def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> list[str]:
@@ -37,57 +37,48 @@ def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> 
     return missing + notes
 
 
-def _weight_files(model: ModelSettings) -> list[Path]:
-    index = model.path / "model.safetensors.index.json"
-    if not index.exists():
-        return [model.path / "model.safetensors"]
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({model.path / name for name in names})
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{index}: not a valid index: must be JSON with a 'weight_map' of tensors to files") from None
-
-
 def _missing_weights(model: ModelSettings, role: str) -> list[str]:
-    missing = [file.name for file in _weight_files(model) if not file.exists()]
+    try:
+        missing = [file.name for file in weight_files(model.path) if not file.exists()]
+    except UserError as error:
+        return [] if has_weights(model.path) else [f"{role}.path={error}"]
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     return [f"{role}.path={model.path}: {missing[0]}{more} not found"] if missing else []
 
 
 def _damaged_weights(model: ModelSettings) -> list[str]:
-    found = [(file, _safetensors_problem(file)) for file in _weight_files(model) if file.exists()]
-    return [f"{file}: {problem}" for file, problem in found if problem is not None]
+    """What loading would refuse: in the files that are there, where some are still to come."""
+    problems = []
+    try:
+        files = weight_files(model.path) if has_weights(model.path) else []
+        if files and all(file.exists() for file in files):
+            locate_tensors(model.path)
+            return []
+    except UserError as error:
+        return [str(error)]
+    for file in filter(Path.exists, files):
+        try:
+            read_header(file)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _embedding_problems(model: ModelSettings) -> list[str]:
     """Embedding and head have the rows that config.json says."""
-    rows, problems = embedding_rows(model.path), []
-    for file in _weight_files(model):
-        if rows is None or not file.exists() or _safetensors_problem(file) is not None:
-            continue
-        with file.open("rb") as stream:
-            header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            shape = header[name].get("shape") if name in header else None
-            if shape and shape[0] != rows:
-                problems.append(f"{file}: {name} has {shape[0]} rows; vocab_size in config.json is {rows}")
-    return problems
-
-
-def _safetensors_problem(file: Path) -> str | None:
-    """The format: 8 bytes of header length, a JSON header with every tensor's place, then the tensors' bytes."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        header_size = int.from_bytes(stream.read(8), "little")
-        if size < 8 or header_size > size - 8:
-            return f"truncated: {size:,} bytes, its header is not whole"
-        try:
-            header: dict[str, Any] = json.loads(stream.read(header_size))
-        except ValueError:
-            return "not a safetensors file: its header is no JSON"
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    expected = 8 + header_size + end
-    return None if size == expected else f"truncated: {size:,} bytes, its header says {expected:,}"
+    rows = embedding_rows(model.path)
+    if rows is None or not has_weights(model.path):
+        return []
+    try:
+        files = [file for file in weight_files(model.path) if file.exists()]
+        shapes = {name: place.shape for file in files for name, place in read_header(file).items()}
+    except UserError:
+        return []  # told as damage
+    return [
+        f"{model.path}: {name} has {shapes[name][0]} rows; vocab_size in config.json is {rows}"
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+        if shapes.get(name) and shapes[name][0] != rows
+    ]
 
 
 def _prompt_problems(config: RunConfig) -> tuple[list[str], list[str]]:

@@ -16,8 +16,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_sead.errors import NotFiniteNumbers, UserError
+from megatron_sead.model_config import olmo3_fields, read_hf_config
 from megatron_sead.rollouts.engine import GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.sampling import choose_tokens, uniforms
+from megatron_sead.weight_files import locate_tensors
 
 # Shapes: b rollouts being written together, s padded prompt length, t new tokens so far, V true vocabulary size
 
@@ -215,8 +217,9 @@ def _log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _load_model(directory: Path, dtype: torch.dtype) -> Any:
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory}: no config.json there; must be a Hugging Face model directory")
+    # transformers would leave unknown keys out, and makes plain numbers of integers
+    olmo3_fields(read_hf_config(directory), directory / "config.json")
+    locate_tensors(directory)
     disable_progress_bar()  # of loading weights: one a rank, in the midst of the run's own
     try:
         return AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,310 @@
+"""What a model's config.json says, in one form for all who ask. No torch here: a plan asks before there is any.
+
+A key that is neither read nor known to leave the model's numbers alone is refused by name: without it, it is another
+model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sead.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ARCHITECTURES = {"olmo3": "Olmo3ForCausalLM", "olmo2": "Olmo2ForCausalLM"}
+MODEL_TYPES = tuple(ARCHITECTURES)
+SLIDING, FULL = "sliding_attention", "full_attention"
+VOCABULARY_MULTIPLE = 128  # rows of the padded vocabulary, whatever the tensor-parallel size: 100278 -> 100352
+DEFAULT_THETA = {"olmo3": 500000.0, "olmo2": 10000.0}
+MOST_LAYERS, LARGEST_SIZE = 10_000, 2**24
+LARGEST_NUMBER = 1e30
+
+# One value alone is supported
+EXPECTED = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": False}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+READ = {"model_type", "architectures", *EXPECTED, *SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps"}
+READ |= {"initializer_range", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"}
+READ_OF_OLMO3 = {"layer_types", "sliding_window"}  # vLLM reads them of olmo2 too
+# Says who wrote the file, in what, or what a caller gets back; nothing of what the model computes
+HARMLESS = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "name_or_path", "_commit_hash"}
+HARMLESS |= {"_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "_experts_implementation"}
+HARMLESS |= {"use_cache", "return_dict", "output_hidden_states", "output_attentions", "torchscript", "is_decoder"}
+HARMLESS |= {"id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "prefix"}
+HARMLESS |= {"tokenizer_class", "use_bfloat16", "tf_legacy_loss", "unsloth_version", "unsloth_fixed"}
+HARMLESS |= {f"{name}_token_id" for name in ("bos", "eos", "pad", "sep", "cls", "unk", "mask", "decoder_start")}
+# Settings of generation, which transformers 4 writes here too
+HARMLESS |= {"max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams"}
+HARMLESS |= {"num_beam_groups", "num_return_sequences", "temperature", "top_k", "top_p", "typical_p", "min_p"}
+HARMLESS |= {"repetition_penalty", "length_penalty", "diversity_penalty", "exponential_decay_length_penalty"}
+HARMLESS |= {"no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "remove_invalid_values"}
+HARMLESS |= {"forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"}
+HARMLESS |= {"output_scores", "return_dict_in_generate"}
+# A factor of 1 changes nothing; any other unknown key does nothing when it is false, 0 or empty
+FACTORS = ("scale", "scaling", "multiplier", "factor", "pretraining_tp")
+
+ROPE_KEYS = {"rope_type", "type", "rope_theta"}
+YARN_KEYS = {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate"}
+# Values with which other keys of a rotary embedding change nothing; mscale counts together with mscale_all_dim
+ROPE_NEUTRAL = {"partial_rotary_factor": 1, "attn_factor": 1, "extrapolation_factor": 1}
+ROPE_NEUTRAL |= {"factor": 1, "attention_factor": 1, "mscale": 0, "mscale_all_dim": 0}
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (Peng et al., arXiv 2309.00071), on full-attention layers alone."""
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0  # multiplies cos and sin, so that scores grow by its square
+    truncate: bool = True  # round the correction range outwards to whole dimensions
+
+
+@dataclass(frozen=True)
+class _Section:
+    """An object of the file, with the names that a message needs."""
+
+    values: Mapping[str, Any]
+    source: Path
+    prefix: str = ""
+
+    def refusal(self, name: str, reason: str) -> UserError:
+        return UserError(f"{self.source}: {self.prefix}{name}={_shown(self.values.get(name))}: {reason}")
+
+    def section(self, name: str) -> _Section:
+        values = self.values.get(name)
+        if values is not None and not isinstance(values, dict):
+            raise self.refusal(name, "must be a JSON object or null")
+        return _Section(values or {}, self.source, f"{self.prefix}{name}.")
+
+    def whole(self, name: str, default: int | None = None, most: int = LARGEST_SIZE) -> int:
+        value = self.values.get(name, default)
+        if value is None and (value := default) is None:
+            raise UserError(f"{self.source}: {self.prefix}{name} is missing")
+        if type(value) is not int or not 1 <= value <= most:  # transformers takes neither 4.0 nor "4" for 4
+            raise self.refusal(name, f"must be a whole number from 1 to {most}")
+        return value
+
+    def number(self, name: str, default: float | None = None, least: float | None = None) -> float:
+        """Positive, or from `least`."""
+        value = self.values.get(name)
+        if value is None and (value := default) is None:
+            raise UserError(f"{self.source}: {self.prefix}{name} is missing")
+        small_enough = type(value) in (int, float) and value <= LARGEST_NUMBER
+        if not small_enough or not (value > 0 if least is None else value >= least):
+            raise self.refusal(name, f"must be a number {'above 0' if least is None else f'from {least:g}'}")
+        return float(value)
+
+
+def read_hf_config(hf_dir: Path) -> dict[str, Any]:
+    """``config.json``, of a supported model_type.
+
+    Raises:
+        UserError: no such file, not JSON, or another architecture.
+    """
+    source = hf_dir / "config.json"
+    try:
+        hf = json.loads(source.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{hf_dir}: holds no config.json; must be a Hugging Face model directory") from None
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not JSON ({error})") from None
+    if not isinstance(hf, dict):
+        raise UserError(f"{source}: must hold a JSON object")
+    model_type = hf.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise UserError(
+            f"{source}: model_type={_shown(model_type)} is not supported; must be {' or '.join(MODEL_TYPES)}"
+        )
+    return hf
+
+
+def olmo3_fields(hf: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Fields of an `Olmo3Config` that a Hugging Face ``config.json`` decides.
+
+    Args:
+        hf: the parsed file, of any transformers version.
+        source: the file, for messages.
+
+    Raises:
+        UserError: a field is missing, has a value that this family does not have, or is unknown and may change what
+            the model computes.
+    """
+    config = _Section(hf, source)
+    _refuse_unknown_variants(config)
+    layers = config.whole("num_hidden_layers", most=MOST_LAYERS)
+    layer_types = _layer_types(config, layers)
+    window = _window(config, layer_types)
+    vocab_size = config.whole("vocab_size")
+    return {
+        "num_layers": layers,
+        **_attention(config),
+        "ffn_hidden_size": config.whole("intermediate_size"),
+        "layernorm_epsilon": config.number("rms_norm_eps", 1e-5),
+        "init_method_std": config.number("initializer_range", 0.02, least=0),
+        "layer_types": layer_types,
+        "sliding_window": window,
+        # Transformer Engine's form of the same: tokens to the left, and which layers have the window
+        "window_size": (window - 1, 0) if window else None,
+        "window_attn_skip_freq": [int(kind == SLIDING) for kind in layer_types] if window else None,
+        **_rotary(config),
+        "vocab_size": vocab_size,
+        "padded_vocab_size": padded_vocabulary(vocab_size),
+        "max_position_embeddings": config.whole("max_position_embeddings", 2048),
+    }
+
+
+def padded_vocabulary(vocabulary: int) -> int:
+    """Rows of embedding and head over all tensor-parallel ranks."""
+    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def _refuse_unknown_variants(config: _Section) -> None:
+    hf = config.values
+    family = hf["model_type"]
+    for name, value in EXPECTED.items():
+        if hf.get(name, value) != value:
+            raise config.refusal(name, f"only {value!r} is supported for {family}")
+    if hf.get("architectures") not in (None, [ARCHITECTURES[family]]):
+        raise config.refusal("architectures", f"must be [{ARCHITECTURES[family]!r}] for model_type {family}")
+    read = READ | READ_OF_OLMO3 if family == "olmo3" or _all_full(hf.get("layer_types")) else READ
+    for name, value in hf.items():
+        if name not in read | HARMLESS and not _is_off(name, value):
+            raise config.refusal(
+                name, f"not known for {family}, and may change what the model computes; take it out if it does not"
+            )
+
+
+def _all_full(layer_types: object) -> bool:
+    return isinstance(layer_types, list) and all(kind == FULL for kind in layer_types)
+
+
+def _is_off(name: str, value: object) -> bool:
+    if name.endswith(FACTORS):
+        return value is None or (value == 1 and value is not True)
+    return not value
+
+
+def _attention(config: _Section) -> dict[str, int]:
+    hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
+    groups = config.whole("num_key_value_heads", heads)
+    if heads % groups:
+        raise config.refusal("num_key_value_heads", f"must divide the {heads} attention heads (num_attention_heads)")
+    if config.values.get("head_dim") is None and hidden % heads:
+        raise config.refusal("num_attention_heads", f"must divide hidden_size={hidden} where there is no head_dim")
+    width = config.whole("head_dim", hidden // heads)
+    if width % 2:
+        raise UserError(f"{config.source}: heads are {width} wide; must be even for rotary embeddings")
+    return {"hidden_size": hidden, "num_attention_heads": heads, "num_query_groups": groups, "kv_channels": width}
+
+
+def _layer_types(config: _Section, layers: int) -> tuple[str, ...]:
+    given = config.values.get("layer_types")
+    if config.values["model_type"] == "olmo2":
+        return (FULL,) * layers
+    if given is None:
+        return tuple(SLIDING if (i + 1) % 4 else FULL for i in range(layers))
+    if not isinstance(given, list) or len(given) != layers or not all(kind in (SLIDING, FULL) for kind in given):
+        raise config.refusal("layer_types", f"must name {layers} layers, each {SLIDING} or {FULL}")
+    return tuple(given)
+
+
+def _window(config: _Section, layer_types: tuple[str, ...]) -> int | None:
+    if config.values["model_type"] == "olmo2":
+        return None
+    if config.values.get("sliding_window") is None:
+        if SLIDING not in layer_types:
+            return None
+        raise config.refusal("sliding_window", "must be positive, since layer_types has sliding layers")
+    window = config.whole("sliding_window")
+    return window if SLIDING in layer_types else None
+
+
+def _rotary(config: _Section) -> dict[str, Any]:
+    """Rotary bases, and YaRN of the full layers, from any form that transformers has written.
+
+    ``rope_theta`` with ``rope_scaling`` (4.57, and the released files); ``rope_parameters`` by layer type (5.x); flat
+    ``rope_parameters``, which some 5.x versions saved. transformers 5.23 reads the flat form as no YaRN at all,
+    5.2.0 as YaRN on every layer; here it means what the released files mean by the same numbers. Two forms in one
+    file must say the same, for each version reads another one.
+    """
+    scaling, parameters = config.section("rope_scaling"), config.section("rope_parameters")
+    full = sliding = parameters if parameters.values else scaling
+    if config.values["model_type"] == "olmo3" and {FULL, SLIDING} & parameters.values.keys():
+        if unknown := parameters.values.keys() - {FULL, SLIDING}:
+            raise parameters.refusal(min(unknown), f"must stand in {FULL} or {SLIDING}, which are given too")
+        full, sliding = parameters.section(FULL), parameters.section(SLIDING)
+        if _rope_type(sliding) != "default":
+            raise sliding.refusal("rope_type", "must be default")
+    elif parameters.values and _rope_type(full) == "yarn" and config.values["model_type"] == "olmo3":
+        log.warning("%s: flat rope_parameters; YaRN is applied to full-attention layers only", config.source)
+    theta = config.number("rope_theta", DEFAULT_THETA[config.values["model_type"]])
+    for section in (scaling, full, sliding):
+        _refuse_unknown_rope(section)
+        if config.values.get("rope_theta") is not None and section.number("rope_theta", theta) != theta:
+            raise section.refusal("rope_theta", f"must be the file's own rope_theta={theta:g}, or one of them alone")
+    yarn = _yarn(full)
+    if scaling.values and _yarn(scaling) != yarn:
+        raise UserError(f"{config.source}: rope_scaling and rope_parameters differ; must say the same, or one alone")
+    return {
+        "sliding_theta": sliding.number("rope_theta", theta),
+        "full_theta": full.number("rope_theta", theta),
+        "yarn": yarn,
+    }
+
+
+def _rope_type(section: _Section) -> str:
+    given = [section.values[key] for key in ("rope_type", "type") if section.values.get(key) is not None]
+    kind = given[0] if given else "default"
+    if kind not in ("default", "yarn") or given[1:] not in ([], [kind]):
+        raise UserError(
+            f"{section.source}: {section.prefix}rope_type={' and type='.join(map(_shown, given))}: "
+            "must be default or yarn"
+        )
+    return str(kind)
+
+
+def _refuse_unknown_rope(section: _Section) -> None:
+    kind = _rope_type(section)
+    read = ROPE_KEYS | YARN_KEYS if kind == "yarn" else ROPE_KEYS
+    for name, value in section.values.items():
+        neutral = value is None or (type(value) in (int, float) and value == ROPE_NEUTRAL.get(name))
+        if name not in read and not neutral:
+            raise section.refusal(
+                name, f"not read for rope_type {kind}, and may change what the model computes; take it out if not"
+            )
+
+
+def _yarn(section: _Section) -> YarnScaling | None:
+    if _rope_type(section) != "yarn":
+        return None
+    if section.values.get("factor") is None or section.values.get("original_max_position_embeddings") is None:
+        raise UserError(
+            f"{section.source}: {section.prefix}rope_type yarn needs factor and original_max_position_embeddings"
+        )
+    factor, truncate = section.number("factor", least=1), section.values.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise section.refusal("truncate", "must be true or false")
+    return YarnScaling(
+        factor=factor,
+        original_length=section.whole("original_max_position_embeddings"),
+        beta_fast=section.number("beta_fast", 32),
+        beta_slow=section.number("beta_slow", 1),
+        attention_factor=section.number("attention_factor", 0.1 * math.log(factor) + 1.0),
+        truncate=truncate,
+    )
+
+
+def _shown(value: object, limit: int = 60) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= limit else text[:limit] + "..."
