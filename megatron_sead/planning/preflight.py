@@ -71,13 +71,13 @@ def _embedding_problems(model: ModelSettings) -> list[str]:
         return []
     try:
         files = [file for file in weight_files(model.path) if file.exists()]
-        shapes = {name: place.shape for file in files for name, place in read_header(file).items()}
+        places = {name: place for file in files for name, place in read_header(file).items()}
     except UserError:
         return []  # told as damage
     return [
-        f"{model.path}: {name} has {shapes[name][0]} rows; vocab_size in config.json is {rows}"
+        f"{places[name].file}: {name} has {places[name].shape[0]} rows; vocab_size in config.json is {rows}"
         for name in ("model.embed_tokens.weight", "lm_head.weight")
-        if shapes.get(name) and shapes[name][0] != rows
+        if name in places and places[name].shape[:1] not in ((), (rows,))
     ]
 
 
