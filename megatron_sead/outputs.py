@@ -21,7 +21,7 @@ from megatron_sead.durable import flush_directory, flush_tree
 from megatron_sead.errors import UserError
 
 RECORD = ".megatron_sead.json"
-READ_WHOLE = 2**24  # bytes of a file up to which its content is recorded, not its size alone: all but weights
+READ_WHOLE = 2**24  # bytes of a file up to which its content is recorded, not its age: all but weights
 ROOM_FOR_REST = 64 * 2**20  # bytes, for tokenizer files and headers
 
 
@@ -51,11 +51,7 @@ def whole_directory(
         finally:
             output.discard()
     except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror or error})") from error
-    except RuntimeError as error:
-        if "Symlink loop" not in str(error):  # how pathlib before Python 3.13 tells it
-            raise
-        raise UserError(f"{directory}: cannot be written (its symbolic links lead in a circle)") from None
+        raise _not_writable(directory, error) from error
 
 
 class Output:
@@ -67,14 +63,21 @@ class Output:
     """
 
     def __init__(self, directory: Path, *, inputs: Iterable[Path], overwrite: bool) -> None:
+        inputs = list(inputs)
         require_apart(directory, inputs)
         self.place = directory.resolve()
-        if self.place.parent == self.place:
-            raise UserError(f"{directory}: is the whole disk; choose another directory")
+        if self.place.is_mount():
+            raise UserError(f"{directory}: is the whole disk; choose a directory in it")
         self.overwrite = overwrite
         self.temporary = self.place.with_name(f".{self.place.name}.tmp")
         self._aside = self.place.with_name(f".{self.place.name}.old")
         self._named = False
+        for neighbour in (self.temporary, self._aside):
+            for given in inputs:
+                if overlap(neighbour, given):
+                    raise UserError(f"{given}: is needed to write {self.place} and is read; give it another name")
+            if neighbour.is_symlink():
+                raise UserError(f"{neighbour}: is needed to write {self.place} and is not ours; move it away")
         self._clear_aside()
         self._require_replaceable()
         self._record = self._begin()
@@ -141,13 +144,21 @@ def require_apart(directory: Path, inputs: Iterable[Path]) -> None:
     """Refuse to write into, above or below what is read, whatever links lead there.
 
     Raises:
-        UserError: names both.
+        UserError: names both; or `directory` is no place that the system can name.
     """
-    for given in inputs:
-        if overlap(directory, given):
-            raise UserError(
-                f"{directory}: overlaps {given}, which is read; choose one that is neither in it nor around it"
-            )
+    try:
+        for given in inputs:
+            if overlap(directory, given):
+                raise UserError(
+                    f"{directory}: overlaps {given}, which is read; choose one that is neither in it nor around it"
+                )
+        directory.resolve()
+    except OSError as error:
+        raise _not_writable(directory, error) from error
+    except RuntimeError as error:
+        if "Symlink loop" not in str(error):  # how pathlib before Python 3.13 tells it
+            raise
+        raise UserError(f"{directory}: cannot be written (its symbolic links lead in a circle)") from None
 
 
 def overlap(directory: Path, given: Path) -> bool:
@@ -155,12 +166,12 @@ def overlap(directory: Path, given: Path) -> bool:
     if not given.exists():
         return False
     linked = [file for file in (given.iterdir() if given.is_dir() else ()) if file.is_symlink() and file.exists()]
-    return _is_within(directory, given) or (
-        directory.exists() and any(_is_within(read, directory) for read in (given, *linked))
+    return is_within(directory, given) or (
+        directory.exists() and any(is_within(read, directory) for read in (given, *linked))
     )
 
 
-def _is_within(path: Path, folder: Path) -> bool:
+def is_within(path: Path, folder: Path) -> bool:
     """Compared as the file system does, which may not tell upper case from lower."""
     path = path.resolve()
     return any(place.exists() and place.samefile(folder) for place in (path, *path.parents))
@@ -204,12 +215,12 @@ def _describe(directory: Path) -> dict[str, Any]:
     return {str(path.relative_to(directory)): _description(path) for path in files}
 
 
-def _description(path: Path) -> list[int | None]:
-    """[bytes, CRC-32]; of weights the bytes alone."""
+def _description(path: Path) -> list[int]:
+    """[bytes, CRC-32]; of weights, which would take long to read, [bytes, time of the last change in ns]."""
     if path.is_symlink() or not path.is_file():  # we write none
         return []
-    size = path.stat().st_size
-    return [size, zlib.crc32(path.read_bytes()) if size <= READ_WHOLE else None]
+    found = path.stat()
+    return [found.st_size, zlib.crc32(path.read_bytes()) if found.st_size <= READ_WHOLE else found.st_mtime_ns]
 
 
 def _delete(directory: Path) -> None:
@@ -248,3 +259,7 @@ def _require_room(temporary: Path, directory: Path, needed: int) -> None:
             f"{directory}: needs {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free there; "
             "free some, or choose a directory on another disk"
         )
+
+
+def _not_writable(directory: Path, error: OSError) -> UserError:
+    return UserError(f"{directory}: cannot be written ({error.strerror or error})")

@@ -228,6 +228,28 @@ def test_an_output_directory_takes_the_same_run_in_another_layout_and_no_other_r
         check_output(config(here, "seed=1", "training.steps=11"))
 
 
+@pytest.mark.parametrize(
+    ("role", "place", "output"),
+    [
+        ("student", "run/student-hf", "run"),
+        ("teacher", "run/student-hf", "run"),
+        ("teacher", "run/student-hf/inner", "run"),
+        ("student", "run/checkpoints", "run"),
+        ("teacher", "run", "run"),
+        ("student", "model", "model/run"),
+        ("teacher", "link", "model/run"),
+        ("rollouts", "run", "run"),
+    ],
+)
+def test_a_run_does_not_write_where_it_reads(tmp_path: Path, role: str, place: str, output: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UserError, match="which is read"):
+        check_output(config(f"output={tmp_path / output}", f"{role}.path={tmp_path / place}"))
+    check_output(config(f"output={tmp_path / 'other'}", f"{role}.path={tmp_path / place}"))
+
+
 def test_an_output_that_is_a_file_or_holds_an_unreadable_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):

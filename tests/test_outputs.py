@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sead import outputs
 from megatron_sead.errors import UserError
 from megatron_sead.outputs import RECORD, Output, require_apart, whole_directory
 
@@ -116,6 +117,14 @@ def test_what_is_not_ours_is_named_and_stays(tmp_path: Path, change: Callable[[P
     assert told in refused(tmp_path / "out")
 
 
+def test_other_weights_of_the_same_size_are_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "READ_WHOLE", 2)  # so that no file is small enough to be read
+    write(tmp_path / "out", "old")
+    write(tmp_path / "out", "new", overwrite=True)
+    (tmp_path / "out/config.json").write_text("own")
+    assert "config.json is not as this tool wrote it" in refused(tmp_path / "out")
+
+
 def test_somebody_else_s_directory_is_never_an_output(tmp_path: Path) -> None:
     (tmp_path / "project").mkdir()
     (tmp_path / "project/config.json").write_text("{}")
@@ -160,6 +169,26 @@ def test_neighbours_that_are_not_ours_stay(tmp_path: Path) -> None:
         assert name in refused(tmp_path / "out")
         (tmp_path / name).rename(tmp_path / f"kept{name}")
     write(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [".out.tmp", ".out.old"])
+@pytest.mark.parametrize("there", [True, False])
+def test_what_a_killed_process_left_may_be_an_input(tmp_path: Path, name: str, there: bool) -> None:
+    """Then it is not cleared away, nor given its name back."""
+    if there:
+        write(tmp_path / "out", "old")
+    write(tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name}: is needed to write .*out and is read; give it another name"):
+        write(tmp_path / "out", overwrite=True, inputs=(tmp_path / name,))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, "out"][: 1 + there]
+
+
+@pytest.mark.parametrize("name", [".out.tmp", ".out.old"])
+def test_a_link_at_a_neighbour_s_place_is_not_followed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / name).symlink_to(tmp_path / "mine")
+    assert f"{name}: is needed" in refused(tmp_path / "out")
 
 
 @pytest.mark.parametrize("moment", ["before the old one is aside", "between the renames", "after them"])
@@ -221,5 +250,10 @@ def test_places_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     for place in (tmp_path / "file" / "out", Path("/proc/out")):
         with pytest.raises(UserError, match="cannot be written"):
             write(place)
-    with pytest.raises(UserError, match="whole disk"):
-        write(Path(os.sep))
+    for disk in (os.sep, "/proc"):
+        with pytest.raises(UserError, match="whole disk"):
+            write(Path(disk))
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for place in (tmp_path / "circle", tmp_path / "file" / "out"):
+        with pytest.raises(UserError, match=r"circle|overlaps"):
+            require_apart(place, [tmp_path / "file"])

@@ -81,7 +81,7 @@ def megatron_to_hf(
         limit = parse_size(max_shard_size)
         require_apart(output, [source])  # a run's directory holds the checkpoint that is read
         checkpoint, told = find_checkpoint(source, iteration), list[str]()
-        finish = speech_of_run(checkpoint, told)
+        finish = speech_of_run(checkpoint, output, told)
         with progress("megatron-to-hf") as advance:
             began = time.monotonic()
             done = megatron_to_huggingface(
@@ -92,14 +92,14 @@ def megatron_to_hf(
         tell(done, output, time.monotonic() - began)
 
 
-def speech_of_run(checkpoint: Path, told: list[str]) -> Callable[[Path], None] | None:
+def speech_of_run(checkpoint: Path, output: Path, told: list[str]) -> Callable[[Path], None] | None:
     """What makes a written model speak as the run did that the checkpoint is of; None: it is of no run.
 
     Args:
         told: gets a line for each change.
 
     Raises:
-        UserError: the run's tokenizer or chat template is no longer where it was.
+        UserError: the run's tokenizer or chat template is no longer where it was, or where `output` is.
     """
     from megatron_sead.checkpoints.model_files import find_model_source, recorded_student
     from megatron_sead.prompts import load_tokenizer
@@ -108,6 +108,7 @@ def speech_of_run(checkpoint: Path, told: list[str]) -> Callable[[Path], None] |
     student = recorded_student(checkpoint)
     if student is None or find_model_source(checkpoint) != student.path:  # student-hf, which has it all already
         return None
+    require_apart(output, [place for place in (student.tokenizer, student.chat_template) if place is not None])
     tokenizer = load_tokenizer(student, "student")
     return lambda directory: told.extend(carry_speech(tokenizer, student, directory))
 

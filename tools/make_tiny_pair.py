@@ -61,7 +61,8 @@ def main(
         shapes = {"teacher": _shape(teacher_size, layers, context), "student": _shape(student_size, layers, context)}
         if tokenizer is not None and not random_weights:
             raise UserError(f"--tokenizer {tokenizer}: only with --random; training needs the tool's own tokenizer")
-        with whole_directory(output, inputs=(), overwrite=overwrite) as directory:
+        read = () if tokenizer is None else (tokenizer,)
+        with whole_directory(output, inputs=read, overwrite=overwrite) as directory:
             sets = _sets(seed, prompts, heldout)
             tokens = _tokenizer(tokenizer, seed)
             models = {name: build_model(shape, tokens, seed + i) for i, (name, shape) in enumerate(shapes.items())}
