@@ -14,10 +14,13 @@ setup(
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
         "transformers>=5.16.1",  # what vLLM's releases need; the newest is tested as well
-        "datasets>=3.0",
+        "datasets>=4.0",  # 3.x would run the script of a data set
+        "pyarrow>=17",
         "safetensors>=0.4.5",
         "sentencepiece>=0.2",
         "math-verify>=0.9",
+        "latex2sympy2-extended>=1.11",
+        "sympy>=1.13",
         "pydantic>=2.10",
         "typer>=0.15",
         "rich>=13",

@@ -70,8 +70,8 @@ def check_output(config: RunConfig) -> None:
 
 def _require_apart_from_inputs(config: RunConfig) -> None:
     """Inputs may lie in the output directory, beside what a run writes there."""
-    inputs = {"prompts.path": config.prompts.path, "evaluation.path": config.evaluation.path}
-    inputs |= {"rollouts.path": config.rollouts.path}
+    inputs: dict[str, str | Path | None] = {"prompts.path": config.prompts.path}
+    inputs |= {"evaluation.path": config.evaluation.path, "rollouts.path": config.rollouts.path}
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         inputs |= {f"{role}.{name}": getattr(model, name) for name in ("path", "tokenizer", "chat_template")}
     for setting, given in inputs.items():

@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sead.errors import UserError
 
+pytestmark = pytest.mark.transformers_lane
+
 
 def write_huggingface_directory(*args: Any, **kwargs: Any) -> None:
     from megatron_sead.checkpoints import write_huggingface_directory as write  # imports Megatron: not to be collected

@@ -15,6 +15,8 @@ from megatron_sead.grading import Grader
 from megatron_sead.prompts import ModelTokenizer, Prompt, load_tokenizer
 from megatron_sead.rollouts import GenerationRequest, Rollout, Sampling, make_engine
 
+pytestmark = pytest.mark.transformers_lane
+
 
 class WrittenEngine:
     """Answers from a table: (prompt, sample, greedy?) -> text. What it does not know is cut short."""

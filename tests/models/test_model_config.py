@@ -11,6 +11,8 @@ import pytest
 from tests.distributed.ranks import RankPool
 from tests.models.parity import Layout
 
+pytestmark = pytest.mark.transformers_lane
+
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "beta_fast": 32, "beta_slow": 1}
 BASE: dict[str, Any] = {
     "model_type": "olmo3",

@@ -17,6 +17,8 @@ from megatron_sead.config import ModelSettings, PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts import check_pair, load_prompts, load_tokenizer
 
+pytestmark = pytest.mark.transformers_lane
+
 SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<unk>", "<sep>")
 TURNS = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

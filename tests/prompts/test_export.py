@@ -17,6 +17,8 @@ from megatron_sead.prompts import load_tokenizer
 from megatron_sead.prompts.export import carry_speech
 from tests.prompts.test_chat_prompts import NAMES, TEMPLATES, TURNS, write_model
 
+pytestmark = pytest.mark.transformers_lane
+
 TEXTS = ("What is 1+1?", "  he\n\n", "</s> 1")
 SYSTEM = "Say \"he\" in {{ one }} {% word %},\n\tor two: \\n é \U0001f600 '.'\r\n"
 

@@ -16,6 +16,8 @@ from megatron_sead.config import ModelSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts import PairReport, check_pair, load_tokenizer
 
+pytestmark = pytest.mark.transformers_lane
+
 
 @pytest.fixture
 def other(tiny_olmo3: Path, tmp_path: Path) -> Path:

@@ -15,6 +15,8 @@ from megatron_sead.config import ModelSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts import load_tokenizer
 
+pytestmark = pytest.mark.transformers_lane
+
 
 @pytest.fixture
 def directory(tiny_olmo3: Path, tmp_path: Path) -> Path:

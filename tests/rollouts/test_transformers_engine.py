@@ -13,6 +13,8 @@ from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.rollouts import GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.transformers_engine import TransformersEngine
 
+pytestmark = pytest.mark.transformers_lane
+
 STOP = (1, 3)
 
 
