@@ -80,9 +80,8 @@ def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, 
         except NotFiniteError as error:  # told after the pass: the other stages and replicas are waiting in it
             problems.append(str(error))
             assert heads.student is not None
-            nothing = 0 * (
-                hidden.float().sum() + heads.student.float().sum()
-            )  # every parameter has a gradient, which none will see
+            # Every parameter gets a gradient, as Megatron expects, which no optimizer will see
+            nothing = 0 * (hidden.float().sum() + heads.student.float().sum())
             return nothing, torch.zeros((), dtype=torch.int, device=hidden.device), None
         return loss, supervision.count.int(), (loss.detach(), score, supervision)
 
