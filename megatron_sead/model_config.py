@@ -200,11 +200,9 @@ def _attention(config: _Section) -> dict[str, int]:
     groups = config.whole("num_key_value_heads", heads)
     if heads % groups:
         raise config.refusal("num_key_value_heads", f"must divide the {heads} attention heads (num_attention_heads)")
-    if config.values.get("head_dim") is None and hidden % heads:
-        raise config.refusal("num_attention_heads", f"must divide hidden_size={hidden} where there is no head_dim")
-    width = config.whole("head_dim", hidden // heads)
+    width = config.whole("head_dim", max(hidden // heads, 1))  # rounded down, as transformers does
     if width % 2:
-        raise UserError(f"{config.source}: heads are {width} wide; must be even for rotary embeddings")
+        raise UserError(f"{config.source}: heads are {width} wide (head_dim, or hidden_size / heads); must be even")
     return {"hidden_size": hidden, "num_attention_heads": heads, "num_query_groups": groups, "kv_channels": width}
 
 
@@ -281,7 +279,8 @@ def _refuse_unknown_rope(section: _Section) -> None:
         neutral = value is None or (type(value) in (int, float) and value == ROPE_NEUTRAL.get(name))
         if name not in read and not neutral:
             raise section.refusal(
-                name, f"not read for rope_type {kind}, and may change what the model computes; take it out if not"
+                name,
+                f"not read for rope_type {kind}, and may change what the model computes; take it out if it does not",
             )
 
 

@@ -71,7 +71,7 @@ def test_null_is_no_size(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"num_attention_heads": 7, "num_key_value_heads": 7}, "num_attention_heads=7: must divide hidden_size=4096"),
+        ({"num_attention_heads": 7, "num_key_value_heads": 7}, "heads are 585 wide"),
         ({"num_key_value_heads": 5}, "num_key_value_heads=5: must divide the 32 attention heads"),
         ({"num_key_value_heads": 64}, "num_key_value_heads=64: must divide"),
         ({"head_dim": 65}, "heads are 65 wide; must be even"),

@@ -127,7 +127,7 @@ def frequencies(hf_dir: Path) -> Any:
         ({"rope_scaling": {"type": "linear", "factor": 2}}, Layout(), "rope_type='linear': must be default or yarn"),
         ({"rope_scaling": {"rope_type": "yarn"}}, Layout(), "needs factor and original_max_position_embeddings"),
         ({"num_key_value_heads": 2}, Layout(tp=4), "tensor_model_parallel_size=4: does not divide the 2 key/value"),
-        ({"num_attention_heads": 6, "num_key_value_heads": 6}, Layout(tp=4), "the 6 attention heads"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 128}, Layout(tp=4), "the 6 attention"),
         ({"num_hidden_layers": 63}, Layout(pp=2), "2 stages do not divide the 63 layers"),
         (
             {"num_hidden_layers": 6},
