@@ -266,3 +266,18 @@ def test_the_command_converts_and_ends_a_mistake_in_one_line(hf_dir: Path, tmp_p
     wrong = command("megatron-to-hf", "--input", str(hf_dir), "--output", str(tmp_path / "c"))
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1, wrong.stderr
     assert wrong.stderr.startswith(f"error: {hf_dir}: holds no checkpoint; must be")
+
+
+def test_a_directory_with_both_formats_is_refused(hf_dir: Path, checkpoint: Path) -> None:
+    from megatron_sead.checkpoints.model_files import HuggingFaceModel, open_model
+
+    shutil.copy(hf_dir / "model.safetensors", checkpoint)
+    assert "holds safetensors and a Megatron-Core checkpoint" in refused(lambda: open_model(checkpoint))
+    (checkpoint / ".metadata").unlink()  # metadata.json alone may be anybody's
+    assert isinstance(open_model(checkpoint), HuggingFaceModel)
+
+
+def test_new_weights_beside_an_old_index_are_not_converted(hf: Path, tmp_path: Path) -> None:
+    (hf / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-1.safetensors"}}')
+    message = refused(lambda: convert(hf, tmp_path / "out"))
+    assert "holds model.safetensors, and model.safetensors.index.json names model-1.safetensors" in message
