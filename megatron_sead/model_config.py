@@ -29,6 +29,7 @@ LARGEST_NUMBER = 1e30
 # One value alone is supported
 EXPECTED = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": False}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+DTYPES = ("float64", "float32", "float16", "bfloat16")  # as transformers names them
 READ = {"model_type", "architectures", *EXPECTED, *SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps"}
 READ |= {"initializer_range", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"}
 READ_OF_OLMO3 = {"layer_types", "sliding_window"}  # vLLM reads them of olmo2 too
@@ -177,6 +178,9 @@ def _refuse_unknown_variants(config: _Section) -> None:
             raise config.refusal(name, f"only {value!r} is supported for {family}")
     if hf.get("architectures") not in (None, [ARCHITECTURES[family]]):
         raise config.refusal("architectures", f"must be [{ARCHITECTURES[family]!r}] for model_type {family}")
+    for name in ("dtype", "torch_dtype"):
+        if hf.get(name) not in (None, *DTYPES):
+            raise config.refusal(name, f"must be one of {', '.join(DTYPES)}, or null")
     read = READ | READ_OF_OLMO3 if family == "olmo3" or _all_full(hf.get("layer_types")) else READ
     for name, value in hf.items():
         if name not in read | HARMLESS and not _is_off(name, value):

@@ -122,6 +122,7 @@ def test_the_plan_refuses_in_the_same_line(tmp_path: Path) -> None:
             ("architectures", "Olmo3ForCausalLM"),
             ("add_cross_attention", True),
         ),
+        *(("dtype", "int8"), ("torch_dtype", 16), ("dtype", ["float32"])),
         *(("original_max_position_embeddings", 4096), ("pruned_heads", {"0": [1]}), ("is_encoder_decoder", True)),
     ],
     ids=str,
