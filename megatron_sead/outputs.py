@@ -10,19 +10,26 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_sead.durable import flush_directory, flush_tree
 from megatron_sead.errors import UserError
+from megatron_sead.token_ids import TOKENIZER_FILES
 
 RECORD = ".megatron_sead.json"
 READ_WHOLE = 2**24  # bytes of a file up to which its content is recorded, not its age: all but weights
 ROOM_FOR_REST = 64 * 2**20  # bytes, for tokenizer files and headers
+# Files of a directory that is not whole yet, which has no list of them
+WRITTEN = {RECORD, "config.json", "generation_config.json", "manifest.json", "inputs.json", "recipe.json"}
+WRITTEN |= {"prompts.jsonl", "heldout.jsonl", ".metadata", "metadata.json", "common.pt", "run_state.pt"}
+WRITTEN |= {*TOKENIZER_FILES, "model.safetensors.index.json"}
+WRITTEN_LIKE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|__\d+_\d+\.distcp|.+\.jinja")
 
 
 @contextmanager
@@ -78,9 +85,14 @@ class Output:
                     raise UserError(f"{given}: is needed to write {self.place} and is read; give it another name")
             if neighbour.is_symlink():
                 raise UserError(f"{neighbour}: is needed to write {self.place} and is not ours; move it away")
-        self._clear_aside()
         self._require_replaceable()
         self._record = self._begin()
+        try:  # locked: no other process is between two renames
+            self._clear_aside()
+            self._require_replaceable()
+        except BaseException:
+            self.discard()
+            raise
 
     def take_name(self) -> None:
         """Flush all files and make them `place`, in place of the earlier output there. A kill loses neither.
@@ -103,7 +115,8 @@ class Output:
     def discard(self) -> None:
         """Delete what has not taken its name, and let others write there."""
         if not self._named:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+            with suppress(OSError):
+                delete_unfinished(self.temporary)
         self._record.close()
 
     def _require_replaceable(self) -> None:
@@ -132,7 +145,12 @@ class Output:
                 raise UserError(f"{self.temporary}: is needed to write {self.place} and is not ours; move it away")
             with open(record, "r+", encoding="utf-8") as left:
                 _lock(left, self.place)
-                shutil.rmtree(self.temporary)
+                if unknown := unknown_files(self.temporary):
+                    raise UserError(
+                        f"{self.temporary}: is needed to write {self.place} and holds {unknown[0].name}, which this "
+                        "tool did not write; move it away"
+                    )
+                delete_unfinished(self.temporary)
         self.temporary.mkdir(exist_ok=True)
         file = open(record, "x", encoding="utf-8")  # noqa: SIM115 (stays open)
         _lock(file, self.place)
@@ -196,7 +214,7 @@ def require_written_here(directory: Path) -> None:
         if name not in recorded:
             raise UserError(f"{directory}: holds {name}, which this tool did not write; {advice}")
         if recorded[name] != _description(path):
-            raise UserError(f"{directory}: {name} is not as this tool wrote it; {advice}")
+            raise UserError(f"{directory}: {name} {_change(recorded[name], path)}; {advice}")
 
 
 def _holds(recorded: dict[str, Any], folder: str) -> bool:
@@ -211,7 +229,7 @@ def _recorded(directory: Path) -> dict[str, Any] | None:
 
 
 def _describe(directory: Path) -> dict[str, Any]:
-    files = (path for path in sorted(directory.rglob("*")) if not path.is_dir() and path.name != RECORD)
+    files = (path for path in _files(directory) if path.name != RECORD and not path.is_symlink())
     return {str(path.relative_to(directory)): _description(path) for path in files}
 
 
@@ -223,11 +241,46 @@ def _description(path: Path) -> list[int]:
     return [found.st_size, zlib.crc32(path.read_bytes()) if found.st_size <= READ_WHOLE else found.st_mtime_ns]
 
 
+def _change(recorded: object, path: Path) -> str:
+    """How a file differs from what the record says of it."""
+    found = _description(path)
+    if not found or not isinstance(recorded, list) or len(recorded) != 2:
+        return "is not as this tool wrote it: not a file of its own"
+    if found[0] != recorded[0]:
+        return f"is not as this tool wrote it: {found[0]:,} bytes, and {recorded[0]:,} then"
+    if found[0] <= READ_WHOLE:
+        return "is not as this tool wrote it: other content"
+    return "has another date than when this tool wrote it, as a copy of it has, and may be another file"
+
+
 def _delete(directory: Path) -> None:
     """The recorded files, then the folders that are empty without them."""
-    for name in _recorded(directory) or {}:
-        (directory / name).unlink(missing_ok=True)
-    (directory / RECORD).unlink(missing_ok=True)
+    recorded = _recorded(directory) or {}
+    _delete_files(directory, lambda path: path.name == RECORD or str(path.relative_to(directory)) in recorded)
+
+
+def unknown_files(directory: Path) -> list[Path]:
+    """Files of an unfinished directory that have none of the names that are written here."""
+    return [path for path in _files(directory) if not _is_known(path)]
+
+
+def delete_unfinished(directory: Path) -> None:
+    """Delete what was being written when its process ended, and the folder, unless there are `unknown_files`."""
+    _delete_files(directory, _is_known)
+
+
+def _is_known(path: Path) -> bool:
+    return not path.is_symlink() and (path.name in WRITTEN or WRITTEN_LIKE.fullmatch(path.name) is not None)
+
+
+def _files(directory: Path) -> list[Path]:
+    return [path for path in sorted(directory.rglob("*")) if path.is_symlink() or not path.is_dir()]
+
+
+def _delete_files(directory: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Of the files that are there, whatever else a list names; then the folders that are empty without them."""
+    for path in filter(is_ours, _files(directory)):
+        path.unlink(missing_ok=True)
     for folder, _, _ in os.walk(directory, topdown=False):
         with suppress(OSError):  # not empty: somebody has put something there
             os.rmdir(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -122,7 +123,7 @@ def test_other_weights_of_the_same_size_are_not_ours(tmp_path: Path, monkeypatch
     write(tmp_path / "out", "old")
     write(tmp_path / "out", "new", overwrite=True)
     (tmp_path / "out/config.json").write_text("own")
-    assert "config.json is not as this tool wrote it" in refused(tmp_path / "out")
+    assert "config.json has another date than when this tool wrote it" in refused(tmp_path / "out")
 
 
 def test_somebody_else_s_directory_is_never_an_output(tmp_path: Path) -> None:
@@ -169,6 +170,32 @@ def test_neighbours_that_are_not_ours_stay(tmp_path: Path) -> None:
         assert name in refused(tmp_path / "out")
         (tmp_path / name).rename(tmp_path / f"kept{name}")
     write(tmp_path / "out")
+
+
+def test_what_somebody_put_into_unfinished_work_stays(tmp_path: Path) -> None:
+    killed = Output(tmp_path / "out", inputs=(), overwrite=False)
+    (killed.temporary / "config.json").write_text("half")
+    (killed.temporary / "thesis").write_text("mine")
+    killed._record.close()  # as the kernel closes it
+    assert ".out.tmp: is needed to write" in (line := refused(tmp_path / "out")) and "holds thesis" in line
+    (tmp_path / ".out.tmp/thesis").rename(tmp_path / "thesis")
+    write(tmp_path / "out")
+    failed = Output(tmp_path / "new", inputs=(), overwrite=False)
+    (failed.temporary / "config.json").write_text("half")
+    (failed.temporary / "thesis").write_text("mine")
+    failed.discard()
+    assert content(tmp_path) == [".new.tmp/thesis", *(f"out/{name}" for name in OURS), "thesis"]
+
+
+def test_a_record_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    """Anybody can write one."""
+    write(tmp_path / "out", "old")
+    (tmp_path / "mine").write_text("mine")
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    record["files"] |= {name: [4, 0] for name in ("../mine", str(tmp_path / "mine"))}
+    (tmp_path / "out" / RECORD).write_text(json.dumps(record))
+    write(tmp_path / "out", "new", overwrite=True)
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", [".out.tmp", ".out.old"])

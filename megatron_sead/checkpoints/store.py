@@ -45,6 +45,7 @@ from megatron_sead.checkpoints.torch_dist_reader import TorchDistCheckpoint, pla
 from megatron_sead.durable import flush_directory
 from megatron_sead.errors import UserError
 from megatron_sead.models.parallel import ParallelContext
+from megatron_sead.outputs import delete_unfinished
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +214,10 @@ class CheckpointStore:
 
     def _clear_for(self, temporary: Path) -> None:
         for name in self._names()[1]:
-            shutil.rmtree(self.directory / name)
+            path = self.directory / name
+            delete_unfinished(path)
+            if path.exists():  # holds files that no run wrote
+                path.rename(_unused(path.with_name(f"{name}.kept")))
         temporary.mkdir(parents=True)
 
     def _finish(self, temporary: Path, manifest: Manifest) -> None:
