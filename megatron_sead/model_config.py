@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ LARGEST_NUMBER = 1e30
 
 # One value alone is supported
 EXPECTED = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": False}
+NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window", "layer_types", "rope_theta")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DTYPES = ("float64", "float32", "float16", "bfloat16")  # as transformers names them
 READ = {"model_type", "architectures", *EXPECTED, *SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps"}
@@ -47,8 +48,25 @@ HARMLESS |= {"repetition_penalty", "length_penalty", "diversity_penalty", "expon
 HARMLESS |= {"no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "remove_invalid_values"}
 HARMLESS |= {"forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"}
 HARMLESS |= {"output_scores", "return_dict_in_generate"}
-# A factor of 1 changes nothing; any other unknown key does nothing when it is false, 0 or empty
-FACTORS = ("scale", "scaling", "multiplier", "factor", "pretraining_tp")
+HARMLESS |= {"gradient_checkpointing", "keys_to_ignore_at_inference", "transformers.js_config", "_from_model_config"}
+HARMLESS |= {"use_flash_attn", "use_flash_attention_2", "_flash_attn_2_enabled"}
+# What this family does not have: with a value that is false, 0, empty or null, such a key changes nothing
+ABSENT = {"mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias", "add_bias_linear", "attention_out_bias", "lm_head_bias"}
+ABSENT |= {"clip_qkv", "final_logit_softcapping", "attn_logit_softcapping", "logit_softcap", "num_experts"}
+ABSENT |= {
+    "num_local_experts",
+    "n_routed_experts",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "resid_pdrop",
+    "embd_pdrop",
+}
+ABSENT |= {"attn_pdrop", "residual_dropout", "embedding_dropout", "attention_probs_dropout_prob", "pruned_heads"}
+ABSENT |= {"quantization_config", "per_layer_config", "transformers_weights", "auto_map", "add_cross_attention"}
+ABSENT |= {"cross_attention_hidden_size", "is_encoder_decoder", "tie_encoder_decoder", "chunk_size_feed_forward"}
+# Not Granite's attention_multiplier, which is the whole scale of the scores
+FACTORS = {"logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier", "lm_head_multiplier"}
+FACTORS |= {"partial_rotary_factor", "pretraining_tp"}
 
 ROPE_KEYS = {"rope_type", "type", "rope_theta"}
 YARN_KEYS = {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate"}
@@ -71,7 +89,7 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class _Section:
-    """An object of the file, with the names that a message needs."""
+    """An object of the file, with the names that a message needs. null is no value; `without_null` makes it one."""
 
     values: Mapping[str, Any]
     source: Path
@@ -86,9 +104,14 @@ class _Section:
             raise self.refusal(name, "must be a JSON object or null")
         return _Section(values or {}, self.source, f"{self.prefix}{name}.")
 
+    def without_null(self, *names: str) -> _Section:
+        """With these names left out where they are null: transformers takes that for their default."""
+        null = {name for name in names if self.values.get(name) is None}
+        return replace(self, values={name: value for name, value in self.values.items() if name not in null})
+
     def whole(self, name: str, default: int | None = None, most: int = LARGEST_SIZE) -> int:
         value = self.values.get(name, default)
-        if value is None and (value := default) is None:
+        if value is None and default is None:
             raise UserError(f"{self.source}: {self.prefix}{name} is missing")
         if type(value) is not int or not 1 <= value <= most:  # transformers takes neither 4.0 nor "4" for 4
             raise self.refusal(name, f"must be a whole number from 1 to {most}")
@@ -96,8 +119,8 @@ class _Section:
 
     def number(self, name: str, default: float | None = None, least: float | None = None) -> float:
         """Positive, or from `least`."""
-        value = self.values.get(name)
-        if value is None and (value := default) is None:
+        value = self.values.get(name, default)
+        if value is None and default is None:
             raise UserError(f"{self.source}: {self.prefix}{name} is missing")
         small_enough = type(value) in (int, float) and value <= LARGEST_NUMBER
         if not small_enough or not (value > 0 if least is None else value >= least):
@@ -141,7 +164,7 @@ def olmo3_fields(hf: dict[str, Any], source: Path) -> dict[str, Any]:
         UserError: a field is missing, has a value that this family does not have, or is unknown and may change what
             the model computes.
     """
-    config = _Section(hf, source)
+    config = _Section(hf, source).without_null(*NULLABLE)
     _refuse_unknown_variants(config)
     layers = config.whole("num_hidden_layers", most=MOST_LAYERS)
     layer_types = _layer_types(config, layers)
@@ -174,7 +197,8 @@ def _refuse_unknown_variants(config: _Section) -> None:
     hf = config.values
     family = hf["model_type"]
     for name, value in EXPECTED.items():
-        if hf.get(name, value) != value:
+        given = hf.get(name, value)
+        if given != value or isinstance(given, bool) != isinstance(value, bool):
             raise config.refusal(name, f"only {value!r} is supported for {family}")
     if hf.get("architectures") not in (None, [ARCHITECTURES[family]]):
         raise config.refusal("architectures", f"must be [{ARCHITECTURES[family]!r}] for model_type {family}")
@@ -194,9 +218,9 @@ def _all_full(layer_types: object) -> bool:
 
 
 def _is_off(name: str, value: object) -> bool:
-    if name.endswith(FACTORS):
+    if name in FACTORS:
         return value is None or (value == 1 and value is not True)
-    return not value
+    return (name in ABSENT and not value) or (name == "is_causal" and value is True)
 
 
 def _attention(config: _Section) -> dict[str, int]:
@@ -250,7 +274,7 @@ def _rotary(config: _Section) -> dict[str, Any]:
             raise sliding.refusal("rope_type", "must be default")
     elif parameters.values and _rope_type(full) == "yarn" and config.values["model_type"] == "olmo3":
         log.warning("%s: flat rope_parameters; YaRN is applied to full-attention layers only", config.source)
-    theta = config.number("rope_theta", DEFAULT_THETA[config.values["model_type"]])
+    theta = config.number("rope_theta", _default_theta(config, full, sliding))
     for section in (scaling, full, sliding):
         _refuse_unknown_rope(section)
         if config.values.get("rope_theta") is not None and section.number("rope_theta", theta) != theta:
@@ -263,6 +287,15 @@ def _rotary(config: _Section) -> dict[str, Any]:
         "full_theta": full.number("rope_theta", theta),
         "yarn": yarn,
     }
+
+
+def _default_theta(config: _Section, full: _Section, sliding: _Section) -> float:
+    """What transformers takes where a file names none, if its versions agree."""
+    family = config.values["model_type"]
+    named = all("rope_theta" in values for values in (full.values, sliding.values)) or "rope_theta" in config.values
+    if family == "olmo3" and not named and not config.values.get("rope_parameters"):  # which only 5.x writes
+        raise UserError(f"{config.source}: rope_theta is missing: transformers 4.57 takes 10000 for it, 5.x 500000")
+    return DEFAULT_THETA[family]
 
 
 def _rope_type(section: _Section) -> str:
@@ -291,6 +324,7 @@ def _refuse_unknown_rope(section: _Section) -> None:
 def _yarn(section: _Section) -> YarnScaling | None:
     if _rope_type(section) != "yarn":
         return None
+    section = section.without_null("beta_fast", "beta_slow", "attention_factor", "rope_theta")
     if section.values.get("factor") is None or section.values.get("original_max_position_embeddings") is None:
         raise UserError(
             f"{section.source}: {section.prefix}rope_type yarn needs factor and original_max_position_embeddings"

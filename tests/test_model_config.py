@@ -68,6 +68,22 @@ def test_null_is_no_size(name: str) -> None:
     assert f"{name} is missing" in refusal(**{name: None})
 
 
+@pytest.mark.parametrize("name", ["max_position_embeddings", "rms_norm_eps", "initializer_range"])
+def test_null_is_not_the_default_where_transformers_refuses_it(name: str) -> None:
+    assert f"{name}=None: must be a" in refusal(**{name: None})
+
+
+@pytest.mark.parametrize("name", ["num_key_value_heads", "head_dim", "layer_types"])
+def test_null_is_the_default_where_transformers_takes_it(name: str) -> None:
+    assert fields(**{name: None}) == fields(num_key_value_heads=32)
+
+
+def test_a_base_on_which_versions_of_transformers_differ_must_be_given() -> None:
+    assert "rope_theta is missing" in refusal(rope_theta=None)
+    assert "rope_theta is missing" in refusal(rope_theta=None, rope_scaling=None)
+    assert fields(rope_theta=None, rope_scaling=None, rope_parameters=BY_TYPE) == fields()
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
@@ -123,6 +139,9 @@ def test_the_plan_refuses_in_the_same_line(tmp_path: Path) -> None:
             ("add_cross_attention", True),
         ),
         *(("dtype", "int8"), ("torch_dtype", 16), ("dtype", ["float32"])),
+        *(("norm_after", False), ("use_qk_norm", False), ("rms_norm", False), ("rope", None), ("is_causal", False)),
+        *(("attention_bias", None), ("attention_bias", 0), ("tie_word_embeddings", 0), ("attention_dropout", False)),
+        *(("attention_multiplier", 1.0), ("use_sliding_window", False), ("no_rope_layers", []), ("causal", None)),
         *(("original_max_position_embeddings", 4096), ("pruned_heads", {"0": [1]}), ("is_encoder_decoder", True)),
     ],
     ids=str,
@@ -136,6 +155,7 @@ def test_an_unknown_key_that_may_change_the_numbers_is_refused(name: str, value:
     [
         *(("mlp_bias", False), ("clip_qkv", None), ("logit_scale", 1.0), ("embedding_multiplier", None)),
         *(("quantization_config", None), ("num_experts", 0), ("pretraining_tp", 1), ("partial_rotary_factor", 1.0)),
+        *(("is_causal", True), ("hidden_dropout", 0.0), ("gradient_checkpointing", True), ("auto_map", {})),
         *(("unsloth_version", "2025.1"), ("_name_or_path", "allenai/x"), ("pruned_heads", {}), ("temperature", 0.6)),
     ],
     ids=str,
