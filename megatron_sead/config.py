@@ -111,6 +111,9 @@ class ParallelSettings(Settings):
             )
 
 
+SMALLEST, LARGEST = 1e-30, 1e30  # what Adam computes from it in fp32 is neither 0 nor infinite
+
+
 class TrainingSettings(Settings):
     """Optimisation. Names and meanings are Megatron's."""
 
@@ -118,14 +121,14 @@ class TrainingSettings(Settings):
     global_batch_size: int = Field(ge=1, description="rollouts a step: prompts x samples_per_prompt")
     micro_batch_size: int = Field(1, ge=1, description="rollouts in one forward pass")
     precision: Literal["fp32", "bf16"] = "bf16"
-    lr: float = Field(1e-6, gt=0, description="peak learning rate")
+    lr: float = Field(1e-6, gt=0, le=LARGEST, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0)
     lr_warmup_steps: int = Field(0, ge=0)
     lr_decay_style: Literal["constant", "linear", "cosine"] = "linear"
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=LARGEST)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
+    adam_eps: float = Field(1e-8, ge=SMALLEST, le=LARGEST)
     clip_grad: float = Field(1.0, ge=0, description="gradient norm above which gradients are scaled down; 0: never")
     use_distributed_optimizer: bool = True
     recompute_granularity: Literal["full", "selective"] | None = None

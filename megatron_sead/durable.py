@@ -14,6 +14,22 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     flush_file(path)
 
 
+def replace_text(path: Path, text: str, *, errors: str = "strict") -> None:
+    """Write a file whole or not at all: a full disk must not cut the one that is there.
+
+    A symbolic link in its place, or in that of the temporary file beside it, is replaced; what it points to stays as it
+    is, for directories come from others.
+
+    Args:
+        errors: as ``str.encode`` has it, for what UTF-8 has not.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "x", encoding="utf-8", errors=errors) as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
 def flush_file(path: Path, *, forget: bool = False) -> None:
     """Returns when the file's content is on the disk.
 

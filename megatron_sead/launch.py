@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> int:
     # What it would log about a failing rank is in ChildFailedError too
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun sets it as well, after a paragraph about it
-    if GRACE.partition("=")[0] in get_args_parser().format_help():  # newer torch only
-        arguments = [GRACE, *arguments]
+    known = get_args_parser().format_help()  # newer torch only
+    arguments = [option for option in (GRACE, *_signals()) if option.partition("=")[0] in known] + arguments
     try:
         run(_checked(arguments))
     except UserError as error:
@@ -52,6 +52,12 @@ def main(arguments: list[str]) -> int:
             print(f"error: {_account_of(*error.get_first_failure())}", file=sys.stderr)
         return 2 if 2 in codes else 1
     return 0
+
+
+def _signals() -> list[str]:
+    """nohup lets a run outlive its terminal, whose signal torchrun would end it by all the same."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT"] if ignored else []
 
 
 def _checked(arguments: list[str]) -> Namespace:

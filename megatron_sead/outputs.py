@@ -222,7 +222,7 @@ def _holds(recorded: dict[str, Any], folder: str) -> bool:
 
 
 def _recorded(directory: Path) -> dict[str, Any] | None:
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
         files = json.loads((directory / RECORD).read_text(encoding="utf-8")).get("files")
         return files if isinstance(files, dict) else None
     return None

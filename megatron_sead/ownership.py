@@ -83,7 +83,7 @@ def _acquire(lock: Path, name: str) -> int:
     """The descriptor that holds the lock."""
     deadline = time.monotonic() + PATIENCE
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # what a link names is not ours
         try:
             held = _is_locked(descriptor, fcntl.LOCK_EX)
             if not held and _is_at(descriptor, lock):
@@ -188,7 +188,7 @@ def _read(descriptor: int) -> dict[str, Any] | None:
     """What an owner wrote; None if that is nothing, or not to be read."""
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return owner if isinstance(owner, dict) and owner.keys() >= _myself().keys() else None
 

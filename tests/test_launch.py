@@ -77,10 +77,14 @@ def test_a_rank_that_was_killed_is_told_in_one_line(program: list[str]) -> None:
 
 
 def test_a_signal_lets_the_ranks_finish(program: list[str]) -> None:
-    process = subprocess.Popen([*program, "signal"], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    """Under nohup a terminal that goes away is none."""
+    nohup = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh"]
+    process = subprocess.Popen([*nohup, *program, "signal"], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
-    time.sleep(0.2)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0

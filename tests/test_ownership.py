@@ -80,7 +80,7 @@ def test_a_killed_owner_is_taken_over_and_told(lock: Path, caplog: pytest.LogCap
     assert "taken over" in caplog.text
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"pid": 1}', b"\xff\x00"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"pid": 1}', b"\xff\x00", b"[" * 4096])
 def test_a_file_that_says_nothing_is_decided_by_the_lock(lock: Path, content: bytes) -> None:
     lock.parent.mkdir(parents=True)
     lock.write_bytes(content)
@@ -92,6 +92,16 @@ def test_a_file_that_says_nothing_is_decided_by_the_lock(lock: Path, content: by
         with pytest.raises(UserError, match=r"^output=a: in use by another process; "):
             sole_owner(lock, "output=a").__enter__()
     assert lock.read_bytes() == content
+
+
+def test_a_link_in_the_place_of_the_file_is_refused_and_what_it_names_stays(lock: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_text("precious")
+    lock.parent.mkdir(parents=True)
+    lock.symlink_to(theirs)
+    with pytest.raises(UserError, match=r"^output=a: cannot be written \(.*owner\.lock\): "):
+        sole_owner(lock, "output=a").__enter__()
+    assert theirs.read_text() == "precious"
 
 
 def test_of_many_that_start_at_once_one_owns(lock: Path) -> None:

@@ -105,12 +105,21 @@ def read_manifest(directory: Path) -> Manifest:
         crc = body.pop("crc32")
         if crc != _crc_of(body):
             raise ValueError
-        files = {name: (size, crc) for name, (size, crc) in body.pop("files").items()}
+        files = {_plain_name(name): (int(size), int(crc)) for name, (size, crc) in body.pop("files").items()}
+        if not re.fullmatch(r"\d{1,4}\.\d{1,4}[\w.+-]{0,40}", body["megatron_core"]):
+            raise ValueError
         return Manifest(**body, files=files)
     except FileNotFoundError:
         raise Damage(f"{FILE_NAME} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         raise Damage(f"{FILE_NAME} is not as it was written") from None
+
+
+def _plain_name(file: str) -> str:
+    """Files of a checkpoint lie in its folder: a list that anybody can write names no others."""
+    if not re.fullmatch(r"[\w.-]+", file, re.ASCII) or not file.strip("."):
+        raise ValueError
+    return file
 
 
 def _crc_of(body: dict[str, Any]) -> int:

@@ -134,7 +134,7 @@ class CheckpointStore:
             for number, chunk in enumerate(chunks):
                 chunk.load_state_dict(loaded[f"model{number}"])
             optimizer.load_state_dict(loaded["optimizer"])
-        with self._only_refusals(path):
+        with self._only_refusals(path, ValueError, RuntimeError):
             scheduler.load_state_dict(plain["scheduler"])
             if manifest.layout == _layout(self.parallel):
                 restore_random_state(plain["generators"][self.parallel.rank])
@@ -143,11 +143,11 @@ class CheckpointStore:
         return state
 
     @contextmanager
-    def _only_refusals(self, path: Path) -> Iterator[None]:
+    def _only_refusals(self, path: Path, *more: type[Exception]) -> Iterator[None]:
         """What reading values of another make can raise is the files' fault, which their checksums do not see."""
         try:
             yield
-        except (LookupError, TypeError, AttributeError, CheckpointingException, CheckpointException) as error:
+        except (LookupError, TypeError, AttributeError, CheckpointingException, CheckpointException, *more) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(
                 f"{path}: is not a checkpoint of this run ({reason}); restore it from a copy, or delete the folder to "
@@ -324,7 +324,7 @@ def _read_inputs(path: Path) -> tuple[str, dict[str, Any] | None] | None:
         return None
     try:
         inputs = json.loads((path / INPUTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return (path.name, inputs) if isinstance(inputs, dict) else None
 

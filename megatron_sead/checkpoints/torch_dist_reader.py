@@ -181,7 +181,7 @@ def _require_format(directory: Path) -> None:
         backend, version = found["sharded_backend"], found["sharded_backend_version"]
     except FileNotFoundError:
         raise UserError(f"{directory}: holds no metadata.json: not a Megatron-Core distributed checkpoint") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: does not name a format: not a Megatron-Core distributed checkpoint") from None
     if (backend, version) != ("torch_dist", 1):
         raise UserError(f"{path}: the format is {backend} {version}; only torch_dist 1 can be read")
@@ -235,7 +235,11 @@ def plain_values(path: Path) -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    """torch.load's refusals begin with advice to lift them."""
+    text = " ".join(str(error).split())
+    if found := re.search(r"GLOBAL (\S+)", text):
+        return f"it calls for {found[1]}, which no checkpoint needs"
+    return text.rpartition("trusted source. ")[2].partition(" Check the documentation")[0][:200]
 
 
 def _is_empty(value: Any) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from megatron_sead.durable import replace_text
 
 
 class MetricsWriter:
@@ -30,18 +32,13 @@ class MetricsWriter:
             self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
 
     def _drop_from(self, first_step: int) -> None:
-        if not self._path.exists():
-            return
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] < first_step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):
-                continue  # a line cut short by a crash
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
+        if self._path.exists():
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, LookupError, TypeError, RecursionError):  # a line cut short by a crash
+                    if json.loads(line)["step"] < first_step:
+                        kept.append(line)
+        replace_text(self._path, "".join(line + "\n" for line in kept))
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one step. Values that are not finite become null, so that every line is valid JSON."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_sead.durable import replace_text
 from megatron_sead.errors import UserError
 from megatron_sead.rollouts.engine import Rollout
 
@@ -42,10 +42,8 @@ def write_records(path: Path, rollouts: Sequence[Rollout], extras: Sequence[dict
             raise ValueError(f"extras must not be named as fields of a rollout: {', '.join(sorted(clash))}")
         lines.append(json.dumps(record | extra, ensure_ascii=False, allow_nan=False) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".jsonl.partial")
     # What a model wrote may hold half of a character, which UTF-8 has not: then its escape stands in the string
-    partial.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)
+    replace_text(path, "".join(lines), errors="backslashreplace")
 
 
 def read_records(path: Path) -> list[Rollout]:

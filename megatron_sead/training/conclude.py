@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from rich.table import Table
 
 from megatron_sead.checkpoints import verify_huggingface_directory, write_huggingface_directory
+from megatron_sead.durable import replace_text
 from megatron_sead.prompts import load_tokenizer
 from megatron_sead.prompts.export import carry_speech
 from megatron_sead.training.heldout import evaluate_directory
@@ -65,10 +65,7 @@ def _write_summary(run: Run, results: dict[str, dict[str, Any] | None]) -> None:
     }
     summary |= {"steps": run.state.step, "seconds": run.seconds(), "evaluation": results}
     summary |= {"skipped_steps": run.state.skipped_steps, "changed_inputs": run.state.changed_inputs}
-    path = run.config.output / "summary.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(run.config.output / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _print_results(run: Run, results: dict[str, dict[str, Any] | None]) -> None:

@@ -16,10 +16,11 @@ from transformers import AutoConfig
 
 from megatron_sead.config import RunConfig
 from megatron_sead.errors import NotFiniteNumbers, UserError
+from megatron_sead.models.olmo3.model import Olmo3Model
 from megatron_sead.prompts import MicroBatch, TokenView
 from megatron_sead.rollouts import Sampling
 from megatron_sead.rollouts.transformers_engine import TransformersEngine
-from megatron_sead.training.not_finite import describe, gather_reports
+from megatron_sead.training.not_finite import describe, gather_reports, weights_are_finite
 from megatron_sead.training.run import Run
 from megatron_sead.training.scoring import score_student
 
@@ -51,13 +52,22 @@ def check_models(run: Run, *, fresh: bool) -> None:
     Raises:
         UserError: a model is not the one that its directory, or checkpoint, holds.
     """
-    student, teacher = trained_log_probs(run)
     config = run.config
+    _require_finite(run, "teacher", config.teacher.path, run.learner.teacher.chunks)
+    if fresh:
+        _require_finite(run, "student", config.student.path, run.student_chunks)
+    student, teacher = trained_log_probs(run)
     require_same("teacher and " + str(config.teacher.path), teacher, _reference(run, config.teacher.path), config)
     if fresh:
         require_same("student and " + str(config.student.path), student, _reference(run, config.student.path), config)
     else:
         require_same("student and its checkpoint", student, torch.tensor(run.state.probe_log_probs), config)
+
+
+def _require_finite(run: Run, role: str, directory: Path, chunks: list[Olmo3Model]) -> None:
+    """A row of an embedding that the probe does not need shows when a token needs it, which may be days later."""
+    if not weights_are_finite(chunks, run.parallel):
+        raise UserError(f"{role}.path={directory}: holds weights that are NaN or infinite; copy or download it again")
 
 
 def check_engine(run: Run) -> None:

@@ -72,7 +72,7 @@ def settle_inputs(
     same_evaluation = True
     if then is not None:
         same_evaluation = then.get("evaluation") == now.get("evaluation")
-        cheap = then | {role: {"config": then.get(role, {}).get("config", {})} for role in ("student", "teacher")}
+        cheap = then | {role: _without_weights(then.get(role)) for role in ("student", "teacher")}
         _on_first_rank(lambda: _compare(config, name, cheap, now, prompts, heldout), group)
     for role in ("student", "teacher"):
         now[role]["weights"] = weight_checksums(getattr(config, role).path, group)
@@ -83,6 +83,10 @@ def settle_inputs(
             for text in changes:
                 log.warning("checkpoints.allow_changed_inputs: continuing %s with other inputs: %s", name, text)
     return Inputs(now, changes, not same_evaluation)
+
+
+def _without_weights(model: Any) -> Any:
+    return {name: value for name, value in model.items() if name != "weights"} if isinstance(model, dict) else model
 
 
 def _on_first_rank(action: Callable[[], Any], group: dist.ProcessGroup) -> Any:
@@ -104,6 +108,8 @@ def _compare(
 ) -> list[str]:
     """The changes that are allowed, in words; raises UserError for those that are not."""
     try:
+        if not all(isinstance(value, dict) for value in then.values()):
+            raise TypeError
         if then.get("evaluation", {}).get("settings") != now.get("evaluation", {}).get("settings"):
             then = {key: value for key, value in then.items() if key != "evaluation"}
         changed = differences(then, now, prompts, heldout)

@@ -1,4 +1,5 @@
-"""Ctrl-C and the scheduler's SIGTERM end a run after the step that is under way, on every rank alike."""
+"""Ctrl-C, the scheduler's SIGTERM and a terminal that goes away end a run after the step that is under way, on every
+rank alike."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ class InterruptFlag:
     def listen(self) -> None:
         """From here on a signal no longer ends the process. On every rank at the same point, after a collective: the
         others would wait for a rank that was ended before it listened."""
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number is not signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+                self._previous[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._raised = True

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sead.checkpoints.manifest import from_all_ranks
+from megatron_sead.durable import replace_text
 from megatron_sead.models.parallel import ParallelContext
 
 FOLDER = "not-finite"
@@ -81,11 +81,11 @@ def own_grad_norm(optimizer: Any) -> float:
 
 
 def weights_are_finite(chunks: list[Any], parallel: ParallelContext) -> bool:
-    """Are all weights of all ranks? Collective over all."""
+    """Are all weights of all ranks, wherever they are? Collective over all."""
     bad = torch.zeros((), device=parallel.device)
     for chunk in chunks:
         for parameter in chunk.parameters():
-            bad += (~parameter.isfinite()).any()
+            bad += (~parameter.isfinite()).any().to(bad.device)
     flag = (bad > 0).cpu().int()
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel.control)
     return not bool(flag)
@@ -103,9 +103,7 @@ def write_reports(run_directory: Path, step: int, reports: list[Report]) -> Path
     if len(there) >= KEPT:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "ranks.json.tmp"
-    temporary.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "ranks.json")
+    replace_text(folder / "ranks.json", json.dumps(reports, indent=1) + "\n")
     return folder
 
 

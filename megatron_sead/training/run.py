@@ -179,13 +179,28 @@ class Run:
             UserError: its values are not of this make.
         """
         try:
-            self.state = Progress(**state["progress"])
-            self.probe = [int(token) for token in self.state.probe_tokens] or self.probe
+            self.state = self._progress(state["progress"])
+            self.probe = self.state.probe_tokens or self.probe
             self.curriculum.load_state_dict(state["curriculum"])
             self.competence.load_state_dict(state["competence"])
             self.learner.supervisor.load_state_dict(state["supervisor"])
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(
                 f"{self.store.directory}: the newest checkpoint holds another run's state "
                 f"({type(error).__name__}: {error}); restore it from a copy, or delete its folder"
             ) from error
+
+    def _progress(self, saved: dict[str, Any]) -> Progress:
+        """Where a checkpoint says that the run stands. ValueError: a run does not write this."""
+        progress = Progress(**saved)
+        for name, value in asdict(progress).items():
+            if name != "accuracy_before" and type(value) is not type(getattr(Progress(), name)):
+                raise ValueError(f"{name} is {value!r:.60}")
+        if not 0 <= progress.step <= self.config.training.steps:
+            raise ValueError(f"step {progress.step} of {self.config.training.steps}")
+        tokens = progress.probe_tokens
+        if not all(type(t) is int and 0 <= t < self.learner.heads.vocab_size for t in tokens):
+            raise ValueError("probe_tokens are not tokens of the student")
+        if len(torch.tensor(progress.probe_log_probs)) != len(tokens or self.probe) - 1:
+            raise ValueError("probe_log_probs are not those of probe_tokens")
+        return progress

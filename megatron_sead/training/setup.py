@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from megatron_sead.config_checks import (
     opening_line,
 )
 from megatron_sead.distillation import CompetenceTracker, Curriculum
+from megatron_sead.durable import replace_text
 from megatron_sead.errors import UserError
 from megatron_sead.grading import Grader
 from megatron_sead.models import ParallelContext, build_model
@@ -213,9 +213,7 @@ def _begin_or_resume(run: Run) -> None:
     check_engine(run)
     if run.parallel.rank == 0:
         run.config.output.mkdir(parents=True, exist_ok=True)
-        temporary = run.config.output / "config.yaml.tmp"  # a full disk must not cut the one that is there
-        temporary.write_text(dump_config(run.config), encoding="utf-8")
-        os.replace(temporary, run.config.output / "config.yaml")
+        replace_text(run.config.output / "config.yaml", dump_config(run.config))
     if restored is None or run.inputs.heldout_changed:
         run.state.accuracy_before = evaluate_directory(run, run.config.student.path, run.tokenizer)
     torch.distributed.barrier(run.parallel.control)

@@ -135,7 +135,8 @@ def test_a_resume_runs_nothing_and_takes_the_one_before(
     found = resume(ranks, hf_dir, directory)
     assert not canary.exists()
     assert found.first_step == 1
-    assert "refused" in found.log[0] and found.log[1] == f"loaded checkpoint {directory / OLD}"
+    assert "refused" in found.log[0] and "weights_only" not in found.log[0], "no advice to read it all the same"
+    assert found.log[1] == f"loaded checkpoint {directory / OLD}"
 
 
 @pytest.mark.parametrize("craft", CRAFTED, ids=lambda f: f.__name__)

@@ -41,7 +41,12 @@ WEIGHTS = {
     "missing": (lambda t: t.pop(UP), f"tensors are missing: {UP}"),
     "shape": (lambda t: t.update({UP: t[UP][:-2].contiguous()}), f"{UP} has shape [126, 64]"),
     "unknown": (lambda t: t.update({"bogus": torch.zeros(1)}), "does not call for: bogus"),
-    "not a number": (lambda t: t[UP].fill_(float("nan")), "student logits of token 0"),
+    "not a number": (lambda t: t[UP].fill_(float("nan")), "holds weights that are NaN or infinite"),
+    "not a number where no prompt looks": (
+        lambda t: t["model.embed_tokens.weight"][300, 5:6].fill_(float("inf")),
+        "holds weights that are NaN or infinite; copy or download it again",
+    ),
+    "out of range together": (lambda t: t["lm_head.weight"].fill_(3e38), "token 0 (of 95)"),
 }
 
 
