@@ -125,6 +125,7 @@ def _rank(rank: int, port: int, folder: Path, phase: str, kind: str, fails: bool
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if fails:
         _inject(*PHASES[phase], KINDS[kind], folder / "failed")
+    train._configure_logging("cpu")
     with one_line_errors_on_ranks():
         train._train(load_config(TINY, [*SETTINGS, f"output={folder / 'run'}"]))
 
