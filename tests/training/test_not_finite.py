@@ -34,9 +34,9 @@ def train(meeting_point: str, overrides: list[str], fault: str, steps: list[int]
 
     from megatron_sead.config import load_config
     from megatron_sead.training import loop
+    from megatron_sead.training.parallel import destroy_parallel
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    destroy_parallel()  # a run that failed leaves its groups
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
     with at_steps(steps, FAULTS[fault](rank)):
