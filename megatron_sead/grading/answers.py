@@ -7,15 +7,19 @@ from fractions import Fraction
 
 from megatron_sead.grading import numerals
 from megatron_sead.grading.notation import as_text, has_dots, standard, unwrapped, without_unit
+from megatron_sead.grading.units import units_differ
 
 LONGEST_ANSWER = 1000  # characters; no benchmark's answer comes near, and a repeating model's box can
 _AGREED = {"true": "yes", "false": "no"}
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' -]+")
 _CLOCK = re.compile(r"\d{1,2}:\d\d(?!\d)[^+*/^]*")
-_LETTER_UNIT = re.compile(r"(?<=\d) [msghLNJWVAKCF]$")
+_LETTER_UNIT = re.compile(r"(?<=[\d}]) [msghLNJWVAKCF]$")
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALED = re.compile(rf"([\d.,-]+)\s*({'|'.join(_SCALES)})(?:\s(?:[a-z]{{3,}}))*", re.IGNORECASE)
 _CHOICE = re.compile(
-    r"(?:(?i:option|choice|answer)\s+)?(?:\(\s*([A-Z])\s*\)|([A-Z])(?:\)|[.:](?=\s|$)|$))[.:]?\s*((?![,;]|and\b|or\b).*)"
+    r"(?:(?i:option|choice|answer)\s+)?(?:\(\s*([A-Z])\s*\)|([A-Z])(?:\)|[.:](?=\s|$)|$))[.:]?\s*+((?![,;+*/^=<>_]|and\b|or\b).*)"
 )
+_PART = re.compile(r"\(([a-z]|i{2,3}|iv|vi{0,3})\)(?=\s*[^\s,;)+*/^-])")
 _CHOICE_BEHIND = re.compile(r"(.*[^\s,;])\s+\(([A-Z])\)")
 
 
@@ -65,6 +69,17 @@ def split_answers(answer: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+def split_parts(answer: str) -> list[tuple[str, str]] | None:
+    """The labels and contents of an answer in parts, as (a) 5 (b) 6; None for anything else."""
+    _, *pieces = _PART.split(text := unwrapped(answer))
+    labels, contents = (
+        pieces[::2],
+        [re.sub(r"^and\b|\band$|[,;\s]+$", "", piece.strip()).strip() for piece in pieces[1::2]],
+    )
+    whole = text.startswith("(") and len(labels) > 1 and all(contents) and labels[0] in ("a", "i")
+    return list(zip(labels, contents, strict=True)) if whole else None
+
+
 def split_sequence(answer: str) -> list[str] | None:
     r"""The parts of a list that dots abbreviate, dots among them: 1, 2, \ldots, n. None for anything without dots."""
     return split_answers(as_text(answer).removeprefix(r"\{").removesuffix(r"\}")) if has_dots(answer) else None
@@ -79,6 +94,8 @@ def _same_in_base(reference: str, given: str) -> bool | None:
 
 
 def _same_number(reference: str, given: str) -> bool | None:
+    if units_differ(standard(reference), standard(given)):
+        return False
     (asked, asked_percent), (value, value_percent) = _number(reference), _number(given)
     if value is None and asked is not None:  # where a number is asked for, a letter behind a space is a unit
         value, value_percent = _number(_LETTER_UNIT.sub("", standard(given)))
@@ -92,6 +109,9 @@ def _same_number(reference: str, given: str) -> bool | None:
 
 
 def _number(answer: str) -> tuple[Fraction | None, bool]:
+    if (scaled := _SCALED.fullmatch(unwrapped(answer))) is not None:
+        value = numerals.exact_value(scaled[1].strip())
+        return (None if value is None else value * _SCALES[scaled[2].lower()]), False
     text = without_unit(answer)
     number = text.removesuffix(r"\%")
     return numerals.exact_value(number.strip()), number != text

@@ -60,7 +60,9 @@ from sympy.core.relational import Relational
 
 DIGITS = 2000
 _NORMALIZATION = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
-_MISREAD = re.compile(r"\d\)?\s*\}?_|\\[lc]?dots|\.\.\.|\d\s+\d")  # a numeral's base, what dots stand for, 1 2 as 1 + 2
+_MISREAD = re.compile(
+    r"\d\)?\s*\}?_|\\[lc]?dots|\.\.\.|\b\d+\s+\d"
+)  # a numeral's base, what dots stand for, 1 2 as 1 + 2
 _LABELLED = re.compile(r"[a-zA-Z\\][^=<>+*/^-]*=([^=]+)")
 _COORDINATES = {"x", "y", "z"}
 _REAL = tuple(Rational(*pair) for pair in ((7, 3), (13, 11), (5, 17), (-9, 7), (4, 1), (19, 2), (-6, 1)))
@@ -113,7 +115,7 @@ def _exact(value: Any) -> Any:
 
 
 def _same(gold: Any, answer: Any) -> bool:
-    gold, answer = _stated(gold, answer)
+    gold, answer = (Interval(-oo, oo) if value == S.Reals else value for value in _stated(gold, answer))
     if gold is None or answer is None:
         return False
     if isinstance(gold, Eq) and isinstance(answer, Eq):
@@ -121,6 +123,9 @@ def _same(gold: Any, answer: Any) -> bool:
     if all(isinstance(value, Set | Relational | And) for value in (gold, answer)):
         if gold.free_symbols and answer.free_symbols and gold.free_symbols != answer.free_symbols:
             return False
+        bounded, listed = [isinstance(v, Relational | And) for v in (gold, answer)], (gold, answer)
+        if any(bounded) and any(isinstance(value, FiniteSet | SympyFiniteSet) for value in listed):
+            return False  # 2 < x < 3 and the list 2, 3
         gold, answer = _solutions(gold), _solutions(answer)
         if S.EmptySet in (gold, answer):  # [3, 1] and 3 < x < 1, whatever was meant
             return False

@@ -8,16 +8,17 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from megatron_sead.grading.answers import exactly_same, split_answers, split_choice, split_sequence
-from megatron_sead.grading.extraction import marked_answers, names_a_box, unmarked_answer
-from megatron_sead.grading.notation import without_unit
+from megatron_sead.grading.answers import exactly_same, split_answers, split_choice, split_parts, split_sequence
+from megatron_sead.grading.conclusions import stated
+from megatron_sead.grading.extraction import marked_answers, names_a_box, unmarked_answers
+from megatron_sead.grading.notation import as_text, without_unit
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-GRADER_VERSION = "2"  # goes up when a change of code or of Math-Verify changes verdicts: difficulties depend on it
+GRADER_VERSION = "3"  # goes up when a change of code or of Math-Verify changes verdicts: difficulties depend on it
 
 
 class Grader:
@@ -44,10 +45,11 @@ class Grader:
             raise ValueError("no reference answer to grade against")
         given = marked_answers(response, count=len(answers))
         if not given:
-            return len(answers) == 1 and bool(exactly_same(answers[0], unmarked_answer(response)))
+            return len(answers) == 1 and any(_plainly_same(answers[0], text) for text in unmarked_answers(response))
+        if len(given) > len(answers):
+            given = [", ".join(given)]
         if len(answers) == 1:
-            exclaims = not names_a_box(response) and given[0].endswith("!")  # "The answer is 5!" may be 5, or 120
-            return (exclaims and self._same(answers[0], given[0].rstrip("!"))) or self._same(answers[0], given[0])
+            return any(self._same(answers[0], text) for text in _readings(given[0], names_a_box(response)))
         parts = [part for answer in given for part in split_answers(answer)]
         if len(parts) == len(answers):
             return self._same_set(list(answers), parts)
@@ -104,6 +106,9 @@ class Grader:
         exact = exactly_same(reference, given)
         if exact is not None:
             return exact
+        parts, given_parts = split_parts(reference), split_parts(given)
+        if parts or given_parts:
+            return self._same_parts(parts or split_answers(reference), given_parts or split_answers(given))
         asked, chosen = split_choice(reference), split_choice(given)
         if (asked and asked[1]) or (chosen and chosen[1]):  # the value behind a letter counts
             return self._same((asked and asked[1]) or reference, (chosen and chosen[1]) or given)
@@ -113,6 +118,15 @@ class Grader:
         if (reference, given) not in self._verdicts:
             self._verdicts[reference, given] = self._ask_worker(reference, given)
         return self._verdicts[reference, given]
+
+    def _same_parts(self, references: list[Any], given: list[Any]) -> bool:
+        """Part by part in their order; a label may be left out, and is the same where both have it."""
+        for asked, part in zip(references, given, strict=False):
+            labels = [item[0] for item in (asked, part) if isinstance(item, tuple)]
+            contents = [item[1] if isinstance(item, tuple) else item for item in (asked, part)]
+            if len(set(labels)) > 1 or not self._same(*contents):
+                return False
+        return len(references) == len(given)
 
     def _same_sequence(self, references: list[str], given: list[str]) -> bool:
         """Lists that dots abbreviate, part by part; a single part is text, whose equality is not found here."""
@@ -141,6 +155,26 @@ class Grader:
             self.close()
             return False
         return verdict == "true\n"
+
+
+def _readings(given: str, is_boxed: bool) -> list[str]:
+    """What a marked answer may say: "5!" in prose is 5 or 120, and "the total is 42" is 42."""
+    if is_boxed:
+        return [given]
+    said = stated(given)
+    return [*([given.rstrip("!")] if given.endswith("!") else []), given, *([said] if said else [])]
+
+
+def _plainly_same(reference: str, given: str) -> bool:
+    """`exactly_same`, also of lists: "x = 2 or x = 3" is "2, 3"."""
+    if exactly_same(reference, given):
+        return True
+    asked = split_answers(as_text(reference).removeprefix(r"\{").removesuffix(r"\}"))
+    parts = [stated(part) or part for part in split_answers(given)]
+    if not 1 < len(asked) == len(parts):
+        return False
+    matches = [[bool(exactly_same(stated(one) or one, part)) for part in parts] for one in asked]
+    return all(sum(row) == 1 for row in [*matches, *zip(*matches, strict=True)])
 
 
 def _start_worker() -> subprocess.Popen[str]:

@@ -14,6 +14,7 @@ _SIGNS = {
 }  # fmt: skip
 _WRAPPINGS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("{", "}"))
 _FUNCTIONS = "sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|arcsin|arccos|arctan|pi"
+_DEGREES_MATTER = r"\\(?:sin|cos|tan|cot|sec|csc)(?:\s*\^\s*\{?\d\}?)?[\s{(]*"
 _SPELLINGS = tuple(
     (re.compile(pattern), spelling)
     for pattern, spelling in (
@@ -26,14 +27,26 @@ _SPELLINGS = tuple(
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"\\(?:mathrm|text|rm)\s*\{\s*([eid]|\d[\d.,]*)\s*\}", r" \1"),
+        (r"(?<=\d)\s*(?:\\colon(?![a-zA-Z])|\\text\s*\{\s*(?:to|:)\s*\}|\bto\b)\s*(?=\d)", ":"),
+        (r"(?<=\d)\s*x\s*(?=10\s*\^)", r"\\times "),
+        (r"(?i:\\text\s*\{\s*(?:the\s+)?empty\s+set\s*\}|^\s*(?:the\s+)?empty\s+set$)", r"\\emptyset "),
+        (r"^(?:\\text\s*\{)?\s*(?i:all\s+reals?(?:\s+numbers)?)\s*\}?$", r"\\mathbb{R}"),
+        (r"^\\text\s*\{\s*[A-Za-z][^{}\d:]*:\s*\}", ""),
+        (r"(?<=\d)\s*\^\s*\{?\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?|(?<=\d)(?:st|nd|rd|th)\b", ""),
+        (r"\\frac\s+(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
         (r"\\(?:mbox|hbox|text(?:normal|rm|bf|it|sf)|math(?:rm|bf|it|sf))\s*\{", r"\\text{"),
         (r"\{\s*,\s*\}", ","),
         (r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"(?:\\text\s*\{\s*(?:\\?%|percent(?:age)?)\s*\}|\\?%|\bpercent\b)", r"\\%"),
         (r"\\\$|\$|[€£¥]|\\(?:pounds|euro)(?![a-zA-Z])", ""),
+        (
+            rf"({_DEGREES_MATTER})(\d+(?:\.\d+)?)\s*\^\s*(?:\{{\s*\\circ\s*\}}|\\circ(?![a-zA-Z]))",
+            r"\1\\frac{\2\\pi}{180}",
+        ),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degrees?(?![a-zA-Z])", ""),
         (r"\\text\s*\{\s*infinity\s*\}|(?<![a-zA-Z\\])infinity(?![a-zA-Z])", r"\\infty"),
         (rf"(?<![a-zA-Z\\])({_FUNCTIONS})(?![a-zA-Z])", r"\\\1"),
+        (r"\\sqrt\s*(\[[^\[\]]*\])\s*(\d)", r"\\sqrt\1{\2}"),
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<=[\w)}])\s*\*\*\s*(?=[\w({-])", "^"),
         (r"(?<![\\^{*])\*(?=\s*[\w({\\-])", r"\\cdot "),
@@ -47,8 +60,8 @@ _PUNCTUATION = re.compile(r"(?:(?<!\.)\.|[,;:?]|\s)+$")
 _SPACE = re.compile(r"(?<!\w) | (?!\w)")
 _UNIT = re.compile(
     r"""(?:(?<=[\w})])\s*\\text\s*\{(?P<text>[^{}]*)\}
-      | (?<=[\d})])(?P<words>(?:\s(?:[a-zA-Z]{4,}|[ckm]m|k?g|ml|ft|in|lbs?|oz|mi|mph|min|sec|hrs?|sq|cu|day|men
-                                   |per|of|an?|the)\.?)+)
+      | (?<=[\d})])(?P<words>(?:\s(?:[a-zA-Z]{4,}|[ckm]m|k?g|ml|ft|in|lbs?|oz|mi|mph|min|sec|hrs?|sq|cu|day|men|old
+                                   |[km]m/h|mi/h|k?m/s|ft/s|per|of|an?|the)\.?)+)
       | (?<=[\d})])\s?(?:[ckm]m|kg|ft|lbs?|mph))(?:\s*\^\s*\{?\s*\d\s*\}?)?$""",
     re.VERBOSE,
 )

@@ -17,7 +17,7 @@ from megatron_sead.boxed import box_cut_off, boxed
 from megatron_sead.config import PromptSettings
 from megatron_sead.grading import Grader
 from megatron_sead.grading.answers import integer, split_answers, split_choice
-from megatron_sead.grading.extraction import marked_answers
+from megatron_sead.grading.extraction import marked_answers, unmarked_answers
 from megatron_sead.grading.numerals import exact_value
 from megatron_sead.prompts.answers import reference_answers
 from megatron_sead.prompts.rows import read_rows
@@ -150,11 +150,12 @@ def test_pieces() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["\\boxed{" * 15000, "answer to " * 10000, "\n" * 100000, " " * 100000 + "**a " * 9000]
+    "text", ["\\boxed{" * 15000, "answer to " * 10000, "\n" * 100000, " " * 100000 + "**a " * 9000, "1 + 1 = " * 30]
 )
 def test_a_response_that_repeats_itself_is_read_in_time(text: str) -> None:
     started = time.process_time()
     assert marked_answers(text) == []
+    unmarked_answers(text)
     assert time.process_time() - started < 10  # a second; a search of every place from every place takes minutes
 
 

@@ -55,6 +55,18 @@ PROSE = [
     "Answer: 41. No wait, the answer is 42.", "<think>the answer is 41</think>\nThe answer is 42",
     r"<think>\boxed{41}</think> \boxed{42}",
 ]  # fmt: skip
+CONCLUSIONS = [
+    "We get 6*7.\nx = 42", "So\n\\[ x = 42 \\]", "Hence $x = 42$.", "Answer: The total is 42.", "So 42 apples.",
+    "```\n42\n```",
+    "So, Janet makes $42 every day.", "The total number of apples is 42.", "She has **42** apples.", "6 \\times 7 = 42",
+    "**Final Answer:** The value is **42**.", "The answer is 42 (forty-two).", "Thus $m+n = 25+17 = 42$.",
+    "Area = 42 cm",
+    "Therefore, there are 42 ways.", "So 42 is the answer.", "The answer, then, is 42.",
+    "The answer (in dollars) is 42.",
+    "The answer turns out to be 42.", "The answer is found to be 42.", "The answer is 42 km/h.",
+    '{"answer": "42"}', "f(3) = 42",
+    "[ANSWER]42[/ANSWER]", "In total, she spent $42.", "Finally, we get 42.",
+]  # fmt: skip
 BOXES = [
     r"\boxed 42", r"\boxed {42}", "\\boxed\n{42}", r"\boxed42", r"$\boxed 42$.", r"\fbox 42", r"\fbox {42}",
     r"\framebox{42}",
@@ -69,6 +81,7 @@ BOXES = [
     r"\boxed{42\%}", r"\boxed{42°}", r"\boxed{42 cm}", r"\boxed{42cm}", r"\boxed{42\text{ cm}^2}",
     r"\boxed{42~\text{cm}}",
     r"\boxed{42 \, \mathrm{m/s}}", r"\boxed{42 \mbox{ inches}^2}", r"\boxed{42 people}", r"\boxed{42\text{ people}}",
+    r"\boxed{\text{Total: }42}", r"\boxed{42^{\text{nd}}}", r"$\boxed{42}$, $\boxed{42}$",
     r"First \boxed{5}. Actually \boxed{42}.", r"\boxed{42}! I hope this answer helps.",
 ]  # fmt: skip
 CHOICES = [
@@ -81,7 +94,7 @@ CHOICES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("response", [*MARKDOWN, *PROSE, *BOXES])
+@pytest.mark.parametrize("response", [*MARKDOWN, *PROSE, *CONCLUSIONS, *BOXES])
 def test_an_answer_is_found_in_markdown_prose_and_boxes(grader: Grader, response: str) -> None:
     assert grader.grade(response, ["42"])
     assert not grader.grade(response, ["43"])
@@ -133,6 +146,15 @@ def test_letters_and_words(grader: Grader, reference: str, responses: list[str])
         (r"\frac{1}{6}", [r"0.1\overline{6}", "0.1(6)", "0.1666..."]),
         (r"\frac{1}{7}", [r"0.\overline{142857}", "0.142857142857...", r"0.\dot{1}4285\dot{7}"]),
         ("1", [r"0.\overline{9}"]),
+        ("1000000", ["1 million", r"1\text{ million}", "1,000 thousand"]),
+        ("2.5e-3", [r"2.5 x 10^-3", r"2.5 \times 10^{-3} m"]),
+        (r"\log_2 3", [r"\log_{2}{3}", r"\frac{\ln 3}{\ln 2}", r"\log_2(3)"]),
+        (r"\sin 30^\circ", [r"\frac12", r"\sin\frac{\pi}{6}", r"\cos(60^\circ)"]),
+        (r"\sqrt[3]{2}", [r"\sqrt[3]2", "2^{1/3}"]),
+        (r"x \in \mathbb{R}", [r"(-\infty,\infty)", r"\text{all real numbers}"]),
+        ("3:4", [r"3\colon 4", r"3\text{ to }4", "6:8"]),
+        (r"5\text{ cm}^2", ["5", r"5\text{ square centimeters}"]),
+        ("(a) 5 (b) 6", [r"\text{(a) }5\text{ (b) }6", "(a) 5, (b) 6", "5, 6"]),
         ("0.5", ["1/2", "½", ".5", "0.50", r"50\%", "5e-1"]),
         ("1.5", [r"1\frac{1}{2}", "1 1/2", "1½", "3/2"]),
         (r"-\frac{1}{2}", [r"\frac{-1}{2}", r"\frac{1}{-2}", "−½", "-0.5", r"\left(-\frac{1}{2}\right)"]),
@@ -165,9 +187,20 @@ def test_letters_and_words(grader: Grader, reference: str, responses: list[str])
         (r"\{1, 2, \ldots, n\}", [r"\{1,2,\dots,n\}", "1,2,...,n"]),
         ("2516_8", ["2516_{8}", "(2516)_8", r"2516_{\text{eight}}"]),
         (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", [r"\begin{bmatrix} 1.0 \\ \frac42 \end{bmatrix}"]),
-        (r"\emptyset", [r"\varnothing", "∅"]),
+        (r"\emptyset", [r"\varnothing", "∅", r"\text{empty set}"]),
         (r"12\pi", [r"12\pi\text{ cm}^3"]),
     ],
 )  # fmt: skip
 def test_values(grader: Grader, reference: str, given: list[str]) -> None:
     assert [answer for answer in given if not grader.grade(rf"\boxed{{{answer}}}", [reference])] == []
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["x=2 or x=3", r"\boxed{2} and \boxed{3}", r"$x=\boxed{3}$ or $x=\boxed{2}$", "The solutions are 2 and 3."],
+)
+@pytest.mark.parametrize("reference", ["2,3", r"\{2,3\}"])
+def test_several_values_that_words_join_are_a_list(grader: Grader, response: str, reference: str) -> None:
+    assert grader.grade(response, [reference])
+    assert not grader.grade(response, ["3"])
+    assert not grader.grade(response, ["2,3,4"])
