@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
@@ -16,6 +17,7 @@ MOST_DIGITS = 1000
 def reference_answers(value: Any) -> tuple[str, ...]:
     r"""What must be given, one string an answer; () when the value holds none.
 
+    ``'["34"]'``, a list of texts that was written as text, is that list; ``[3, 4]`` as text is an interval.
     27.0 is "27" and 1e-5 "0.00001"; true is "true"; "... #### 72" (GSM8K) is "72"; a text with ``\boxed{...}`` is its
     last box; a list holds several.
 
@@ -23,6 +25,7 @@ def reference_answers(value: Any) -> tuple[str, ...]:
         ValueError: says what stands there that is no answer: NaN or the text "nan", an object, a list in a list or
             with an empty place.
     """
+    value = _written_list(value)
     if not isinstance(value, list | tuple):
         answer = _answer(value)
         return () if answer is None else (answer,)
@@ -54,6 +57,18 @@ def written_number(value: Real | Decimal) -> str:
 def is_blank(text: str) -> bool:
     """Nothing to see: no text, spaces, or characters without a shape (zero-width spaces, byte-order marks)."""
     return not any(character.isprintable() and not character.isspace() for character in text)
+
+
+def _written_list(value: Any) -> Any:
+    """Texts in a JSON list in a text, as released data sets have them; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            items = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        if items and all(isinstance(item, str) and item.isprintable() for item in items):  # \f of \frac is none
+            return items
+    return value
 
 
 def _answer(value: Any) -> str | None:
