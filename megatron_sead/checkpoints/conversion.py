@@ -224,6 +224,11 @@ class _Values:
         if not (low.isfinite() and high.isfinite()):
             whole = self.model.tensor(name)
             bad = int((~whole.isfinite()).sum())
+            if not bad:
+                raise UserError(
+                    f"{self.model.directory}: {name} has elements of up to {float(whole.abs().max()):.3g}, which "
+                    f"{str(rows.dtype).removeprefix('torch.')} cannot hold"
+                )
             raise UserError(
                 f"{self.model.directory}: {name} has {bad:,} of {whole.numel():,} elements that are NaN or infinite"
             )

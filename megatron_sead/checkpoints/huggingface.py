@@ -215,8 +215,15 @@ def _yarn_fields(yarn: YarnScaling) -> dict[str, Any]:
 
 
 def copy_companions(source: Path, directory: Path) -> None:
-    """Generation settings, tokenizer and chat template. The caller flushes the directory."""
+    """Generation settings, tokenizer and chat template. The caller flushes the directory.
+
+    Raises:
+        UserError: one is a link to nothing, as in a hub's cache of which a file was lost: without it, the model would
+            be spoken to in another way.
+    """
     for name in COMPANIONS:
+        if (source / name).is_symlink() and not (source / name).exists():
+            raise UserError(f"{source / name}: is a link to {(source / name).readlink()}, which is missing")
         if (source / name).is_dir():
             shutil.copytree(source / name, directory / name)
         elif (source / name).exists():

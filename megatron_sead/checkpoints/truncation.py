@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from megatron_sead.checkpoints.read_ahead import read_ahead
 from megatron_sead.checkpoints.shard_writer import SHARD_BYTES, ShardWriter
 from megatron_sead.durable import write_json
 from megatron_sead.errors import UserError
+from megatron_sead.models.builder import read_hf_config
 from megatron_sead.outputs import whole_directory
 
 
@@ -61,7 +61,7 @@ def truncate(
                 if advance:
                     advance(done, total)
             writer.finish()
-            config = json.loads((source / "config.json").read_text())
+            config = read_hf_config(source)
             config["num_hidden_layers"] = layers
             if config.get("layer_types"):
                 config["layer_types"] = config["layer_types"][:layers]

@@ -212,4 +212,7 @@ def _same_file(a: Path, b: Path) -> bool:
         return False
     if a.read_bytes() == b.read_bytes():
         return True
-    return a.name == TOKENIZER_SETTINGS and portable_tokenizer(json.loads(a.read_text())) == json.loads(b.read_text())
+    if a.name != TOKENIZER_SETTINGS:
+        return False
+    ours, theirs = (json.loads(file.read_text(encoding="utf-8")) for file in (a, b))
+    return bool(portable_tokenizer(ours) == theirs)

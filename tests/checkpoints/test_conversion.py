@@ -178,6 +178,19 @@ def test_another_dtype_rounds_once(model: Path, tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"{name}-back/config.json").read_text())["dtype"] == str(dtype)[6:]
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.float64], ids=str)
+def test_weights_that_are_stored_in_another_floating_type_are_the_same_numbers(
+    model: Path, tmp_path: Path, stored: torch.dtype
+) -> None:
+    hf = Path(shutil.copytree(model, tmp_path / "hf"))
+    tensors = {name: tensor.to(stored) for name, tensor in weights_of(model).items()}
+    cut_into_files(hf, tensors)
+    assert convert(hf, tmp_path / "megatron", dtype=torch.float32).dtype == "fp32"
+    export(tmp_path / "megatron", tmp_path / "back")
+    expected = {name: tensor.float() for name, tensor in tensors.items()}
+    assert bits_differ(weights_of(tmp_path / "back"), expected) == []
+
+
 def wrong_weights(checkpoint: Path, hf_dir: Path, layout: Layout) -> list[str]:
     """What Megatron's own loader makes of the checkpoint, into a model of other random weights: what differs."""
     from megatron.core import dist_checkpointing

@@ -65,6 +65,18 @@ def pickled(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
 
+def too_large(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    wide[UP][0, 0] = -1e300
+    save_file(wide, directory / "model.safetensors")
+
+
+def lost_in_the_cache(directory: Path) -> None:
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    (directory / "chat_template.jinja").symlink_to("../../blobs/0123")
+
+
 NORM, UP = "model.norm.weight", "model.layers.2.mlp.up_proj.weight"
 
 
@@ -73,19 +85,34 @@ NORM, UP = "model.norm.weight", "model.layers.2.mlp.up_proj.weight"
     [
         (lambda d: change(d, UP, with_nan), f"{UP} has 3 of 8,192 elements that are NaN or infinite"),
         (lambda d: change(d, NORM, lambda t: t.double()), "must be all bfloat16 or all float32 (hf-to"),
+        (too_large, f"{UP} has elements of up to 1e+300, which bfloat16 cannot hold"),
         (lambda d: change(d, NORM, lambda t: t.to(torch.int32)), f"{NORM} is I32; weights must be F64, F32, F16, BF16"),
         (lambda d: change(d, NORM, lambda t: t[:5].clone()), f"{NORM} has shape [5]; its config.json calls for [64]"),
         (pickled, "pytorch_model.bin is not read: it is a pickle"),
         (lambda d: configure(d, model_type="olmo_hybrid"), "model_type='olmo_hybrid' is not supported"),
         (lambda d: configure(d, model_type="llama"), "model_type='llama' is not supported; must be olmo3 or olmo2"),
         (lambda d: configure(d, tie_word_embeddings=True), "tie_word_embeddings=True: only False is supported"),
+        (lost_in_the_cache, "chat_template.jinja: is a link to ../../blobs/0123, which is missing"),
         (lambda d: (d / "config.json").unlink(), "holds no config.json"),
     ],
-    ids=["nan", "two-dtypes", "integers", "misshapen", "pickled", "hybrid", "llama", "tied", "no-config"],
+    ids=[
+        "nan",
+        "two-dtypes",
+        "too-large",
+        "integers",
+        "misshapen",
+        "pickled",
+        "hybrid",
+        "llama",
+        "tied",
+        "lost",
+        "no-config",
+    ],
 )
 def test_a_model_that_cannot_be_converted(hf: Path, tmp_path: Path, damage: Callable[[Path], None], line: str) -> None:
     damage(hf)
-    assert line in refused(lambda: convert(hf, tmp_path / "out"))
+    dtype = torch.bfloat16 if damage is too_large else None
+    assert line in refused(lambda: convert(hf, tmp_path / "out", dtype=dtype))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 

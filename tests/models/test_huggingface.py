@@ -54,6 +54,14 @@ def test_bf16_rounds_once_and_comes_back(ranks: RankPool, hf_dir: Path) -> None:
     assert ranks.run(round_trip, hf_dir, Layout(tp=2), precision="bf16") == [[], [], [], []]
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.float64], ids=str)
+def test_other_floating_types_are_loaded(ranks: RankPool, hf_dir: Path, tmp_path: Path, stored: torch.dtype) -> None:
+    shutil.copytree(hf_dir, tmp_path, dirs_exist_ok=True)
+    tensors = {name: tensor.to(stored) for name, tensor in load_file(hf_dir / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert ranks.run(round_trip, tmp_path, Layout(tp=2)) == [[], [], [], []]
+
+
 def test_several_files_behind_an_index(ranks: RankPool, hf_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(hf_dir, tmp_path, dirs_exist_ok=True)
     split_files(tmp_path)
