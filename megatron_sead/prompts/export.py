@@ -112,12 +112,14 @@ def _carry_stop_tokens(tokenizer: ModelTokenizer, directory: Path) -> list[str]:
     except UserError:  # no token ids, for which student.stop_token_ids made up
         named = None
     told = []
-    if named is None or set(named[0]) != set(stop):
-        file = directory / "generation_config.json"
+    file = directory / "generation_config.json"
+    # Whoever reads this file reads no config.json for it, though it name no token
+    silent = file.is_file() and not isinstance(ids := read_json(file).get("eos_token_id"), int) and not ids
+    if named is None or set(named[0]) != set(stop) or silent:
         _write_json(file, read_json(file) | {"eos_token_id": list(stop)})
         file = directory / "config.json"
         _write_json(file, read_json(file) | {"eos_token_id": stop[0] if len(stop) == 1 else list(stop)})
-        instead = "" if named is None else f", in place of {list(named[0])}"
+        instead = "" if named is None or silent else f", in place of {list(named[0])}"
         told.append(f"eos_token_id: {list(stop)} of {tokenizer.stop_source}{instead}")
     own = tokenizer.codec.eos_token_id
     if told and own is not None and own not in stop:

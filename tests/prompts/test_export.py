@@ -103,6 +103,19 @@ def test_stop_tokens_that_make_up_for_a_file(model: Path, named: dict[str, Any])
     require_the_same(directory, settings)
 
 
+@pytest.mark.parametrize("named", [{}, {"eos_token_id": None}, {"eos_token_id": []}], ids=str)
+def test_generation_settings_that_name_no_end_get_that_of_the_run(model: Path, named: dict[str, Any]) -> None:
+    """Whoever reads that file does not look for it in config.json."""
+    (model / "generation_config.json").write_text(json.dumps(named))
+    (model / "config.json").write_text(
+        json.dumps(json.loads((model / "config.json").read_text()) | {"eos_token_id": 2})
+    )
+    settings = ModelSettings(path=model)
+    directory, told = export(settings)
+    require_the_same(directory, settings)
+    assert told == [f"eos_token_id: [2] of {model / 'config.json'}"]
+
+
 def test_the_tokenizers_own_end_is_written_where_no_file_names_one(model: Path) -> None:
     (model / "generation_config.json").unlink()
     (model / "config.json").write_text(json.dumps({"model_type": "olmo3", "vocab_size": 300, "eos_token_id": None}))
