@@ -276,13 +276,15 @@ def test_so_many_layers_it_has_not(model: Path, tmp_path: Path, layers: int) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_there_is_not_overwritten_unasked(model: Path, copy: Path) -> None:
-    before = (copy / "model.safetensors").read_bytes()
+def test_what_is_there_is_not_overwritten_unasked(model: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    truncate(model, short, layers=2)
+    before = (short / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="exists; give --overwrite"):
-        truncate(model, copy, layers=1)
-    assert (copy / "model.safetensors").read_bytes() == before
-    truncate(model, copy, layers=1, overwrite=True)
-    assert len(load_file(copy / "model.safetensors")) == 11 + 3
+        truncate(model, short, layers=1)
+    assert (short / "model.safetensors").read_bytes() == before
+    truncate(model, short, layers=1, overwrite=True)
+    assert len(load_file(short / "model.safetensors")) == 11 + 3
 
 
 def test_mixed_dtypes_are_not_made_one(copy: Path, tmp_path: Path) -> None:

@@ -140,12 +140,12 @@ def frequencies(hf_dir: Path) -> Any:
 def test_what_does_not_fit_is_refused(
     ranks: RankPool, tmp_path: Path, changes: dict[str, Any], layout: Layout, line: str
 ) -> None:
-    found = ranks.run(refusal, write(tmp_path, BASE | changes), layout)
+    found = ranks.run(refusal, write(tmp_path, BASE | {"rope_theta": 500000.0} | changes), layout)
     assert all(line in message and "\n" not in message for message in found), found
 
 
 def test_the_refusal_lists_valid_tensor_parallel_sizes(ranks: RankPool, tmp_path: Path) -> None:
-    hf = BASE | {"num_attention_heads": 12, "num_key_value_heads": 6}
+    hf = BASE | {"rope_theta": 500000.0, "num_attention_heads": 12, "num_key_value_heads": 6}
     assert (
         "valid are 1, 2, 3, 6" not in ranks.run(refusal, write(tmp_path, hf), Layout(tp=4))[0]
     )  # 3 leaves 100352 over

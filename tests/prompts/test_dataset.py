@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -182,7 +181,7 @@ def test_a_hub_failure_is_one_line(tokenizer: ModelTokenizer, monkeypatch: pytes
 )
 def test_real_files_with_the_real_tokenizer(
     data_folder: Path,
-    tiny_olmo3: Path,
+    tmp_path: Path,
     file: str,
     prompt_field: str,
     answer_field: str,
@@ -190,12 +189,12 @@ def test_real_files_with_the_real_tokenizer(
     first: tuple[str, ...],
 ) -> None:
     dolma = data_folder / "tokenizer_dolma2" / "allenai_dolma2.json"
-    model = ModelSettings(path=tiny_olmo3, tokenizer=dolma, stop_token_ids=[100257])
+    (tmp_path / "config.json").write_text('{"model_type": "olmo3", "vocab_size": 100278}')
+    model = ModelSettings(path=tmp_path, tokenizer=dolma, stop_token_ids=[100257])
     settings = PromptSettings(
         path=str(data_folder / file), prompt_field=prompt_field, answer_field=answer_field, template="plain"
     )
-    # Without the tiny model's context: these prompts are for a large one
-    tokenizer = replace(load_tokenizer(model, "student"), context_length=None)
+    tokenizer = load_tokenizer(model, "student")
     prompts = load_prompts(settings, tokenizer, limit=300)
     assert len(prompts) == min(count, 300)
     assert prompts[0].answers == first
