@@ -89,6 +89,12 @@ def transformers_ids(directory: Path, system: str | None, text: str) -> list[int
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
+def reads_as_sentencepiece(directory: Path, model: bytes) -> bool:
+    """Whether transformers splits a text as sentencepiece does: 5.16 puts no space before one, later versions do."""
+    ids = AutoTokenizer.from_pretrained(directory).encode("1 + 1", add_special_tokens=False)
+    return bool(ids == sentencepiece.SentencePieceProcessor(model_proto=model).encode("1 + 1"))
+
+
 def our_ids(directory: Path, system: str | None, text: str, role: str = "student") -> list[int]:
     tokenizer = load_tokenizer(ModelSettings(path=directory, system_prompt=system), role)
     return list(tokenizer.encode(tokenizer.render(text)))
@@ -206,7 +212,11 @@ def test_a_sentencepiece_directory(tmp_path: Path, settings: dict[str, Any] | No
     (directory / "tokenizer.model").write_bytes(model.getvalue())
     (directory / "chat_template.jinja").write_text("{{ bos_token }}<|turn|>{{ messages[0].content }}{{ eos_token }}")
     ids = our_ids(directory, None, "1 + 1")
-    assert ids == transformers_ids(directory, None, "1 + 1") and (ids[0], ids[-1]) == (1, 2)
+    assert (ids[0], ids[-1]) == (1, 2)
+    if settings is not None or reads_as_sentencepiece(directory, model.getvalue()):
+        assert ids == transformers_ids(directory, None, "1 + 1")
+    else:
+        assert ids == [1, 3, *sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).encode("1 + 1"), 2]
     bare = ModelSettings(path=directory, tokenizer=directory / "tokenizer.model")
     tokenizer = load_tokenizer(bare, "student")
     assert tokenizer.render("1") == "<s><|turn|>1</s>"
