@@ -17,14 +17,14 @@ if __name__ == "__main__":  # Ctrl-C ends a rank at once and quietly, until ther
 
 import typer
 
-from megatron_sead.cli import App, one_line_errors_on_ranks
-from megatron_sead.config import RunConfig, load_config
-from megatron_sead.config_checks import OWNER_FILE, check_output
-from megatron_sead.environment import environment_number
+from megatron_sead.commands.cli import App, one_line_errors_on_ranks
+from megatron_sead.config.checks import OWNER_FILE, check_output
+from megatron_sead.config.environment import environment_number
+from megatron_sead.config.run import RunConfig, load_config
+from megatron_sead.config.settings_file import repeated_overrides
 from megatron_sead.errors import UserError
-from megatron_sead.ownership import refuse_if_owned
-from megatron_sead.rank_failures import ending_together
-from megatron_sead.settings_file import repeated_overrides
+from megatron_sead.launch.ownership import refuse_if_owned
+from megatron_sead.launch.rank_failures import ending_together
 
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
@@ -85,7 +85,7 @@ def _planned_world_size(config: RunConfig) -> int:
 def _train(config: RunConfig) -> None:
     # Here, not at the top: torch and Megatron take seconds to import, and mistakes are told before
     if config.device == "cpu":
-        from megatron_sead.training.cpu_adaptor import adapt_to_cpu
+        from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
 
         adapt_to_cpu()  # before anything imports Megatron
     from megatron_sead.training.loop import run

@@ -28,7 +28,7 @@ import typer
 from conversion_console import prepare_megatron
 from rich.console import Console
 
-from megatron_sead.cli import App, one_line_errors
+from megatron_sead.commands.cli import App, one_line_errors
 
 ROOT = Path(__file__).parents[1]
 COMMAND = Path(__file__).with_name("convert_checkpoint.py")

@@ -26,7 +26,7 @@ from loss_benchmark.report import markdown, plot, print_tables
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from megatron_sead.cli import App, one_line_errors
+from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.errors import UserError
 
 FITS = 0.8  # of the memory that is free at the start

@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sead.cli import App, one_line_errors
+from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ import typer
 from true_shapes.launch import check
 from true_shapes.model import SHAPES
 
-from megatron_sead.cli import App, one_line_errors
+from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.errors import UserError
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "true_shapes"

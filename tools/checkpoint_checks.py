@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from megatron_sead.cli import App, one_line_errors
+from megatron_sead.commands.cli import App, one_line_errors
 
 if TYPE_CHECKING:
     from megatron_sead.checkpoints.inspection import Inspection
@@ -63,8 +63,8 @@ def verify(
         from megatron_sead.checkpoints.layerwise import compare_on_text, read_tokens
         from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel, find_checkpoint
         from megatron_sead.checkpoints.verification import compare_tensors, meaning_differences
-        from megatron_sead.config import ParallelSettings
-        from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+        from megatron_sead.config.run import ParallelSettings
+        from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
 
         with HuggingFaceModel(hf) as ours, MegatronModel(find_checkpoint(megatron, iteration)) as theirs:
             probe = None if tokens == 0 else read_tokens(ours, tokens, text)

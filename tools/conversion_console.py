@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 def prepare_megatron() -> None:
     """Conversion is work for a CPU, where Megatron-Core cannot even be imported without this."""
-    from megatron_sead.training.cpu_adaptor import adapt_to_cpu
+    from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
 
     _reuse_freed_memory()
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")  # of what it would use for training

@@ -18,9 +18,9 @@ import typer
 from checkpoint_checks import checks
 from conversion_console import prepare_megatron, progress
 
-from megatron_sead.cli import App, expand_argument, one_line_errors
+from megatron_sead.commands.cli import App, expand_argument, one_line_errors
 from megatron_sead.errors import UserError
-from megatron_sead.outputs import require_apart
+from megatron_sead.files.outputs import require_apart
 
 if TYPE_CHECKING:
     from megatron_sead.checkpoints.conversion import Conversion
@@ -102,8 +102,8 @@ def speech_of_run(checkpoint: Path, output: Path, told: list[str]) -> Callable[[
         UserError: the run's tokenizer or chat template is no longer where it was, or where `output` is.
     """
     from megatron_sead.checkpoints.model_files import find_model_source, recorded_student
-    from megatron_sead.prompts import load_tokenizer
     from megatron_sead.prompts.export import carry_speech
+    from megatron_sead.prompts.tokenizer import load_tokenizer
 
     student = recorded_student(checkpoint)
     if student is None or find_model_source(checkpoint) != student.path:  # student-hf, which has it all already

@@ -23,18 +23,19 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_sead.cli import App, one_line_errors
-from megatron_sead.config import GradingSettings, ModelSettings, PromptSettings, RolloutSettings, Settings
+from megatron_sead.commands.cli import App, one_line_errors
+from megatron_sead.config.run import GradingSettings, ModelSettings, PromptSettings, RolloutSettings, Settings
+from megatron_sead.config.settings_file import load_settings
 from megatron_sead.errors import UserError
-from megatron_sead.grading import GRADER_VERSION, Grader
-from megatron_sead.ownership import sole_owner
-from megatron_sead.prompts import ModelTokenizer, Prompt, load_tokenizer
-from megatron_sead.prompts.dataset import tokenize
+from megatron_sead.grading.grader import GRADER_VERSION, Grader
+from megatron_sead.launch.ownership import sole_owner
+from megatron_sead.prompts.dataset import Prompt, tokenize
 from megatron_sead.prompts.exact_json import dumps, holds_no_number
 from megatron_sead.prompts.problems import check_rows, repeats
 from megatron_sead.prompts.rows import Row, read_rows
-from megatron_sead.rollouts import GenerationRequest, RolloutEngine, Sampling, make_engine
-from megatron_sead.settings_file import load_settings
+from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
+from megatron_sead.rollouts.engine import GenerationRequest, RolloutEngine, Sampling
+from megatron_sead.rollouts.factory import make_engine
 
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 DISK_REFUSES += (errno.EEXIST, errno.ENAMETOOLONG)

@@ -24,9 +24,9 @@ from tiny_pair.tokenizer import load_tokenizer, train_tokenizer
 from transformers import Olmo3ForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from megatron_sead.cli import App
+from megatron_sead.commands.cli import App
 from megatron_sead.errors import UserError
-from megatron_sead.outputs import whole_directory
+from megatron_sead.files.outputs import whole_directory
 
 console = Console(stderr=True)
 app = App()

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from megatron_sead.cli import App, one_line_errors
-from megatron_sead.config import load_config
+from megatron_sead.commands.cli import App, one_line_errors
+from megatron_sead.config.run import load_config
 from megatron_sead.planning.plan import make_plan, print_plan
 
 

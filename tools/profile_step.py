@@ -21,10 +21,10 @@ from benchmark_step import machine  # beside this file
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sead.cli import App, one_line_errors_on_ranks
-from megatron_sead.config import load_config
+from megatron_sead.commands.cli import App, one_line_errors_on_ranks
+from megatron_sead.config.run import load_config
 from megatron_sead.errors import UserError
-from megatron_sead.rank_failures import ending_together
+from megatron_sead.launch.rank_failures import ending_together
 
 WARM_UP = 3  # first steps, not counted
 LOOP = "the rest: schedule, loop, progress"
@@ -100,7 +100,7 @@ def main(
             raise UserError(f"device={settings.device}: must be cpu; a GPU works on while the host's clock reads it")
         if settings.training.steps < WARM_UP + 2:
             raise UserError(f"training.steps={settings.training.steps}: must be at least {WARM_UP + 2}")
-        from megatron_sead.training.cpu_adaptor import adapt_to_cpu
+        from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
 
         adapt_to_cpu()
         clock = Clock()

@@ -14,7 +14,7 @@ from megatron_sead.distillation import linear_weighted_divergence
 
 BACKEND = "nccl" if torch.cuda.is_available() else "gloo"
 if BACKEND == "gloo":  # Megatron-Core assumes a GPU; this lets it run without one, and must come before its import
-    from megatron_sead.training.cpu_adaptor import adapt_to_cpu
+    from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
 
     adapt_to_cpu()
 

@@ -18,9 +18,9 @@ from megatron_sead.checkpoints.read_ahead import read_ahead
 from megatron_sead.checkpoints.shard_writer import SHARD_BYTES, ShardWriter
 from megatron_sead.checkpoints.torch_dist_writer import FORMAT_VERSION, TorchDistWriter
 from megatron_sead.errors import UserError
+from megatron_sead.files.outputs import whole_directory
 from megatron_sead.models.builder import DTYPES
 from megatron_sead.models.huggingface import NamedWeight
-from megatron_sead.outputs import whole_directory
 
 # A rank reads whole pieces to get its share: small ones let it read little beside that. And the C library gives memory
 # of up to 32 MiB back to the next piece; larger pieces would cost a page fault every 4 KiB, a second for each GB.

@@ -15,14 +15,15 @@ import torch.distributed as dist
 from megatron_sead.checkpoints.manifest import from_first_rank
 from megatron_sead.checkpoints.model_files import model_weights
 from megatron_sead.checkpoints.shard_writer import SHARD_BYTES, ShardWriter
-from megatron_sead.durable import write_json
 from megatron_sead.errors import UserError
+from megatron_sead.files.durable import write_json
+from megatron_sead.files.names import TOKENIZER_FILES, TOKENIZER_SETTINGS
+from megatron_sead.files.outputs import Output
 from megatron_sead.models.builder import read_hf_config
 from megatron_sead.models.huggingface import tensor_shapes
 from megatron_sead.models.olmo3.config import YarnScaling, olmo3_fields
 from megatron_sead.models.tensor_files import TensorFiles
-from megatron_sead.outputs import Output
-from megatron_sead.token_ids import TOKENIZER_FILES, TOKENIZER_SETTINGS, portable_tokenizer
+from megatron_sead.models.token_ids import portable_tokenizer
 
 # What a model directory holds beside weights and config.json. Not its README: that speaks of another model.
 COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)

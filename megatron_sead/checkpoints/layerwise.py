@@ -24,7 +24,7 @@ from megatron_sead.models.olmo3.config import Olmo3Config
 from megatron_sead.models.olmo3.layers import block_spec
 from megatron_sead.models.olmo3.norms import RMSNorm
 from megatron_sead.models.olmo3.rotary import DualRotaryEmbedding
-from megatron_sead.models.parallel import ParallelContext
+from megatron_sead.parallel.context import ParallelContext
 
 # Shapes: s tokens of the text, h hidden size, v true vocabulary
 

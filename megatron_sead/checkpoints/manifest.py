@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sead.durable import flush_directory
+from megatron_sead.files.durable import flush_directory
 
 FILE_NAME = "manifest.json"
 STEP = re.compile(r"step-(\d{8,})")  # a run's checkpoints, by folder name

@@ -17,13 +17,13 @@ import yaml
 
 from megatron_sead.checkpoints.manifest import FILE_NAME, STEP, Damage, Manifest, read_manifest
 from megatron_sead.checkpoints.torch_dist_reader import SavedTensor, TorchDistCheckpoint
-from megatron_sead.config import ModelSettings
+from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
 from megatron_sead.models.builder import read_hf_config
 from megatron_sead.models.huggingface import NamedWeight, named_weights, tensor_shapes
 from megatron_sead.models.olmo3.config import Olmo3Config, olmo3_fields
 from megatron_sead.models.tensor_files import TensorFiles
-from megatron_sead.weight_files import has_weights
+from megatron_sead.models.weight_files import has_weights
 
 
 def model_weights(hf_dir: Path) -> tuple[Olmo3Config, list[NamedWeight]]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_sead.durable import flush_file, write_json
+from megatron_sead.files.durable import flush_file, write_json
+from megatron_sead.files.names import INDEX
 from megatron_sead.models.tensor_files import DTYPES
-from megatron_sead.weight_files import INDEX
 
 SHARD_BYTES = 5 * 10**9  # the size that transformers and the hub use
 FLUSH_BYTES = 2**29  # a disk that waits for whole files idles until the first is there

@@ -42,10 +42,10 @@ from megatron_sead.checkpoints.manifest import (
 from megatron_sead.checkpoints.optimizer_state import give_every_parameter_a_state, loading_into
 from megatron_sead.checkpoints.random_state import random_state, restore_random_state
 from megatron_sead.checkpoints.torch_dist_reader import TorchDistCheckpoint, plain_values, restricted_loading
-from megatron_sead.durable import flush_directory
 from megatron_sead.errors import UserError
-from megatron_sead.models.parallel import ParallelContext
-from megatron_sead.outputs import delete_unfinished
+from megatron_sead.files.durable import flush_directory
+from megatron_sead.files.outputs import delete_unfinished
+from megatron_sead.parallel.context import ParallelContext
 
 log = logging.getLogger(__name__)
 

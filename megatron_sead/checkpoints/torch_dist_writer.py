@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatron_sead.durable import flush_file
+from megatron_sead.files.durable import flush_file
 
 FORMAT_VERSION = "0.16.1"  # of Megatron-Core, whose format this is
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}

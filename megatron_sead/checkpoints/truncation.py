@@ -11,10 +11,10 @@ from megatron_sead.checkpoints.huggingface import copy_companions
 from megatron_sead.checkpoints.model_files import HuggingFaceModel
 from megatron_sead.checkpoints.read_ahead import read_ahead
 from megatron_sead.checkpoints.shard_writer import SHARD_BYTES, ShardWriter
-from megatron_sead.durable import write_json
 from megatron_sead.errors import UserError
+from megatron_sead.files.durable import write_json
+from megatron_sead.files.outputs import whole_directory
 from megatron_sead.models.builder import read_hf_config
-from megatron_sead.outputs import whole_directory
 
 
 def truncate(

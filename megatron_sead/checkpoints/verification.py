@@ -20,9 +20,10 @@ from megatron_sead.checkpoints.huggingface import COMPANIONS
 from megatron_sead.checkpoints.model_files import HuggingFaceModel, ModelFiles
 from megatron_sead.checkpoints.read_ahead import read_ahead
 from megatron_sead.errors import UserError
+from megatron_sead.files.names import TOKENIZER_SETTINGS
 from megatron_sead.models.builder import read_hf_config
 from megatron_sead.models.olmo3.config import olmo3_fields
-from megatron_sead.token_ids import TOKENIZER_SETTINGS, portable_tokenizer
+from megatron_sead.models.token_ids import portable_tokenizer
 
 # Keys of config.json that say in several forms what `olmo3_fields` says in one, and those that say who wrote the file
 REWRITTEN = {"rope_theta", "rope_scaling", "rope_parameters", "layer_types", "dtype", "torch_dtype"}

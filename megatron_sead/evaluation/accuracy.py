@@ -9,9 +9,10 @@ from typing import Any
 
 from torch.distributed import ProcessGroup
 
-from megatron_sead.grading import Grader
-from megatron_sead.prompts import ModelTokenizer, Prompt
-from megatron_sead.rollouts import GenerationRequest, Rollout, RolloutEngine, Sampling
+from megatron_sead.grading.grader import Grader
+from megatron_sead.prompts.dataset import Prompt
+from megatron_sead.prompts.tokenizer import ModelTokenizer
+from megatron_sead.rollouts.engine import GenerationRequest, Rollout, RolloutEngine, Sampling
 
 EVALUATION_STEP = -1  # no training step: evaluations before and after a run draw the same numbers, and no other does
 

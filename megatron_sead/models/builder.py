@@ -8,13 +8,13 @@ from typing import Any, Literal
 import torch
 
 from megatron_sead.errors import UserError
-from megatron_sead.model_config import olmo3_fields
-from megatron_sead.model_config import read_hf_config as read_hf_config
+from megatron_sead.models.hf_config import olmo3_fields
+from megatron_sead.models.hf_config import read_hf_config as read_hf_config
 from megatron_sead.models.huggingface import check_huggingface_weights, load_huggingface_weights
 from megatron_sead.models.olmo3.config import Olmo3Config
 from megatron_sead.models.olmo3.layers import AttentionBackend
 from megatron_sead.models.olmo3.model import Olmo3Model
-from megatron_sead.models.parallel import ParallelContext
+from megatron_sead.parallel.context import ParallelContext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

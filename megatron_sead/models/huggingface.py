@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron_sead.models.olmo3.config import Olmo3Config
 from megatron_sead.models.olmo3.model import Olmo3Model
 from megatron_sead.models.olmo3.weights import Weight, first_stage_weights, last_stage_weights, layer_weights
-from megatron_sead.models.parallel import ParallelContext
 from megatron_sead.models.tensor_files import TensorFiles
+from megatron_sead.parallel.context import ParallelContext
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_sead.errors import UserError
 from megatron_sead.models.olmo3.weights import Weight
-from megatron_sead.weight_files import IGNORED_SUFFIX, locate_tensors
+from megatron_sead.models.weight_files import IGNORED_SUFFIX, locate_tensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sead.config import ModelSettings, ParallelSettings, RunConfig
-from megatron_sead.config_checks import check_world_size, config_warnings
+from megatron_sead.config.checks import check_world_size, config_warnings
+from megatron_sead.config.run import ModelSettings, ParallelSettings, RunConfig
 from megatron_sead.errors import UserError
-from megatron_sead.model_config import olmo3_fields, padded_vocabulary, read_hf_config
+from megatron_sead.models.hf_config import olmo3_fields, padded_vocabulary, read_hf_config
 
 ASSUMED_PROMPT_TOKENS = 1024  # where prompts.max_prompt_tokens is not set
 

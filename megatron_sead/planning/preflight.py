@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_sead.config import ModelSettings, RunConfig
+from megatron_sead.config.run import ModelSettings, RunConfig
 from megatron_sead.errors import UserError
+from megatron_sead.models.token_ids import embedding_rows
+from megatron_sead.models.weight_files import has_weights, locate_tensors, read_header, weight_files
 from megatron_sead.planning.tokenizer_files import tokenizer_problems
 from megatron_sead.prompts.problems import read_problems, repeats
 from megatron_sead.prompts.rows import is_hub_name
-from megatron_sead.token_ids import embedding_rows
-from megatron_sead.weight_files import has_weights, locate_tensors, read_header, weight_files
 
 
 def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> list[str]:

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_sead.config import ModelSettings, RunConfig
+from megatron_sead.config.run import ModelSettings, RunConfig
 from megatron_sead.errors import UserError
-from megatron_sead.token_ids import (
-    TOKENIZER_SETTINGS,
+from megatron_sead.files.names import TOKENIZER_SETTINGS
+from megatron_sead.models.token_ids import (
     embedding_rows,
     named_tokens,
     pad_token_id,

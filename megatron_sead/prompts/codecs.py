@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_sead.errors import UserError
-from megatron_sead.token_ids import NAMED_TOKENS, TOKENIZER_SETTINGS, named_tokens, read_json
+from megatron_sead.files.names import TOKENIZER_SETTINGS
+from megatron_sead.models.token_ids import NAMED_TOKENS, named_tokens, read_json
 
 Messages = list[dict[str, str]]
 

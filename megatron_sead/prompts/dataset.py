@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_sead.config import PromptSettings
+from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.problems import Problem, read_problems, repeats
 from megatron_sead.prompts.tokenizer import ModelTokenizer

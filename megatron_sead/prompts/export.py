@@ -10,11 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_sead.config import ModelSettings
+from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
+from megatron_sead.files.names import TOKENIZER_FILES, TOKENIZER_SETTINGS
+from megatron_sead.models.token_ids import portable_tokenizer, read_json, stop_token_ids
 from megatron_sead.prompts.codecs import HuggingFaceCodec, SentencePieceCodec, one_line
 from megatron_sead.prompts.tokenizer import PROBE, ModelTokenizer, load_tokenizer
-from megatron_sead.token_ids import TOKENIZER_FILES, TOKENIZER_SETTINGS, portable_tokenizer, read_json, stop_token_ids
 
 # Places of other chat templates than chat_template.jinja
 OTHER_TEMPLATES = ("chat_template.json", "additional_chat_templates")

@@ -12,10 +12,10 @@ from typing import Literal
 
 from rich.table import Table
 
-from megatron_sead.config import ModelSettings
+from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
+from megatron_sead.models.token_ids import require_same_rows
 from megatron_sead.prompts.tokenizer import PROBE, ModelTokenizer
-from megatron_sead.token_ids import require_same_rows
 
 
 @dataclass(frozen=True)

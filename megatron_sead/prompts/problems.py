@@ -12,7 +12,7 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
-from megatron_sead.config import PromptSettings
+from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.answers import MISSING, is_blank, reference_answers, written_number
 from megatron_sead.prompts.exact_json import fault

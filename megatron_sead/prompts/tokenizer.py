@@ -8,17 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_sead.config import ModelSettings
+from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
+from megatron_sead.files.names import TOKENIZER_SETTINGS
+from megatron_sead.models.token_ids import pad_token_id, read_json, require_rows, require_token_ids, stop_token_ids
 from megatron_sead.prompts.codecs import Codec, HuggingFaceCodec, Messages, load_codec, one_line
-from megatron_sead.token_ids import (
-    TOKENIZER_SETTINGS,
-    pad_token_id,
-    read_json,
-    require_rows,
-    require_token_ids,
-    stop_token_ids,
-)
 
 PROBE = "What is 1+1?"
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_sead.durable import replace_text
+from megatron_sead.files.durable import replace_text
 
 
 class MetricsWriter:

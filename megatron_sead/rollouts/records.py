@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_sead.durable import replace_text
 from megatron_sead.errors import UserError
+from megatron_sead.files.durable import replace_text
 from megatron_sead.rollouts.engine import Rollout
 
 FOLDER = "rollouts"

@@ -16,10 +16,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_sead.errors import NotFiniteNumbers, UserError
-from megatron_sead.model_config import olmo3_fields, read_hf_config
+from megatron_sead.models.hf_config import olmo3_fields, read_hf_config
+from megatron_sead.models.weight_files import locate_tensors
 from megatron_sead.rollouts.engine import GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.sampling import choose_tokens, uniforms
-from megatron_sead.weight_files import locate_tensors
 
 # Shapes: b rollouts being written together, s padded prompt length, t new tokens so far, V true vocabulary size
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch.distributed as dist
 from rich.table import Table
 
-from megatron_sead.checkpoints import verify_huggingface_directory, write_huggingface_directory
-from megatron_sead.durable import replace_text
-from megatron_sead.prompts import load_tokenizer
+from megatron_sead.checkpoints.huggingface import verify_huggingface_directory, write_huggingface_directory
+from megatron_sead.files.durable import replace_text
 from megatron_sead.prompts.export import carry_speech
+from megatron_sead.prompts.tokenizer import load_tokenizer
 from megatron_sead.training.heldout import evaluate_directory
 from megatron_sead.training.identity import check_export
 from megatron_sead.training.run import Run

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_sead.evaluation import evaluate
-from megatron_sead.prompts import ModelTokenizer
-from megatron_sead.rollouts import make_engine
+from megatron_sead.evaluation.accuracy import evaluate
+from megatron_sead.prompts.tokenizer import ModelTokenizer
+from megatron_sead.rollouts.factory import make_engine
 from megatron_sead.training.run import Run
 
 

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
-from megatron_sead.config import RunConfig
+from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.models.olmo3.model import Olmo3Model
-from megatron_sead.prompts import MicroBatch, TokenView
-from megatron_sead.rollouts import Sampling
+from megatron_sead.prompts.packing import MicroBatch, TokenView
+from megatron_sead.rollouts.engine import Sampling
 from megatron_sead.rollouts.transformers_engine import TransformersEngine
 from megatron_sead.training.not_finite import describe, gather_reports, weights_are_finite
 from megatron_sead.training.run import Run

@@ -6,8 +6,8 @@ from base64 import b64decode
 from collections.abc import Iterable
 from typing import Any, get_args
 
-from megatron_sead.config import InputName
-from megatron_sead.prompts import Prompt
+from megatron_sead.config.run import InputName
+from megatron_sead.prompts.dataset import Prompt
 
 # JSON. By the input's name (`InputName`) a dictionary of values by aspect, and of dictionaries of such; of a prompt
 # set its "count" and "columns": a CRC-32 a prompt, 4 bytes each in base64

@@ -20,16 +20,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sead.checkpoints import CheckpointStore
 from megatron_sead.checkpoints.manifest import checksum, from_first_rank
+from megatron_sead.checkpoints.store import CheckpointStore
 from megatron_sead.checkpoints.weight_checksums import weight_checksums
-from megatron_sead.config import RunConfig
+from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import UserError
-from megatron_sead.grading import GRADER_VERSION
+from megatron_sead.grading.grader import GRADER_VERSION
 from megatron_sead.models.builder import read_hf_config
 from megatron_sead.models.olmo3.config import olmo3_fields
-from megatron_sead.prompts import ModelTokenizer, Prompt
-from megatron_sead.rollouts import record_path
+from megatron_sead.prompts.dataset import Prompt
+from megatron_sead.prompts.tokenizer import ModelTokenizer
+from megatron_sead.rollouts.records import record_path
 from megatron_sead.training.input_changes import CHECKSUM, Fingerprint, differences
 
 log = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 
-from megatron_sead.config import RunConfig
+from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import NotFiniteNumbers
-from megatron_sead.rollouts import Rollout
+from megatron_sead.rollouts.engine import Rollout
 from megatron_sead.training.conclude import conclude
 from megatron_sead.training.record import record_step, save
 from megatron_sead.training.run import Run

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sead.checkpoints.manifest import from_all_ranks
-from megatron_sead.durable import replace_text
-from megatron_sead.models.parallel import ParallelContext
+from megatron_sead.files.durable import replace_text
+from megatron_sead.parallel.context import ParallelContext
 
 FOLDER = "not-finite"
 KEPT = 20  # steps of a run whose batches are kept; of later ones metrics.jsonl tells alone

@@ -9,8 +9,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_sead.config import TrainingSettings
-from megatron_sead.models.parallel import ParallelContext
+from megatron_sead.config.run import TrainingSettings
+from megatron_sead.parallel.context import ParallelContext
 
 
 def build_optimizer(

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_sead.models import ParallelContext
 from megatron_sead.models.huggingface import unwrap
+from megatron_sead.parallel.communicator import schedule_arguments
+from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
-from megatron_sead.training.communicator import schedule_arguments
 
 # Shapes: b rollouts in a micro-batch, s padded length, n response tokens of the micro-batch, h hidden size
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sead.errors import NotFiniteNumbers, UserError
-from megatron_sead.rollouts import Rollout, record_path, write_records
+from megatron_sead.rollouts.engine import Rollout
+from megatron_sead.rollouts.records import record_path, write_records
 from megatron_sead.training.identity import trained_log_probs
 from megatron_sead.training.not_finite import weights_are_finite
 from megatron_sead.training.run import Run

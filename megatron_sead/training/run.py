@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from megatron_sead.checkpoints import CheckpointStore
-from megatron_sead.config import RunConfig
+from megatron_sead.checkpoints.store import CheckpointStore
+from megatron_sead.config.run import RunConfig
 from megatron_sead.distillation import CompetenceTracker, Curriculum, annealing_coefficient
 from megatron_sead.errors import UserError
-from megatron_sead.grading import Grader
-from megatron_sead.models import iterate_huggingface_weights
+from megatron_sead.grading.grader import Grader
+from megatron_sead.models.huggingface import iterate_huggingface_weights
 from megatron_sead.models.olmo3.model import Olmo3Model
-from megatron_sead.models.parallel import ParallelContext
-from megatron_sead.prompts import MicroBatch, ModelTokenizer, Prompt, pack
+from megatron_sead.parallel.context import ParallelContext
+from megatron_sead.prompts.dataset import Prompt
+from megatron_sead.prompts.packing import MicroBatch, pack
+from megatron_sead.prompts.tokenizer import ModelTokenizer
 from megatron_sead.reporting.metrics import MetricsWriter
 from megatron_sead.reporting.progress import StepProgress
-from megatron_sead.rollouts import GenerationRequest, Rollout, RolloutEngine
+from megatron_sead.rollouts.engine import GenerationRequest, Rollout, RolloutEngine
 from megatron_sead.training.inputs import Inputs
 from megatron_sead.training.interrupt import InterruptFlag
 from megatron_sead.training.step import Learner

@@ -14,7 +14,7 @@ from megatron_sead.distillation import (
     linear_token_scores,
     linear_weighted_divergence,
 )
-from megatron_sead.models import ParallelContext
+from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.pipeline import run_schedule
 from megatron_sead.training.sequence_places import SequencePlaces

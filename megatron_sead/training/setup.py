@@ -10,32 +10,35 @@ from contextlib import ExitStack, contextmanager
 import torch
 from rich.console import Console
 
-from megatron_sead.checkpoints import CheckpointStore
 from megatron_sead.checkpoints.manifest import from_first_rank
-from megatron_sead.config import ModelSettings, RunConfig, dump_config
-from megatron_sead.config_checks import (
+from megatron_sead.checkpoints.store import CheckpointStore
+from megatron_sead.config.checks import (
     OWNER_FILE,
     check_output,
     check_world_size,
     config_warnings,
     opening_line,
 )
+from megatron_sead.config.run import ModelSettings, RunConfig, dump_config
 from megatron_sead.distillation import CompetenceTracker, Curriculum
-from megatron_sead.durable import replace_text
 from megatron_sead.errors import UserError
-from megatron_sead.grading import Grader
-from megatron_sead.models import ParallelContext, build_model
+from megatron_sead.files.durable import replace_text
+from megatron_sead.grading.grader import Grader
+from megatron_sead.launch.ownership import sole_owner
+from megatron_sead.models.builder import build_model
 from megatron_sead.models.olmo3.model import Olmo3Model
-from megatron_sead.ownership import sole_owner
-from megatron_sead.prompts import ModelTokenizer, Prompt, check_pair, load_prompts, load_tokenizer
+from megatron_sead.parallel.context import ParallelContext
+from megatron_sead.parallel.groups import parallel_groups
+from megatron_sead.prompts.dataset import Prompt, load_prompts
+from megatron_sead.prompts.pair import check_pair
+from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
 from megatron_sead.reporting.metrics import MetricsWriter
-from megatron_sead.rollouts import make_engine
+from megatron_sead.rollouts.factory import make_engine
 from megatron_sead.training.heldout import evaluate_directory
 from megatron_sead.training.identity import check_engine, check_models, probe_tokens
 from megatron_sead.training.inputs import settle_inputs
 from megatron_sead.training.interrupt import InterruptFlag
 from megatron_sead.training.optimizer import build_optimizer
-from megatron_sead.training.parallel import parallel_groups
 from megatron_sead.training.run import Progress, Run
 from megatron_sead.training.scoring import Heads
 from megatron_sead.training.step import Learner

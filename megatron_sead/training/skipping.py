@@ -6,7 +6,8 @@ import logging
 
 from megatron_sead.checkpoints.manifest import from_first_rank
 from megatron_sead.errors import NotFiniteNumbers, UserError
-from megatron_sead.rollouts import Rollout, write_records
+from megatron_sead.rollouts.engine import Rollout
+from megatron_sead.rollouts.records import write_records
 from megatron_sead.training.not_finite import FOLDER, KEPT, Report, describe, gather_reports, write_reports
 from megatron_sead.training.run import Run
 

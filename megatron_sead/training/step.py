@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_sead.distillation import NotFiniteError, Thresholds, TokenScores
-from megatron_sead.models.parallel import ParallelContext
+from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.measure import measure_tokens
 from megatron_sead.training.not_finite import Report, gather_reports, own_grad_norm

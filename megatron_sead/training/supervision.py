@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron_sead.config import ZONE_POLICIES, RunConfig
+from megatron_sead.config.run import ZONE_POLICIES, RunConfig
 from megatron_sead.distillation import (
     PolicyInput,
     RunningThresholds,

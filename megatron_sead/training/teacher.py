@@ -10,8 +10,8 @@ from types import TracebackType
 
 import torch
 
-from megatron_sead.models import ParallelContext
 from megatron_sead.models.olmo3.model import Olmo3Model
+from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.pipeline import run_schedule
 

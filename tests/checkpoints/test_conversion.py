@@ -195,8 +195,9 @@ def wrong_weights(checkpoint: Path, hf_dir: Path, layout: Layout) -> list[str]:
     """What Megatron's own loader makes of the checkpoint, into a model of other random weights: what differs."""
     from megatron.core import dist_checkpointing
 
-    from megatron_sead.models import build_model, iterate_huggingface_weights
-    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+    from megatron_sead.models.builder import build_model
+    from megatron_sead.models.huggingface import iterate_huggingface_weights
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
 
     expected = weights_of(hf_dir)
     precision = "bf16" if expected["model.norm.weight"].dtype == torch.bfloat16 else "fp32"

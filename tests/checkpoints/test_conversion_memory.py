@@ -16,7 +16,7 @@ MOST_GROWTH = 200  # MB; measured: 66 there, 82 back. One whole copy of the embe
 PROGRAM = """
 import json, resource, sys
 from pathlib import Path
-from megatron_sead.training.cpu_adaptor import adapt_to_cpu
+from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
 adapt_to_cpu()
 import torch
 from megatron_sead.checkpoints.conversion import huggingface_to_megatron, megatron_to_huggingface

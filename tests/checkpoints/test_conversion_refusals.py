@@ -243,7 +243,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from megatron_sead.training.cpu_adaptor import adapt_to_cpu
+from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
 adapt_to_cpu()
 from megatron_sead.checkpoints import conversion, shard_writer, torch_dist_writer
 

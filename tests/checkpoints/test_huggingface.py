@@ -20,13 +20,15 @@ pytestmark = pytest.mark.transformers_lane
 
 
 def write_huggingface_directory(*args: Any, **kwargs: Any) -> None:
-    from megatron_sead.checkpoints import write_huggingface_directory as write  # imports Megatron: not to be collected
+    from megatron_sead.checkpoints.huggingface import (
+        write_huggingface_directory as write,  # imports Megatron: not to be collected
+    )
 
     write(*args, **kwargs)
 
 
 def verify_huggingface_directory(*args: Any, **kwargs: Any) -> None:
-    from megatron_sead.checkpoints import verify_huggingface_directory as verify
+    from megatron_sead.checkpoints.huggingface import verify_huggingface_directory as verify
 
     verify(*args, **kwargs)
 

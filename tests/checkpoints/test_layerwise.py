@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_sead.config import ParallelSettings
+from megatron_sead.config.run import ParallelSettings
 from megatron_sead.errors import UserError
 from tests.checkpoints import faults
 from tests.checkpoints.training import train
@@ -41,7 +41,7 @@ def agree(hf_dir: Path, checkpoint: Path, *, yarn_on_every_layer: bool = False) 
     from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel
     from megatron_sead.models.olmo3.config import Olmo3Config
     from megatron_sead.models.olmo3.rotary import DualRotaryEmbedding
-    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
 
     told: list[tuple[int, int]] = []
     parallel = initialize_parallel(ParallelSettings(), "cpu", seed=0)

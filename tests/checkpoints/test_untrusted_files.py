@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sead.config import ModelSettings
+from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
 from tests.checkpoints.training import Trained, train
 from tests.conftest import make_olmo3
@@ -201,8 +201,8 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_models_directory_runs_nothing(model: Path, tmp_path: Path) -> None:
-    from megatron_sead.prompts import load_tokenizer
-    from megatron_sead.rollouts import Sampling
+    from megatron_sead.prompts.tokenizer import load_tokenizer
+    from megatron_sead.rollouts.engine import Sampling
     from megatron_sead.rollouts.transformers_engine import TransformersEngine
     from megatron_sead.training.identity import probe_tokens
 
@@ -223,7 +223,7 @@ def test_a_models_directory_runs_nothing(model: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_chat_template_runs_nothing(model: Path, tmp_path: Path, template: str) -> None:
-    from megatron_sead.prompts import load_tokenizer
+    from megatron_sead.prompts.tokenizer import load_tokenizer
 
     (model / "chat_template.jinja").write_text(template.replace("CANARY", repr(str(tmp_path / "canary"))))
     tokenizer = load_tokenizer(ModelSettings(path=model, stop_token_ids=[0]), "student")

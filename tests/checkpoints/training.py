@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_sead.config import TrainingSettings
+from megatron_sead.config.run import TrainingSettings
 from tests.models.parity import Layout
 
 SEQUENCES, LENGTH = 4, 24  # a step's batch
@@ -62,10 +62,11 @@ def train(
     Args:
         resume: start from random weights and the newest checkpoint, so that nothing can come from elsewhere.
     """
-    from megatron_sead.checkpoints import CheckpointStore
-    from megatron_sead.models import build_model, iterate_huggingface_weights
+    from megatron_sead.checkpoints.store import CheckpointStore
+    from megatron_sead.models.builder import build_model
+    from megatron_sead.models.huggingface import iterate_huggingface_weights
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
     from megatron_sead.training.optimizer import build_optimizer
-    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
 
     parallel = initialize_parallel(layout.settings(), "cpu", seed=1000 if resume else 0)
     chunks = build_model(hf_dir, parallel, precision=precision, load_weights=not resume)
@@ -94,7 +95,7 @@ def train(
 def _step(ddp_chunks: list[Any], optimizer: Any, scheduler: Any, parallel: Any, step: int) -> list[float]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_sead.training.communicator import schedule_arguments
+    from megatron_sead.parallel.communicator import schedule_arguments
 
     generator = torch.Generator().manual_seed(step)
     vocab_size = ddp_chunks[0].module.config.vocab_size

@@ -126,7 +126,7 @@ def _serve(rank: int, size: int, meeting_point: str, pipe: Connection) -> None:
     """A rank's life: join the others, then answer calls until the pipe closes."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     warnings.filterwarnings("ignore")
-    from megatron_sead.training.cpu_adaptor import adapt_to_cpu
+    from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
 
     adapt_to_cpu()
     torch.set_num_threads(1)

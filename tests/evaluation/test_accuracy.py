@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sead.config import ModelSettings, RolloutSettings
-from megatron_sead.evaluation import evaluate
-from megatron_sead.grading import Grader
-from megatron_sead.prompts import ModelTokenizer, Prompt, load_tokenizer
-from megatron_sead.rollouts import GenerationRequest, Rollout, Sampling, make_engine
+from megatron_sead.config.run import ModelSettings, RolloutSettings
+from megatron_sead.evaluation.accuracy import evaluate
+from megatron_sead.grading.grader import Grader
+from megatron_sead.prompts.dataset import Prompt
+from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
+from megatron_sead.rollouts.engine import GenerationRequest, Rollout, Sampling
+from megatron_sead.rollouts.factory import make_engine
 
 pytestmark = pytest.mark.transformers_lane
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from megatron_sead.boxed import box_cut_off, boxed
-from megatron_sead.config import PromptSettings
-from megatron_sead.grading import Grader
+from megatron_sead.config.run import PromptSettings
 from megatron_sead.grading.answers import integer, split_answers, split_choice
 from megatron_sead.grading.extraction import marked_answers, unmarked_answers
+from megatron_sead.grading.grader import Grader
 from megatron_sead.grading.numerals import exact_value
 from megatron_sead.prompts.answers import reference_answers
 from megatron_sead.prompts.rows import read_rows

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_sead.grading import Grader
+from megatron_sead.grading.grader import Grader
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_sead.config import ParallelSettings
+from megatron_sead.config.run import ParallelSettings
 
 # Shapes: b sequences in a micro-batch, s their length, v true vocabulary
 
@@ -119,8 +119,8 @@ def megatron_step(
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-    from megatron_sead.models import build_model
-    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+    from megatron_sead.models.builder import build_model
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
 
     parallel = initialize_parallel(layout.settings(), "cpu", seed=0)
     chunks = build_model(
@@ -142,7 +142,7 @@ def megatron_step(
 def _run_schedule(wrapped: list[Any], parallel: Any, batch: Batch, measured: Measured, mask_padding: bool) -> None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_sead.training.communicator import schedule_arguments
+    from megatron_sead.parallel.communicator import schedule_arguments
 
     mine = list(range(len(batch.tokens)))[parallel.dp_rank :: parallel.dp_size]
 

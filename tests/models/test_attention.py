@@ -71,8 +71,8 @@ def test_no_score_matrix_is_kept(ranks: RankPool, window: int | None) -> None:
 
 
 def forward_only_leaves_no_graph(hf_dir: Path) -> bool:
-    from megatron_sead.models import build_model
-    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+    from megatron_sead.models.builder import build_model
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
     from tests.models.parity import Layout
 
     parallel = initialize_parallel(Layout().settings(), "cpu", seed=0)

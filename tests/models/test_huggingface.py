@@ -19,8 +19,9 @@ from tests.models.test_model_config import refusal
 
 def round_trip(hf_dir: Path, layout: Layout, precision: str = "fp32") -> list[str]:
     """What is wrong with what comes back, compared on this rank."""
-    from megatron_sead.models import build_model, iterate_huggingface_weights
-    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+    from megatron_sead.models.builder import build_model
+    from megatron_sead.models.huggingface import iterate_huggingface_weights
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
 
     parallel = initialize_parallel(layout.settings(), "cpu", seed=0)
     chunks = build_model(hf_dir, parallel, precision=precision, sequence_parallel=layout.sp)
@@ -74,8 +75,9 @@ def test_several_files_behind_an_index(ranks: RankPool, hf_dir: Path, tmp_path: 
 
 
 def sums(hf_dir: Path) -> float:
-    from megatron_sead.models import build_model, iterate_huggingface_weights
-    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+    from megatron_sead.models.builder import build_model
+    from megatron_sead.models.huggingface import iterate_huggingface_weights
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
 
     parallel = initialize_parallel(Layout(tp=2, pp=2).settings(), "cpu", seed=0)
     chunks = build_model(hf_dir, parallel, precision="fp32")
@@ -185,8 +187,9 @@ def test_a_rank_reads_its_slices_alone(ranks: RankPool, hf_dir: Path) -> None:
 def numbers_read(hf_dir: Path, layout: Layout) -> int:
     from unittest import mock
 
-    from megatron_sead.models import build_model, huggingface
-    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+    from megatron_sead.models import huggingface
+    from megatron_sead.models.builder import build_model
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
 
     counted = 0
     slice_of = huggingface.TensorFiles.slice

@@ -53,8 +53,8 @@ def fields(hf_dir: Path) -> dict[str, Any]:
 def refusal(hf_dir: Path, layout: Layout) -> str:
     """The line that building the model ends with."""
     from megatron_sead.errors import UserError
-    from megatron_sead.models import build_model
-    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+    from megatron_sead.models.builder import build_model
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
 
     parallel = initialize_parallel(layout.settings(), "cpu", seed=0)
     try:
@@ -164,8 +164,8 @@ def test_transformer_engine_that_is_not_installed_is_refused(ranks: RankPool, hf
 
 def te_refusal(hf_dir: Path) -> str:
     from megatron_sead.errors import UserError
-    from megatron_sead.models import build_model
-    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+    from megatron_sead.models.builder import build_model
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
 
     parallel = initialize_parallel(Layout().settings(), "cpu", seed=0)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sead.config import ParallelSettings
+from megatron_sead.config.run import ParallelSettings
 from tests.distributed.ranks import RankPool
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # in the ranks too, which import this file
@@ -54,7 +54,7 @@ def by_transformers(folder: Path, precision: str) -> dict[str, Any]:
 
 def by_megatron(folder: Path, precision: str, tp: int, fault: str = "") -> dict[str, Any]:
     from megatron_sead.models.olmo3.norms import SumOverRanks
-    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
 
     def wider_window(model: Any) -> None:
         model.decoder.layers[0].self_attention.core_attention.window += 1

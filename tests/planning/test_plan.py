@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_sead.config import ModelSettings, ParallelSettings, RunConfig, load_config
+from megatron_sead.config.run import ModelSettings, ParallelSettings, RunConfig, load_config
 from megatron_sead.errors import UserError
-from megatron_sead.model_config import padded_vocabulary
+from megatron_sead.models.hf_config import padded_vocabulary
 from megatron_sead.planning.plan import make_plan, read_shape
 from megatron_sead.planning.preflight import check_inputs
 

@@ -13,9 +13,11 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from megatron_sead.config import ModelSettings, PromptSettings
+from megatron_sead.config.run import ModelSettings, PromptSettings
 from megatron_sead.errors import UserError
-from megatron_sead.prompts import check_pair, load_prompts, load_tokenizer
+from megatron_sead.prompts.dataset import load_prompts
+from megatron_sead.prompts.pair import check_pair
+from megatron_sead.prompts.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.transformers_lane
 

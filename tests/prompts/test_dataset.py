@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from megatron_sead.config import ModelSettings, PromptSettings, TeacherSettings
+from megatron_sead.config.run import ModelSettings, PromptSettings, TeacherSettings
 from megatron_sead.errors import UserError
-from megatron_sead.prompts import ModelTokenizer, Prompt, load_prompts, load_tokenizer
 from megatron_sead.prompts.answers import reference_answers
+from megatron_sead.prompts.dataset import Prompt, load_prompts
+from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
 
 ROWS = [
     {"id": "a", "prompt": "1+1=", "answer": 2, "difficulty": 0.25, "level": 1, "solution": "1+1=2;"},

@@ -12,9 +12,9 @@ import pytest
 import sentencepiece
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from megatron_sead.config import ModelSettings
-from megatron_sead.prompts import load_tokenizer
+from megatron_sead.config.run import ModelSettings
 from megatron_sead.prompts.export import carry_speech
+from megatron_sead.prompts.tokenizer import load_tokenizer
 from tests.prompts.test_chat_prompts import NAMES, TEMPLATES, TURNS, reads_as_sentencepiece, write_model
 
 pytestmark = pytest.mark.transformers_lane

@@ -15,13 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_sead.config import ModelSettings, PromptSettings, RunConfig, load_config
+from megatron_sead.config.run import ModelSettings, PromptSettings, RunConfig, load_config
 from megatron_sead.errors import UserError
 from megatron_sead.planning.preflight import check_inputs
-from megatron_sead.prompts import load_prompts, load_tokenizer
+from megatron_sead.prompts.dataset import load_prompts
 from megatron_sead.prompts.exact_json import dumps, loads
 from megatron_sead.prompts.problems import read_problems, repeats
 from megatron_sead.prompts.rows import is_hub_name
+from megatron_sead.prompts.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sead.prompts import MicroBatch, TokenView, pack
-from megatron_sead.prompts.packing import deal
+from megatron_sead.prompts.packing import MicroBatch, TokenView, deal, pack
 
 PAD = 0
 Sequences = list[tuple[int, ...]]

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import pytest
 from rich.console import Console
 
-from megatron_sead.config import ModelSettings
+from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
-from megatron_sead.prompts import PairReport, check_pair, load_tokenizer
+from megatron_sead.prompts.pair import PairReport, check_pair
+from megatron_sead.prompts.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.transformers_lane
 

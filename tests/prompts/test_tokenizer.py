@@ -11,9 +11,9 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from megatron_sead.config import ModelSettings
+from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
-from megatron_sead.prompts import load_tokenizer
+from megatron_sead.prompts.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.transformers_lane
 

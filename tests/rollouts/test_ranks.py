@@ -8,8 +8,9 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_sead.grading import Grader
-from megatron_sead.rollouts import GenerationRequest, Sampling, read_records, write_records
+from megatron_sead.grading.grader import Grader
+from megatron_sead.rollouts.engine import GenerationRequest, Sampling
+from megatron_sead.rollouts.records import read_records, write_records
 from megatron_sead.rollouts.transformers_engine import TransformersEngine
 
 REQUESTS = [GenerationRequest(str(i), i % 2, tuple(range(4, 7 + i % 5))) for i in range(11)]

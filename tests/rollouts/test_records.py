@@ -10,18 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sead.config import RolloutSettings
+from megatron_sead.config.run import RolloutSettings
 from megatron_sead.errors import UserError
-from megatron_sead.rollouts import (
-    GenerationRequest,
-    ReplayEngine,
-    Rollout,
-    Sampling,
-    make_engine,
-    read_records,
-    record_path,
-    write_records,
-)
+from megatron_sead.rollouts.engine import GenerationRequest, Rollout, Sampling
+from megatron_sead.rollouts.factory import make_engine
+from megatron_sead.rollouts.records import read_records, record_path, write_records
+from megatron_sead.rollouts.replay import ReplayEngine
 
 ROLLOUTS = [
     Rollout("b\u2028", 0, (5, 6), (7, 8, 1), True, (-0.1, -1 / 3, -2.5e-7)),

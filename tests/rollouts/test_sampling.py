@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sead.rollouts import GenerationRequest, Sampling
+from megatron_sead.rollouts.engine import GenerationRequest, Sampling
 from megatron_sead.rollouts.sampling import choose_tokens, uniforms
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, 0.0, -3.0])

@@ -10,7 +10,7 @@ import torch
 from transformers import Olmo3ForCausalLM
 
 from megatron_sead.errors import NotFiniteNumbers, UserError
-from megatron_sead.rollouts import GenerationRequest, Rollout, Sampling
+from megatron_sead.rollouts.engine import GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.transformers_engine import TransformersEngine
 
 pytestmark = pytest.mark.transformers_lane

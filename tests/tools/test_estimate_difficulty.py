@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from megatron_sead.config import PromptSettings
-from megatron_sead.ownership import sole_owner
-from megatron_sead.prompts import Prompt
+from megatron_sead.config.run import PromptSettings
+from megatron_sead.launch.ownership import sole_owner
+from megatron_sead.prompts.dataset import Prompt
 from megatron_sead.prompts.problems import read_problems
 
 TOOL = Path(__file__).parents[2] / "tools" / "estimate_difficulty.py"

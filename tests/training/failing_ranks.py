@@ -21,8 +21,8 @@ from typing import Any
 from torch.distributed import TCPStore
 
 from megatron_sead import train
-from megatron_sead.cli import one_line_errors_on_ranks
-from megatron_sead.config import load_config
+from megatron_sead.commands.cli import one_line_errors_on_ranks
+from megatron_sead.config.run import load_config
 from megatron_sead.errors import UserError
 from tests.training.launching import SHORT, TINY
 
@@ -90,7 +90,7 @@ class Ended:
 def run_failing(folder: Path, phase: str, kind: str, failing: int) -> Ended:
     """The ranks of a run, of which one fails; as torchrun starts them, but nobody ends them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.adapted"])
+    context.set_forkserver_preload(["tests.parallel.adapted"])
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sead.config import load_config
+from megatron_sead.config.run import load_config
 from tests.distributed.ranks import RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -57,8 +57,8 @@ class Pools:
 
 
 def _train(ranks: int, meeting_point: str, overrides: list[str], interrupt_at: int | None) -> bool:
+    from megatron_sead.parallel.groups import destroy_parallel
     from megatron_sead.training import loop
-    from megatron_sead.training.parallel import destroy_parallel
 
     destroy_parallel()  # a run that failed leaves its groups
     import os

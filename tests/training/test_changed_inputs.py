@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sead.config import load_config
+from megatron_sead.config.run import load_config
 from tests.training.launching import ROOT, SHORT, Pools, metrics_of
 from tests.training.launching import TINY as TINY_CONFIG
 
@@ -153,7 +153,8 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
 
 def found_after(inputs: Path, folder: Path, change: Callable[[Path], object], *overrides: str) -> dict[str, str]:
     """What has changed between the inputs and a copy in `folder`, by name."""
-    from megatron_sead.prompts import load_prompts, load_tokenizer
+    from megatron_sead.prompts.dataset import load_prompts
+    from megatron_sead.prompts.tokenizer import load_tokenizer
     from megatron_sead.training.input_changes import differences  # imports Megatron: not to be collected
     from megatron_sead.training.inputs import fingerprint
 

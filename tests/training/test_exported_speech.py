@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from megatron_sead.config import load_config
-from megatron_sead.prompts import load_prompts, load_tokenizer
+from megatron_sead.config.run import load_config
+from megatron_sead.prompts.dataset import load_prompts
+from megatron_sead.prompts.tokenizer import load_tokenizer
 from tests.training.launching import ROOT, Pools
 
 TINY = ROOT / "examples" / "tiny"

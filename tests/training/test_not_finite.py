@@ -32,9 +32,9 @@ def train(meeting_point: str, overrides: list[str], fault: str, steps: list[int]
     """On each of two ranks: a run in which something happens at `steps`."""
     import os
 
-    from megatron_sead.config import load_config
+    from megatron_sead.config.run import load_config
+    from megatron_sead.parallel.groups import destroy_parallel
     from megatron_sead.training import loop
-    from megatron_sead.training.parallel import destroy_parallel
 
     destroy_parallel()  # a run that failed leaves its groups
     rank = int(os.environ["RANK"])

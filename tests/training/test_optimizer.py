@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sead.config import ParallelSettings
+from megatron_sead.config.run import ParallelSettings
 from tests.checkpoints.training import settings, train
 from tests.conftest import make_olmo3
 from tests.distributed.ranks import RankPool
@@ -29,9 +29,9 @@ def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(hf_dir: Path, changes: dict[str, Any], gradient: float | None = None, updates: int = 0) -> dict[str, Any]:
     """On a rank: build, and update so many times with every gradient element at `gradient` on each DP rank."""
-    from megatron_sead.models import build_model
+    from megatron_sead.models.builder import build_model
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
     from megatron_sead.training.optimizer import build_optimizer
-    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
 
     parallel = initialize_parallel(ParallelSettings(), "cpu", seed=0)
     how = settings(**({"precision": "fp32", "distributed": True} | changes))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_sead.config import load_config
+from megatron_sead.config.run import load_config
 from tests.training.launching import ROOT, SHORT, TINY, Pools, metrics_of, zones_of
 
 STEP = ["training.steps=1", "training.lr_warmup_steps=0"]
@@ -47,7 +47,8 @@ def student() -> Any:
 
 
 def teacher_prompts(overrides: list[str]) -> dict[str, tuple[int, ...]]:
-    from megatron_sead.prompts import load_prompts, load_tokenizer
+    from megatron_sead.prompts.dataset import load_prompts
+    from megatron_sead.prompts.tokenizer import load_tokenizer
 
     config = load_config(TINY, [*SHORT, *overrides])
     tokenizers = load_tokenizer(config.student, "student"), load_tokenizer(config.teacher, "teacher")

@@ -11,9 +11,9 @@ from tests.training.launching import ROOT
 
 def places_of_weights(device: str) -> tuple[set[str], set[str], str, bool]:
     """Device types between passes and within one, the head's, and whether a pass left every value as it was."""
-    from megatron_sead.config import ParallelSettings
-    from megatron_sead.models import build_model
-    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+    from megatron_sead.config.run import ParallelSettings
+    from megatron_sead.models.builder import build_model
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
     from megatron_sead.training.teacher import Teacher
 
     parallel = initialize_parallel(ParallelSettings(), device, 0)

@@ -11,15 +11,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def main(path: Path, rank: int) -> None:
-    from megatron_sead.training.cpu_adaptor import adapt_to_cpu
+    from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
 
     warnings.filterwarnings("ignore")
     adapt_to_cpu()
     import torch
 
-    from megatron_sead.config import ParallelSettings
+    from megatron_sead.config.run import ParallelSettings
     from megatron_sead.models.builder import DTYPES
-    from megatron_sead.training.parallel import destroy_parallel, initialize_parallel
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
     from true_shapes.model import Shape, write_model
     from true_shapes.passes import megatron_pass, transformers_pass
 

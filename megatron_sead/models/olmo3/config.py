@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from megatron.core.transformer import TransformerConfig
 
-from megatron_sead.model_config import FULL as FULL
-from megatron_sead.model_config import MODEL_TYPES as MODEL_TYPES
-from megatron_sead.model_config import SLIDING as SLIDING
-from megatron_sead.model_config import VOCABULARY_MULTIPLE as VOCABULARY_MULTIPLE
-from megatron_sead.model_config import YarnScaling as YarnScaling
-from megatron_sead.model_config import olmo3_fields as olmo3_fields
+from megatron_sead.models.hf_config import FULL as FULL
+from megatron_sead.models.hf_config import MODEL_TYPES as MODEL_TYPES
+from megatron_sead.models.hf_config import SLIDING as SLIDING
+from megatron_sead.models.hf_config import VOCABULARY_MULTIPLE as VOCABULARY_MULTIPLE
+from megatron_sead.models.hf_config import YarnScaling as YarnScaling
+from megatron_sead.models.hf_config import olmo3_fields as olmo3_fields
 
 
 @dataclass

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron_sead.models.olmo3.config import Olmo3Config
 from megatron_sead.models.olmo3.layers import AttentionBackend, block_spec
 from megatron_sead.models.olmo3.rotary import DualRotaryEmbedding
-from megatron_sead.models.parallel import ParallelContext
+from megatron_sead.parallel.context import ParallelContext
 
 # Shapes: s sequence, b batch, h hidden size, V padded vocabulary, tp tensor-parallel ranks
 

@@ -1,0 +1,1 @@
+"""What `pip install` puts on the path; the files in tools/ call the same functions."""

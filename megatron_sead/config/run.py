@@ -1,0 +1,342 @@
+"""Every setting of a run: typed, validated, from one YAML file and dotted ``key=value`` overrides. No torch here.
+
+What a valid configuration still needs to fit (ranks, output directory) is in ``config_checks``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from megatron_sead.config.environment import expand_path
+from megatron_sead.config.settings_file import dump_settings, load_settings
+
+PolicyName = Literal[
+    "sead", "opd", "forward_kl", "annealing", "zones", "eopd", "tip_entropy", "tip_soft_or", "random_half"
+]
+
+# What a checkpoint keeps a fingerprint of; all but the prompts' and rollouts' files are of both models
+InputName = Literal[
+    "student", "teacher", "tokenizer", "templates", "prompts", "evaluation", "rollouts", "engine", "grader"
+]
+
+ZONE_POLICIES = ("sead", "zones")  # the others weigh tokens without knowing their zones
+
+
+LocalPath = Annotated[Path, BeforeValidator(expand_path)]
+PathOrHubName = Annotated[str, BeforeValidator(expand_path)]
+
+
+class Settings(BaseModel):
+    """Base of every group of settings: unknown keys are errors, values are checked when assigned.
+
+    A group's ``problems`` are mistakes that no single value shows, one line each, naming the keys.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, allow_inf_nan=False)
+
+    def problems(self) -> Iterator[str]:
+        yield from ()
+
+    @model_validator(mode="after")
+    def _refuse_problems(self) -> Self:
+        found = list(self.problems())
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+
+class ModelSettings(Settings):
+    """A model as a Hugging Face directory, and how it is spoken to."""
+
+    path: LocalPath = Field(description="Hugging Face directory: config.json, safetensors, tokenizer")
+    tokenizer: LocalPath | None = Field(None, description="tokenizer directory or sentencepiece file; default: path")
+    chat_template: LocalPath | None = Field(None, description="Jinja file that replaces the model's own chat template")
+    system_prompt: str | None = Field(None, description="system message put before every prompt")
+    stop_token_ids: list[int] | None = Field(None, description="tokens that end a response; default: the model's own")
+
+
+class TeacherSettings(ModelSettings):
+    """The frozen teacher. Its prompt may differ from the student's: only response positions are compared."""
+
+    prompt_field: str | None = Field(
+        None, description="field with the teacher's own prompt, e.g. one with the solution"
+    )
+    offload: bool = Field(True, description="keep the teacher's weights off the GPU while it is not scoring")
+
+
+class PromptSettings(Settings):
+    """Where prompts come from and how a row becomes tokens."""
+
+    path: PathOrHubName = Field(description="JSONL or parquet file, or a hub name for datasets.load_dataset")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    split: str = Field("train", description="split of a hub data set")
+    prompt_field: str = Field("prompt", min_length=1)
+    answer_field: str = Field("answer", min_length=1)
+    id_field: str = Field("id", description="field with a unique id; rows without one are numbered")
+    difficulty_field: str = Field("difficulty", description="1 - pass rate of the initial student, in [0, 1]")
+    level_field: str = Field("level", description="group under which accuracy is reported")
+    template: Literal["chat", "plain"] = Field(
+        "chat", description="chat: apply the chat template; plain: text as it is"
+    )
+    instruction: str = Field("", description="text appended to every prompt, e.g. how to mark the answer")
+    max_prompt_tokens: int | None = Field(None, gt=0, description="longer prompts are an error; default: the context")
+
+
+class ParallelSettings(Settings):
+    """Megatron-Core layout. Data-parallel size is what is left of the ranks."""
+
+    tensor_model_parallel_size: int = Field(1, ge=1)
+    pipeline_model_parallel_size: int = Field(1, ge=1)
+    virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
+    context_parallel_size: int = Field(1, ge=1)
+    sequence_parallel: bool = False
+
+    def problems(self) -> Iterator[str]:
+        if self.context_parallel_size > 1:
+            yield f"parallel.context_parallel_size={self.context_parallel_size}: only 1 works so far"
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            yield (
+                "parallel.sequence_parallel=true: needs parallel.tensor_model_parallel_size of at least 2, not 1: "
+                "it splits the sequence over the tensor-parallel ranks"
+            )
+        if self.virtual_pipeline_model_parallel_size is not None and self.pipeline_model_parallel_size == 1:
+            yield (
+                f"parallel.virtual_pipeline_model_parallel_size={self.virtual_pipeline_model_parallel_size}: "
+                "needs parallel.pipeline_model_parallel_size of at least 2, not 1; or set it to null"
+            )
+
+
+SMALLEST, LARGEST = 1e-30, 1e30  # what Adam computes from it in fp32 is neither 0 nor infinite
+
+
+class TrainingSettings(Settings):
+    """Optimisation. Names and meanings are Megatron's."""
+
+    steps: int = Field(ge=1, description="optimizer steps; one update a step, on fresh rollouts")
+    global_batch_size: int = Field(ge=1, description="rollouts a step: prompts x samples_per_prompt")
+    micro_batch_size: int = Field(1, ge=1, description="rollouts in one forward pass")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    lr: float = Field(1e-6, gt=0, le=LARGEST, description="peak learning rate")
+    min_lr: float = Field(0.0, ge=0)
+    lr_warmup_steps: int = Field(0, ge=0)
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "linear"
+    weight_decay: float = Field(0.0, ge=0, le=LARGEST)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, ge=SMALLEST, le=LARGEST)
+    clip_grad: float = Field(1.0, ge=0, description="gradient norm above which gradients are scaled down; 0: never")
+    use_distributed_optimizer: bool = True
+    recompute_granularity: Literal["full", "selective"] | None = None
+    attention_backend: Literal["torch", "transformer_engine"] = "torch"
+    normalizer: Literal["active", "valid", "sequence"] = Field(
+        "active", description="what the summed loss is divided by: tokens with a weight, response tokens, sequences"
+    )
+    max_skipped_steps: int = Field(
+        3, ge=1, description="the run ends when so many steps in a row were skipped: a loss or gradient was not finite"
+    )
+    mask_truncated: bool = Field(False, description="rollouts cut at max_new_tokens teach nothing")
+    scratch_bytes: int = Field(256 * 2**20, ge=2**20, description="memory for one chunk of logits in the fused loss")
+
+    def problems(self) -> Iterator[str]:
+        if self.global_batch_size % self.micro_batch_size:
+            yield (
+                f"training.global_batch_size={self.global_batch_size}: must be divisible by "
+                f"training.micro_batch_size={self.micro_batch_size}"
+            )
+        if self.min_lr > self.lr:
+            yield f"training.min_lr={self.min_lr:g}: must be at most training.lr={self.lr:g}"
+
+
+class RolloutSettings(Settings):
+    """How the student writes."""
+
+    engine: Literal["transformers", "vllm", "replay"] = "transformers"
+    path: LocalPath | None = Field(None, description="replay: run directory, or its rollouts folder, to read from")
+    temperature: float = Field(0.7, ge=0, description="0: greedy. The loss is always at temperature 1")
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: int = Field(16384, ge=1)
+    samples_per_prompt: int = Field(1, ge=1)
+    batch_size: int = Field(64, ge=1, description="rollouts generated at once on one rank")
+
+    def problems(self) -> Iterator[str]:
+        if self.engine == "replay" and self.path is None:
+            yield "rollouts.engine='replay': needs rollouts.path, the run directory whose rollouts are read"
+        if self.temperature == 0 and self.samples_per_prompt > 1:
+            yield (
+                f"rollouts.samples_per_prompt={self.samples_per_prompt}: must be 1 when rollouts.temperature is 0: "
+                "greedy samples of a prompt are all the same"
+            )
+
+
+class PolicySettings(Settings):
+    """Which preset maps a token's statistics to (w_forward, w_reverse)."""
+
+    name: PolicyName = "sead"
+    zone_c: Literal["mix", "eq4"] = Field("mix", description="mix: alpha*lambda*FKL + (1-alpha)*RKL; eq4: first term")
+    zone_c_scale: float = Field(1.0, gt=0, description="lambda")
+    entropy_gate: float = Field(0.8, ge=0, description="eopd: nats of teacher entropy above which forward KL joins")
+    keep_share: float = Field(0.5, gt=0, le=1, description="tip_*, random_half: share of tokens that teach")
+
+
+class ZoneSettings(Settings):
+    """Zones A, B, C of the paper's token scale."""
+
+    shares: tuple[float, float, float] = Field((50, 40, 10), description="percent of tokens in A, B, C")
+    thresholds: Literal["global_step", "running", "absolute"] = "global_step"
+    scope: Literal["global", "sequence"] = Field("global", description="tokens over which quantiles are taken")
+    running_decay: float = Field(0.9, ge=0, lt=1, description="running: weight of earlier steps' thresholds")
+    teacher_threshold: float = Field(0.8, ge=0, description="absolute: nats of H_t from which a token is in zone C")
+    student_threshold: float = Field(0.8, ge=0, description="absolute: nats of H_s above which the rest is in zone B")
+    rescue_threshold: float | None = Field(
+        None, gt=0, description="nats of reverse KL above which a token of zone A is moved to B; null: never"
+    )
+    teacher_entropy_floor: float = Field(0.01, ge=0, description="warn when zone C starts below this many nats")
+
+    def problems(self) -> Iterator[str]:
+        if min(self.shares) < 0:
+            yield f"zones.shares={list(self.shares)}: must not be negative"
+        elif abs(sum(self.shares) - 100) > 1e-6:
+            yield f"zones.shares={list(self.shares)}: must sum to 100 percent, not {sum(self.shares):g}"
+        if self.scope == "sequence" and self.thresholds != "global_step":
+            yield (
+                f"zones.thresholds='{self.thresholds}': must be 'global_step' when zones.scope is 'sequence': "
+                "quantiles of a sequence are taken anew in each"
+            )
+
+
+class AnnealingSettings(Settings):
+    """Phase scale: alpha(u)."""
+
+    start: float = Field(0.8, ge=0, le=1)
+    end: float = Field(0.0, ge=0, le=1)
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    driver: Literal["step", "competence", "larger"] = Field("step", description="what u is: progress, or pass rate")
+    target: float = Field(0.9, gt=0, le=1, description="competence: smoothed pass rate at which u = 1")
+    smoothing: float = Field(0.9, ge=0, lt=1, description="weight of the past in the smoothed pass rate")
+
+    def problems(self) -> Iterator[str]:
+        if self.shape != "constant" and self.end > self.start:
+            yield f"annealing.end={self.end:g}: must be at most annealing.start={self.start:g}: alpha falls"
+
+
+class CurriculumSettings(Settings):
+    """Prompt scale: which prompts may be asked at a step."""
+
+    mode: Literal["gated", "sorted", "competence_cdf", "mastery", "none"] = "gated"
+    # The paper names neither. c0 * 2^k = 1 would be the slowest gate that opens at all, at the last step and at its
+    # learning rate; these open it at 26 % of the run
+    c0: float = Field(0.5, gt=0, le=1, description="gated: c(t) = c0 * (1 + t/T)^k; competence_cdf: its first value")
+    k: float = Field(3.0, gt=0, le=100, description="gated: how fast the gate opens")
+    noise: float = Field(0.02, ge=0, description="sorted: standard deviation added to difficulty before sorting")
+    tiers: int = Field(4, ge=2, description="mastery: number of difficulty tiers")
+    mastery_threshold: float = Field(0.7, gt=0, le=1, description="smoothed pass rate that opens the next tier")
+    patience: int = Field(50, ge=1, description="mastery: steps after which the next tier opens anyway")
+    replay_share: float = Field(0.15, ge=0, lt=1, description="mastery: share of a batch from earlier tiers")
+    drop_unsolved: bool = Field(False, description="leave out prompts that the initial student never solved")
+
+    def problems(self) -> Iterator[str]:
+        gate = self.c0 * 2**self.k  # c(t) = c0 * (1 + t/T)^k at t = T
+        if self.mode == "gated" and gate < 1:
+            lowest_k = math.ceil(1000 * math.log2(1 / self.c0)) / 1000
+            yield (
+                f"curriculum.c0={self.c0:g}, curriculum.k={self.k:g}: c0 * 2^k is {gate:g}, under 1: harder prompts "
+                f"would stay locked for ever; with this c0, k must be at least {lowest_k:g}"
+            )
+
+
+class CheckpointSettings(Settings):
+    """Saving and resuming."""
+
+    interval: int = Field(50, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=1, description="checkpoints that stay on disk")
+    allow_changed_inputs: list[InputName] = Field(
+        [], description="inputs that may differ from those of the checkpoint that a run is resumed from"
+    )
+
+
+class EvaluationSettings(Settings):
+    """Accuracy on held-out prompts, before and after."""
+
+    path: PathOrHubName | None = Field(None, description="prompt file with answers; fields are named as in prompts")
+    limit: int | None = Field(None, ge=1, description="evaluate on the first so many prompts")
+    samples: int = Field(4, ge=0, description="sampled answers a prompt, beside the greedy one")
+    temperature: float = Field(1.0, gt=0)
+    max_new_tokens: int | None = Field(None, ge=1, description="default: rollouts.max_new_tokens")
+    teacher: bool = Field(True, description="also report the teacher's own accuracy")
+
+
+class GradingSettings(Settings):
+    """Is this answer right."""
+
+    timeout_seconds: float = Field(
+        5.0, gt=0, description="processor time; a comparison that takes longer is killed and counts as wrong"
+    )
+
+
+class ReportingSettings(Settings):
+    """What is written beside checkpoints."""
+
+    tensorboard: bool = True
+    rollouts_interval: int = Field(1, ge=0, description="steps between rollouts/step-N.jsonl files; 0: none")
+
+
+class RunConfig(Settings):
+    """One run, whole."""
+
+    output: LocalPath = Field(description="run directory")
+    device: Literal["cuda", "cpu"] = "cuda"
+    seed: int = Field(0, ge=0)
+    student: ModelSettings
+    teacher: TeacherSettings
+    prompts: PromptSettings
+    parallel: ParallelSettings = ParallelSettings()
+    training: TrainingSettings
+    rollouts: RolloutSettings = RolloutSettings()
+    policy: PolicySettings = PolicySettings()
+    zones: ZoneSettings = ZoneSettings()
+    annealing: AnnealingSettings = AnnealingSettings()
+    curriculum: CurriculumSettings = CurriculumSettings()
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    grading: GradingSettings = GradingSettings()
+    reporting: ReportingSettings = ReportingSettings()
+
+    def problems(self) -> Iterator[str]:
+        batch, samples = self.training.global_batch_size, self.rollouts.samples_per_prompt
+        if batch % samples:
+            yield (
+                f"training.global_batch_size={batch}: must be divisible by rollouts.samples_per_prompt={samples}: "
+                "it counts rollouts, prompts x samples"
+            )
+        if self.zones.thresholds == "running" and self.policy.name not in ZONE_POLICIES:
+            yield (
+                f"zones.thresholds='running': only for policy.name {' or '.join(ZONE_POLICIES)}, not "
+                f"'{self.policy.name}', which needs no zones"
+            )
+        if self.device == "cpu" and self.training.attention_backend == "transformer_engine":
+            yield "training.attention_backend='transformer_engine': needs device cuda, not cpu; use 'torch'"
+        if self.prompts.template == "plain":
+            for role, model in (("student", self.student), ("teacher", self.teacher)):
+                for name in ("system_prompt", "chat_template"):
+                    if getattr(model, name) is not None:
+                        yield f"{role}.{name}: has no effect with prompts.template 'plain'; use 'chat', or null here"
+
+
+def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
+    """Read a YAML file, apply dotted ``key=value`` overrides (values are YAML: ``a.b=null``), validate.
+
+    Raises:
+        UserError: one line; names the key, its value and what would be valid (the nearest key for a misspelt one).
+            Of several mistakes it tells the first, and how many more there are.
+    """
+    return load_settings(RunConfig, path, overrides)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole configuration as YAML, defaults included; ``load_config`` reads it back to an equal object."""
+    return dump_settings(config)

@@ -1,0 +1,223 @@
+"""Any pydantic settings from a YAML file and dotted ``key=value`` overrides, with mistakes told in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from megatron_sead.config.settings_values import NULLS, Plain, SettingsDumper, SettingsLoader, meaning, takes_text
+from megatron_sead.errors import UserError
+
+SettingsT = TypeVar("SettingsT", bound=BaseModel)
+
+
+def load_settings(schema: type[SettingsT], path: Path | None, overrides: list[str]) -> SettingsT:
+    """Read a YAML file, apply overrides such as ``training.lr=1e-5`` (values are YAML), validate.
+
+    Raises:
+        UserError: unreadable file, unknown key (names the nearest valid one), wrong value (names what is valid).
+    """
+    values = read_yaml(path) if path is not None else {}
+    for override in overrides:
+        _apply_override(schema, values, override)
+    try:
+        return schema.model_validate(_meanings(schema, values))
+    except RecursionError:
+        raise UserError(f"{path}: a list or group holds itself") from None
+    except ValidationError as error:
+        raise UserError(_first_of(schema, error)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds; {} for an empty file.
+
+    Raises:
+        UserError: missing, unreadable or malformed file, a key given twice, or no mapping at the top.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=SettingsLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_yaml_problem(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply") from None
+    if values is None or values in NULLS:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold 'key: value' lines, not {_shown(values)}")
+    return values
+
+
+def dump_settings(settings: BaseModel) -> str:
+    """YAML that ``load_settings`` reads back to an equal object, defaults included."""
+    values = settings.model_dump(mode="json")
+    return yaml.dump(values, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def dotted_keys(schema: type[BaseModel]) -> list[str]:
+    """Every key that a file or an override may set, groups included: ``training``, ``training.steps``, ..."""
+    return [key for key, _ in _fields(schema)]
+
+
+def _fields(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in schema.model_fields.items():
+        yield prefix + name, field
+        if group := _group_of(field):
+            yield from _fields(group, f"{prefix}{name}.")
+
+
+def repeated_overrides(overrides: list[str]) -> list[str]:
+    """A line for each setting that is given twice with different values; the last counts."""
+    given: dict[str, list[str]] = {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        given.setdefault(key.strip(), []).append(text)
+    return [
+        f"{key} is given {len(texts)} times ({', '.join(texts)}); the last counts"
+        for key, texts in given.items()
+        if len(set(texts)) > 1
+    ]
+
+
+def _apply_override(schema: type[BaseModel], values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    key, fields = key.strip(), dict(_fields(schema))
+    if not equals:
+        raise UserError(f"{override!r}: an override is written key=value, for example training.steps=100")
+    if key not in fields:
+        raise UserError(_unknown_key(schema, key))
+    value = _override_value(key, text, fields[key])
+    if not _group_of(fields[key]):
+        _set(values, key, value)
+    elif isinstance(value, dict):  # those of its settings that are named change
+        for name, item in flatten(value, f"{key}.").items():
+            _set(values, name, item)
+    else:
+        raise UserError(_no_group(schema, key, meaning(key, value, Any)))
+
+
+def _override_value(key: str, text: str, field: FieldInfo) -> Any:
+    """For text, what stands after the sign, whatever YAML sees in it; in quotes, and for all else, YAML."""
+    if takes_text(field.annotation) and text.lstrip()[:1] not in ("'", '"'):
+        return Plain(text.strip())
+    try:
+        return yaml.load(text, Loader=SettingsLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{key}={text}{_yaml_problem(error)}; quote the value as YAML asks for") from None
+    except RecursionError:
+        raise UserError(f"{key}: is nested too deeply") from None
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *groups, leaf = key.split(".")
+    for group in groups:
+        inner = values.get(group)
+        if not isinstance(inner, dict):
+            inner = values[group] = {}
+        values = inner
+    values[leaf] = value
+
+
+def _meanings(schema: type[BaseModel], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values that the words of a file or an override mean, by the types of their settings."""
+    known: dict[str, Any] = {}
+    for name, value in values.items():
+        field = schema.model_fields.get(name)
+        group = field and _group_of(field)
+        if group and isinstance(value, dict):
+            known[name] = _meanings(group, value, f"{prefix}{name}.")
+        elif group and (value is None or value in NULLS):  # all its lines are comments
+            known[name] = {}
+        else:
+            known[name] = meaning(f"{prefix}{name}", value, field.annotation if field else Any)
+    return known
+
+
+def _group_of(field: FieldInfo) -> type[BaseModel] | None:
+    group = field.annotation
+    return group if isinstance(group, type) and issubclass(group, BaseModel) else None
+
+
+def _first_of(schema: type[BaseModel], error: ValidationError) -> str:
+    """The first mistake, and how many more there are."""
+    lines = [line for details in error.errors() for line in _describe(schema, details)]
+    return lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
+
+
+def _describe(schema: type[BaseModel], details: ErrorDetails) -> list[str]:
+    key = ".".join(str(part) for part in details["loc"])
+    fields = dict(_fields(schema))
+    field = fields.get(key)
+    kind, given = details["type"], details["input"]
+    if kind == "extra_forbidden":
+        return [_unknown_key(schema, key)]
+    group, _, place = key.rpartition(".")
+    if kind == "missing" and place.isdigit():  # the input is the list that is too short
+        return [f"{group}={_shown(given)}: must have as many values as {list(fields[group].default)}"]
+    if kind == "missing":
+        required = [k for k in dotted_keys(schema) if k.startswith(f"{key}.") and fields[k].is_required()]
+        return [
+            f"{k}: missing; set it in the file or as {k}=... ({fields[k].description or 'no default'})"
+            for k in required or [key]
+        ]
+    if kind == "value_error":  # raised by a validator of ours: of a setting, or of a group, a line a mistake
+        told = str(details["ctx"]["error"]).splitlines()
+        return told if field is None or _group_of(field) else [f"{key}={_shown(given)}: {line}" for line in told]
+    if kind in ("model_type", "dict_type"):
+        return [_no_group(schema, key, given)]
+    if kind == "tuple_type" and field is not None:
+        return [f"{key}={_shown(given)}: must be a list, for example {list(field.default)}"]
+    if given is None and kind != "literal_error":
+        return [f"{key}=null: must have a value ({field.description if field and field.description else kind})"]
+    return [f"{key}={_shown(given)}: {_told_by_pydantic(details)}"]
+
+
+def _told_by_pydantic(details: ErrorDetails) -> str:
+    return details["msg"].replace("Input should be", "must be").replace("String should have", "must have")
+
+
+def _no_group(schema: type[BaseModel], key: str, given: object) -> str:
+    keys = [k.rpartition(".")[2] for k in dotted_keys(schema) if k.rpartition(".")[0] == key]
+    return f"{key}={_shown(given)}: must be a group of settings: {', '.join(keys)}"
+
+
+def _unknown_key(schema: type[BaseModel], key: str) -> str:
+    valid = dotted_keys(schema)
+    group, _, leaf = key.rpartition(".")
+    same_leaf = [k for k in valid if k.rpartition(".")[2] == leaf]  # right name, wrong or no group
+    if key in valid:  # in a file, as one word
+        return f"{key}: in a file, settings stand under their group: {group}: on a line of its own, then   {leaf}: ..."
+    near = same_leaf or difflib.get_close_matches(key, valid, n=1)
+    if near:
+        return f"{key}: unknown setting; did you mean {difflib.get_close_matches(key, near, n=1, cutoff=0.0)[0]}?"
+    siblings = [k for k in valid if k.rpartition(".")[0] == group] or [k for k in valid if "." not in k]
+    return f"{key}: unknown setting; valid are {', '.join(siblings)}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f": {' '.join(str(error).split())}"
+    mark = error.problem_mark
+    return f", line {mark.line + 1}, column {mark.column + 1}: {error.problem}"

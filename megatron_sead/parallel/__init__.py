@@ -1,0 +1,1 @@
+"""Process groups, the messages between them, and Megatron-Core on a CPU."""

@@ -1,0 +1,130 @@
+"""Process groups: from the ranks that torchrun started, or from one process alone, to a `ParallelContext`."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_sead.config.checks import data_parallel_size
+from megatron_sead.config.environment import check_rank_variables, environment_number
+from megatron_sead.config.run import ParallelSettings
+from megatron_sead.errors import UserError
+from megatron_sead.parallel.context import ParallelContext
+from megatron_sead.parallel.cpu_adaptor import is_adapted
+
+
+def initialize_parallel(settings: ParallelSettings, device: str, seed: int) -> ParallelContext:
+    """Join the process group, lay the ranks out as the settings say, and seed. Collective over all ranks.
+
+    Started by torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or as one process. A
+    process group that exists already is kept and laid out anew.
+
+    Args:
+        settings: sizes; data-parallel size is what is left of the ranks.
+        device: "cuda" or "cpu"; "cpu" needs `adapt_to_cpu` before Megatron is imported.
+        seed: every pipeline stage and tensor-parallel rank draws its initial weights from a generator of its own.
+
+    Raises:
+        UserError: a layout that the ranks do not fill, or a device that is not there.
+    """
+    torch_device = _choose_device(device)
+    if not dist.is_initialized():
+        _join(device)
+    data_parallel_size(settings, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=settings.tensor_model_parallel_size,
+        pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=settings.virtual_pipeline_model_parallel_size,
+        context_parallel_size=settings.context_parallel_size,
+    )
+    context = _context(settings, torch_device)
+    _seed(seed, context)
+    return context
+
+
+@contextmanager
+def parallel_groups(settings: ParallelSettings, device: str, seed: int) -> Iterator[ParallelContext]:
+    """`initialize_parallel`, and at the end `destroy_parallel`; after an error not: the peers may be waiting in a
+    collective, and NCCL would wait for them in turn. Whoever catches the error ends the process."""
+    yield initialize_parallel(settings, device, seed)
+    destroy_parallel()
+
+
+def destroy_parallel(*, keep_world: bool = False) -> None:
+    """Take the groups down, so that ranks end without a complaint or can be laid out anew.
+
+    Args:
+        keep_world: keep the default process group, for another `initialize_parallel`.
+    """
+    parallel_state.destroy_model_parallel()
+    if not dist.is_initialized():
+        return
+    if not keep_world:
+        dist.destroy_process_group()
+        return
+    # Megatron only forgets its groups, a few dozen, each with threads that wake up a hundred times a second.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "cpu":
+        if not is_adapted():
+            raise RuntimeError("device cpu: adapt_to_cpu() must run before megatron is imported")
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device: cuda, but no GPU is visible; use device=cpu, or start on a machine with GPUs")
+    local, visible = environment_number("LOCAL_RANK", 0, least=0) or 0, torch.cuda.device_count()
+    if local >= visible:
+        raise UserError(f"device: cuda, but {visible} GPUs are visible to local rank {local}; start fewer ranks a node")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def _join(device: str) -> None:
+    backend = "nccl" if device == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        check_rank_variables()
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _context(settings: ParallelSettings, device: torch.device) -> ParallelContext:
+    return ParallelContext(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=settings.tensor_model_parallel_size,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=settings.pipeline_model_parallel_size,
+        vpp_size=settings.virtual_pipeline_model_parallel_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        dp_with_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        control=dist.new_group(backend="gloo"),
+        megatron=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def _seed(seed: int, context: ParallelContext) -> None:
+    """Same seed on every data-parallel rank, so that they start equal; another one a pipeline stage."""
+    stage_seed = seed + 100 * context.pp_rank
+    random.seed(stage_seed)
+    numpy.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed)

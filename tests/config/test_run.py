@@ -1,0 +1,367 @@
+"""Every mistake in a configuration is one line that names the key, its value and what would be valid."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sead.config.checks import (
+    check_output,
+    check_world_size,
+    config_differences,
+    config_warnings,
+    opening_line,
+    opening_step,
+)
+from megatron_sead.config.run import CurriculumSettings, RunConfig, dump_config, load_config
+from megatron_sead.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
+BASE = (
+    "output=runs/x",
+    "student.path=student",
+    "teacher.path=teacher",
+    "prompts.path=prompts.jsonl",
+    "training.steps=10",
+    "training.global_batch_size=8",
+)
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_config(None, [*BASE, *overrides])
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        config(*overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    loaded = load_config(path, [])
+    (tmp_path / "config.yaml").write_text(dump_config(loaded))
+    assert load_config(tmp_path / "config.yaml", []) == loaded
+
+
+def test_there_are_shipped_configurations() -> None:
+    assert {"sead_tiny", "sead_7b", "sead_32b", "gsm8k_smoke"} <= {path.stem for path in CONFIGS}
+
+
+def test_values_that_yaml_could_change_survive_a_round_trip(tmp_path: Path) -> None:
+    loaded = config("prompts.instruction=\"a: b # c\\n'é' \"", "training.lr=5e-9", "student.stop_token_ids=[1, 2]")
+    assert loaded.prompts.instruction == "a: b # c\n'é' "
+    (tmp_path / "config.yaml").write_text(dump_config(loaded), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml", []) == loaded
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(dump_config(config("training.lr=1e-3", "zones.rescue_threshold=2")))
+    loaded = load_config(tmp_path / "run.yaml", ["training.lr=2e-3", "zones.rescue_threshold=null", "seed=7"])
+    assert (loaded.training.lr, loaded.zones.rescue_threshold, loaded.seed) == (2e-3, None, 7)
+    assert loaded.training.steps == 10
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("training.stepz", "training.steps"),
+        ("tarining.lr", "training.lr"),
+        ("steps", "training.steps"),
+        ("zones.share", "zones.shares"),
+        ("training.tensor_model_parallel_size", "parallel.tensor_model_parallel_size"),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_nearest_one(key: str, nearest: str) -> None:
+    assert refusal(f"{key}=1") == f"{key}: unknown setting; did you mean {nearest}?"
+
+
+def test_an_unknown_key_in_a_file_is_told_the_same_way(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("zones: {share: 1}\n")
+    with pytest.raises(UserError, match=r"^zones.share: unknown setting; did you mean zones.shares\?$"):
+        load_config(tmp_path / "run.yaml", list(BASE))
+
+
+# What is given, and what the line must contain: key, value, what is valid
+REFUSALS = [
+    (["training.lr=fast"], ["training.lr='fast'", "valid number"]),
+    (["training.steps=0"], ["training.steps=0", "greater than or equal to 1"]),
+    (["training.steps=1.5"], ["training.steps=1.5", "integer"]),
+    (["training.precision=fp16"], ["training.precision='fp16'", "'fp32' or 'bf16'"]),
+    (["policy.name=saed"], ["policy.name='saed'", "'sead'"]),
+    (["parallel=5"], ["parallel=5", "tensor_model_parallel_size"]),
+    (["zones.shares=50"], ["zones.shares=50", "[50, 40, 10]"]),
+    (["zones.shares=[50, 40, 11]"], ["zones.shares=[50.0, 40.0, 11.0]", "sum to 100", "not 101"]),
+    (["zones.shares=[60, 50, -10]"], ["zones.shares", "negative"]),
+    (["zones.shares=[50, 50]"], ["zones.shares=[50, 50]", "as many values as [50, 40, 10]"]),
+    (["zones.shares=[.nan, 50, 50]"], ["zones.shares.0=nan", "finite"]),
+    (["training.lr=.inf"], ["training.lr=inf", "finite"]),
+    (["curriculum.k=1000000000"], ["curriculum.k=1000000000", "less than or equal to 100"]),
+    (["zones.scope=sequence", "zones.thresholds=running"], ["zones.thresholds='running'", "global_step"]),
+    (["zones.thresholds=running", "policy.name=opd"], ["zones.thresholds='running'", "sead or zones", "'opd'"]),
+    (["curriculum.c0=0.15", "curriculum.k=2"], ["curriculum.c0=0.15", "0.6", "locked", "2.737"]),
+    (["training.micro_batch_size=3"], ["global_batch_size=8", "micro_batch_size=3"]),
+    (["rollouts.samples_per_prompt=3"], ["global_batch_size=8", "samples_per_prompt=3"]),
+    (["rollouts.samples_per_prompt=2", "rollouts.temperature=0"], ["samples_per_prompt=2", "greedy"]),
+    (["rollouts.engine=replay"], ["rollouts.engine='replay'", "rollouts.path"]),
+    (["parallel.sequence_parallel=true"], ["sequence_parallel", "at least 2, not 1"]),
+    (["parallel.virtual_pipeline_model_parallel_size=2"], ["pipeline_model_parallel_size", "not 1"]),
+    (["parallel.context_parallel_size=2"], ["context_parallel_size=2", "only 1"]),
+    (["training.min_lr=1"], ["training.min_lr=1", "training.lr=1e-06"]),
+    (["annealing.end=0.9"], ["annealing.end=0.9", "annealing.start=0.8"]),
+    (["device=cpu", "training.attention_backend=transformer_engine"], ["attention_backend", "cuda"]),
+    (["prompts.template=plain", "student.system_prompt=hi"], ["student.system_prompt", "'plain'"]),
+    (["training.lr"], ["'training.lr'", "key=value"]),
+    (["training.lr=[1"], ["training.lr=[1", "line 1"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"), REFUSALS, ids=lambda value: value[0] if isinstance(value, list) else ""
+)
+def test_a_wrong_value_or_combination_is_refused(overrides: list[str], parts: list[str]) -> None:
+    message = refusal(*overrides)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["curriculum.c0=0.25", "curriculum.k=2"],  # c0 * 2^k is exactly 1
+        ["curriculum.c0=0.1", "curriculum.mode=none"],
+        ["annealing.end=0.9", "annealing.shape=constant"],
+        ["zones.thresholds=running", "policy.name=zones"],
+        ["training.lr_warmup_steps=10"],
+        ["zones.shares=[33.3, 33.3, 33.4]"],
+        ["rollouts.engine=replay", "rollouts.path=runs/other"],
+    ],
+    ids=lambda value: value[0],
+)
+def test_what_lies_just_inside_is_accepted(overrides: list[str]) -> None:
+    config(*overrides)
+
+
+def test_k_that_the_refusal_names_is_accepted() -> None:
+    for c0 in (0.05, 0.15, 0.3, 0.7):
+        message = refusal(f"curriculum.c0={c0}", "curriculum.k=0.1")
+        config(f"curriculum.c0={c0}", f"curriculum.k={message.rpartition(' ')[2]}")
+
+
+def test_of_several_mistakes_the_first_is_told_and_the_others_counted() -> None:
+    assert refusal("training.steps=0", "training.lr=x", "zones.shares=[1, 1, 1]").endswith("(and 2 more)")
+    assert refusal("training.micro_batch_size=3", "training.min_lr=1").endswith("(and 1 more)")
+
+
+def test_missing_settings_are_told_by_their_whole_key() -> None:
+    with pytest.raises(UserError, match=r"^student.path: missing; .*Hugging Face directory.*\(and 4 more\)$"):
+        load_config(None, ["output=x"])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("training:\n  steps: 1\n bad: [\n", ["run.yaml, line 3"]),
+        ("seed: 1\nseed: 2\n", ["run.yaml, line 2", "'seed' is given twice"]),
+        ("- a\n- b\n", ["run.yaml: must hold"]),
+    ],
+)
+def test_a_malformed_file_is_told_with_its_line(text: str, parts: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(file, [])
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_a_missing_file_is_told() -> None:
+    with pytest.raises(UserError, match=r"absent.yaml: cannot be read: No such file"):
+        load_config(Path("absent.yaml"), [])
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(2, 1), (4, 2), (8, 4)])
+def test_data_parallel_size_is_what_is_left(world_size: int, expected: int) -> None:
+    assert check_world_size(config("parallel.tensor_model_parallel_size=2"), world_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "parts"),
+    [
+        (["parallel.tensor_model_parallel_size=2"], 3, ["3 ranks", "multiple of 2"]),
+        ([], 3, ["global_batch_size=8", "multiple of 3", "6 or 9"]),
+        ([], 16, ["global_batch_size=8", "multiple of 16", "example 16:"]),
+        (
+            [
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+                "training.micro_batch_size=8",
+            ],
+            2,
+            ["multiple of 16", "2 pipeline stages"],
+        ),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused(overrides: list[str], world_size: int, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        check_world_size(config(*overrides), world_size)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_differences_are_dotted_keys() -> None:
+    old, new = config(), config("seed=1", "zones.shares=[60, 30, 10]", "student.stop_token_ids=[3]")
+    assert config_differences(old, new) == ["seed", "student.stop_token_ids", "zones.shares"]
+    assert config_differences(old, config()) == []
+
+
+def test_an_output_directory_takes_the_same_run_in_another_layout_and_no_other_run(tmp_path: Path) -> None:
+    here = f"output={tmp_path}"
+    check_output(config(here))  # empty
+    (tmp_path / "config.yaml").write_text(dump_config(config(here)))
+    check_output(config(here, "parallel.tensor_model_parallel_size=2", "training.micro_batch_size=4", "device=cpu"))
+    with pytest.raises(UserError, match=r"another run: seed is 0 there and 1 here \(and 1 more differ\)"):
+        check_output(config(here, "seed=1", "training.steps=11"))
+
+
+@pytest.mark.parametrize(
+    ("role", "place", "output"),
+    [
+        ("student", "run/student-hf", "run"),
+        ("teacher", "run/student-hf", "run"),
+        ("teacher", "run/student-hf/inner", "run"),
+        ("student", "run/checkpoints", "run"),
+        ("teacher", "run", "run"),
+        ("student", "model", "model/run"),
+        ("teacher", "link", "model/run"),
+        ("rollouts", "run", "run"),
+    ],
+)
+def test_a_run_does_not_write_where_it_reads(tmp_path: Path, role: str, place: str, output: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UserError, match="which is read"):
+        check_output(config(f"output={tmp_path / output}", f"{role}.path={tmp_path / place}"))
+    check_output(config(f"output={tmp_path / 'other'}", f"{role}.path={tmp_path / place}"))
+
+
+def test_an_output_that_is_a_file_or_holds_an_unreadable_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        check_output(config(f"output={tmp_path / 'file'}"))
+    (tmp_path / "config.yaml").write_text("stepz: 1\n")
+    with pytest.raises(UserError, match="not valid here"):
+        check_output(config(f"output={tmp_path}"))
+
+
+def test_an_output_that_overlaps_an_input_is_refused(tmp_path: Path) -> None:
+    for folder in ("model", "runs/a/rollouts", "runs/a/student-hf"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "runs/a/prompts.jsonl").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+
+    def check(output: str, *overrides: str) -> None:
+        check_output(config(f"output={tmp_path / output}", *overrides))
+
+    model, run = f"student.path={tmp_path}/model", f"{tmp_path}/runs/a"
+    for output, overrides, told in [
+        ("model", [model], "student.path"),
+        ("link/run", [model], "student.path"),
+        ("runs/a", [f"teacher.path={run}/student-hf"], "teacher.path"),
+        ("runs/a", ["rollouts.engine=replay", f"rollouts.path={run}"], "rollouts.path"),
+        ("runs/a", ["rollouts.engine=replay", f"rollouts.path={run}/rollouts"], "rollouts.path"),
+        ("runs/a/again", ["rollouts.engine=replay", f"rollouts.path={run}"], "rollouts.path"),
+    ]:
+        with pytest.raises(UserError, match=f"overlaps {told}="):
+            check(output, *overrides)
+    for path in ("rollouts", "student-hf"):
+        (tmp_path / "runs/a" / path).rmdir()
+    check("runs/a", model, f"prompts.path={run}/prompts.jsonl")
+    check("runs/b", model, f"teacher.path={tmp_path}/link")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "student-hf", "tensorboard"])
+def test_files_that_no_run_wrote_are_not_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"holds {name}, which a run would write"):
+        check_output(config(f"output={tmp_path}"))
+    if name == "student-hf":
+        (tmp_path / "config.yaml").write_text(dump_config(config(f"output={tmp_path}")))
+        with pytest.raises(UserError, match="was not written by this tool"):
+            check_output(config(f"output={tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (["training.lr=5e-9", "training.steps=181"], True),  # the paper's literal value
+        (["training.lr=1e-6", "training.steps=181"], False),
+        (["training.lr=5e-9", "training.precision=fp32"], False),
+    ],
+)
+def test_a_learning_rate_below_bf16_resolution_warns(overrides: list[str], warned: bool) -> None:
+    assert any("resolution" in line for line in config_warnings(config(*overrides))) == warned
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(9, False), (10, True), (11, True)])
+def test_a_warm_up_as_long_as_the_run_is_told(warmup: int, warned: bool) -> None:
+    lines = config_warnings(config(f"training.lr_warmup_steps={warmup}"))
+    assert any("only rises" in line for line in lines) == warned
+
+
+@pytest.mark.parametrize(
+    ("overrides", "opens", "warned"),
+    [
+        ([], 26, False),  # 0.5 * 1.26^3 = 1.0002
+        (["curriculum.c0=0.25", "curriculum.k=2"], None, True),  # c0 * 2^k = 1: after the last step
+        (["curriculum.c0=0.5", "curriculum.k=1.5"], 59, True),
+        (["curriculum.c0=0.5", "curriculum.k=1.71"], 50, False),
+        (["curriculum.c0=1"], 0, False),
+        (["curriculum.mode=none"], 0, False),
+        (["curriculum.mode=sorted"], 0, False),
+        (["curriculum.mode=competence_cdf"], None, True),
+        (["curriculum.mode=mastery"], None, True),  # 3 tiers to open, 50 steps of patience each
+        (["curriculum.mode=mastery", "curriculum.patience=16"], 48, False),
+    ],
+)
+def test_it_is_told_when_every_prompt_is_open(overrides: list[str], opens: int | None, warned: bool) -> None:
+    run = config("training.steps=100", *overrides)
+    assert opening_step(run) == opens
+    assert any("later than half" in line for line in config_warnings(run)) == warned
+    if "curriculum.mode=sorted" not in overrides:
+        assert ("none of 100 steps" if opens is None else f"from step {opens} of 100 on") in opening_line(run)
+
+
+@pytest.mark.parametrize("mode", ["gated", "competence_cdf", "none"])
+@pytest.mark.parametrize("c0", [0.3, 0.5, 1.0])
+def test_the_curriculum_opens_when_the_configuration_says(mode: str, c0: float) -> None:
+    from megatron_sead.distillation import Curriculum
+
+    run = config("training.steps=40", f"curriculum.mode={mode}", f"curriculum.c0={c0}")
+    ladder = [index / 999 for index in range(1000)]
+    curriculum = Curriculum(ladder, batch_size=8, total_steps=40, **run.curriculum.model_dump())
+    whole = [step for step in range(40) if curriculum.eligible_count(step) == 1000]
+    assert opening_step(run) == (whole[0] if whole else None)
+
+
+def test_the_curriculum_has_the_configuration_s_defaults() -> None:
+    from megatron_sead.distillation import Curriculum
+
+    defaults = {name: p.default for name, p in inspect.signature(Curriculum).parameters.items()}
+    for name, value in CurriculumSettings().model_dump().items():
+        assert defaults[name] == value, name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_no_shipped_configuration_warns(path: Path) -> None:
+    assert config_warnings(load_config(path, [])) == []
+
+
+def test_a_configuration_is_read_without_torch() -> None:
+    code = "import sys, megatron_sead.train; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

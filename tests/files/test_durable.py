@@ -1,0 +1,37 @@
+"""Files are replaced whole, and nothing that a link names is written to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sead.files.durable import replace_text
+from megatron_sead.reporting.metrics import MetricsWriter
+
+
+@pytest.mark.parametrize("link", ["file", "file.tmp"])
+def test_a_link_is_replaced_and_what_it_names_stays(tmp_path: Path, link: str) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_text("precious")
+    (tmp_path / link).symlink_to(theirs)
+    replace_text(tmp_path / "file", "new")
+    assert theirs.read_text() == "precious"
+    assert (tmp_path / "file").read_text() == "new"
+    assert not (tmp_path / "file").is_symlink()
+    assert not (tmp_path / "file.tmp").is_symlink()
+
+
+def test_metrics_continue_whatever_stands_between_their_lines(tmp_path: Path) -> None:
+    odd = b'null\n[1]\n{"step": "a"}\n{"loss": 1}\n\xff\xfe\x00\n' + b"[" * 100_000 + b'\n{"step": 1, "lo'
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n' + odd)
+    writer = MetricsWriter(tmp_path, first_step=1, tensorboard=False)
+    writer.write({"step": 1})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_metrics_are_not_written_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "theirs")
+    MetricsWriter(tmp_path, first_step=0, tensorboard=False).close()
+    assert not (tmp_path / "theirs").exists()

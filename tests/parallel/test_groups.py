@@ -1,0 +1,104 @@
+"""Layouts: who stands where, generators that differ where they must, and layouts that are refused in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_sead.config.run import ParallelSettings
+from tests.distributed.ranks import RankPool
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    with RankPool(4) as pool:
+        yield pool
+
+
+def place(**sizes: Any) -> dict[str, Any]:
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
+
+    context = initialize_parallel(ParallelSettings(**sizes), "cpu", seed=5)
+    flag = torch.tensor(context.rank)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=context.control)
+    found = {
+        "place": (context.tp_rank, context.pp_rank, context.dp_rank),
+        "sizes": (context.tp_size, context.pp_size, context.dp_size, context.chunks),
+        "stage": (context.is_first_stage, context.is_last_stage),
+        "groups": [dist.get_process_group_ranks(g) for g in (context.tp, context.pp, context.dp, context.dp_with_cp)],
+        "largest": int(flag),
+        "draws": draws(),
+    }
+    destroy_parallel(keep_world=True)
+    return found
+
+
+def draws() -> tuple[float, float]:
+    """From the generator of weights that are sharded, and from the one of weights that are not."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    with get_cuda_rng_tracker().fork():
+        sharded = torch.rand(()).item()
+    return sharded, torch.rand(()).item()
+
+
+@pytest.mark.mcore_lane
+def test_four_ranks_as_two_by_two(ranks: RankPool) -> None:
+    found = ranks.run(place, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    assert [f["place"] for f in found] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
+    assert [f["stage"] for f in found] == [(True, False)] * 2 + [(False, True)] * 2
+    assert found[3]["groups"] == [[2, 3], [1, 3], [3], [3]]
+    assert all(f["sizes"] == (2, 2, 1, 1) and f["largest"] == 3 for f in found)
+    sharded = {f["draws"][0] for f in found}
+    assert len(sharded) == 4  # every shard of every stage is its own
+    assert found[0]["draws"][1] == found[1]["draws"][1] != found[2]["draws"][1]
+
+
+def test_data_parallel_ranks_are_what_is_left_and_draw_alike(ranks: RankPool) -> None:
+    found = ranks.run(place, tensor_model_parallel_size=2)
+    assert [f["place"] for f in found] == [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)]
+    assert found[0]["draws"] == found[2]["draws"]
+    assert found[0]["draws"][0] != found[1]["draws"][0]
+
+
+def refusal(values: dict[str, Any], device: str = "cpu") -> str:
+    from megatron_sead.errors import UserError
+    from megatron_sead.parallel.groups import initialize_parallel
+
+    try:
+        # Without validation: the configuration refuses most of these itself, and so does this function
+        initialize_parallel(
+            ParallelSettings.model_construct(**{**ParallelSettings().model_dump(), **values}), device, 0
+        )
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_the_layout_does_not_divide_are_refused(ranks: RankPool) -> None:
+    line = "4 ranks: must be a multiple of 3, which is tensor 3 x pipeline 1 x context 1 (parallel.*)"
+    assert ranks.run(refusal, {"tensor_model_parallel_size": 3}) == [line] * 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible here")
+def test_a_gpu_that_is_not_there_is_refused(ranks: RankPool) -> None:
+    assert "device: cuda, but no GPU is visible; use device=cpu" in ranks.run(refusal, {}, "cuda")[0]
+
+
+def test_one_process_without_torchrun() -> None:
+    program = (
+        "from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu; adapt_to_cpu()\n"
+        "from megatron_sead.config.run import ParallelSettings\n"
+        "from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel\n"
+        "context = initialize_parallel(ParallelSettings(), 'cpu', 0)\n"
+        "assert (context.world_size, context.is_first_stage, context.is_last_stage) == (1, True, True)\n"
+        "destroy_parallel()\n"
+    )
+    environment = {"PATH": "", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=environment, check=True, timeout=120)
