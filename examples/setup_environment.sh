@@ -1,5 +1,5 @@
 # Sourced from the repository's root by every script: makes or reuses .venv with this package in it, and sets $VENV_PYTHON.
-# PYTHON picks the interpreter (3.11, 3.12 or 3.13). Nothing is done when setup.py and the interpreter are unchanged.
+# PYTHON picks the interpreter (3.11, 3.12 or 3.13). Nothing is done when setup.py, constraints.txt and the interpreter are unchanged.
 
 VENV="${VENV:-.venv}"
 VENV_PYTHON="$VENV/bin/python"
@@ -34,12 +34,12 @@ setup_environment() {
         "$interpreter" -m venv "$VENV"
     fi
     wanted="$("$VENV_PYTHON" -c 'import hashlib, os, sys
-print(hashlib.sha256(open("setup.py", "rb").read()).hexdigest(), sys.version.split()[0], os.getcwd())')"
+print(hashlib.sha256(open("setup.py", "rb").read() + open("constraints.txt", "rb").read()).hexdigest(), sys.version.split()[0], os.getcwd())')"
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         return
     fi
     install_torch
-    "$VENV_PYTHON" -m pip install -qq --editable ".[test,dev]"
+    "$VENV_PYTHON" -m pip install -qq -c constraints.txt --editable ".[test,dev]"
     echo "$wanted" > "$stamp"
 }
 

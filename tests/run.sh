@@ -8,7 +8,7 @@ source examples/setup_environment.sh
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m ruff format --check .
 "$VENV_PYTHON" -m mypy
-"$VENV_PYTHON" -m pytest "$@"
+"$VENV_PYTHON" -m pytest --numprocesses 2 --dist loadfile "$@"
 
 # Second lane: the other ends of what setup.py admits, over the same other packages. transformers' oldest; and the newer
 # Megatron-Core, which declares Python 3.12 and runs on 3.11 too (on 3.12 and later the first lane has it already).
@@ -23,4 +23,4 @@ if [ ! -f "$lane/.complete" ]; then
     fi
     touch "$lane/.complete"
 fi
-"$lane/bin/python" -m pytest -m "mcore_lane or transformers_lane" "$@" || { [ $? = 5 ] && [ $# -gt 0 ]; } # 5: the arguments select none of its tests
+"$lane/bin/python" -m pytest --numprocesses 2 --dist loadfile -m "mcore_lane or transformers_lane" "$@" || { [ $? = 5 ] && [ $# -gt 0 ]; } # 5: the arguments select none of its tests
