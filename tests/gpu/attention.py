@@ -1,0 +1,139 @@
+"""Check 2: our core attention without Transformer Engine, by length and by torch's backend, and packed attention."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from tests.gpu.check import CUDA, DEVICE, Report, l2, once, seconds
+
+WINDOW, HEADS, LENGTHS = (4096, 32, (2048, 4161, 8256, 18432)) if CUDA else (24, 2, (20, 61))
+HEAD_DIM = 128
+BOUND = 1e-2
+COMPARED = 1  # heads that are compared with the dense reference: [s, s] in fp32 is 1.4 GB at 18,432 tokens
+
+
+def attention(report: Report) -> None:
+    for length in LENGTHS:
+        for window in (WINDOW, None):
+            inputs = [torch.randn(length, 1, HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
+            case = f"{length} {'window' if window else 'full'}"
+            expected = _dense(inputs, window)
+            for name, context in _backends().items():
+                report.attempt(f"{case} {name}", lambda: _ours(report, f"{case} {name}", context, inputs, window, expected))
+            report.attempt(f"{case} varlen", lambda: _varlen(report, f"{case} varlen", inputs, window, expected))
+            del expected
+
+
+def _backends() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if not CUDA:
+        return {"default": nullcontext}
+    named = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+    named["cudnn"] = SDPBackend.CUDNN_ATTENTION
+    contexts: dict[str, Callable[[], AbstractContextManager[Any]]] = {"default": nullcontext}
+    return contexts | {name: (lambda backend=backend: sdpa_kernel([backend])) for name, backend in named.items()}
+
+
+def _ours(
+    report: Report,
+    name: str,
+    context: Callable[[], AbstractContextManager[Any]],
+    inputs: list[torch.Tensor],
+    window: int | None,
+    expected: list[torch.Tensor],
+) -> None:
+    if not CUDA:
+        from megatron_sead.training.cpu_adaptor import adapt_to_cpu
+
+        adapt_to_cpu()
+    from megatron_sead.models.olmo3.attention import TorchCoreAttention
+
+    config: Any = SimpleNamespace(
+        sliding_window=window, is_sliding=lambda _: window is not None, attention_scale=lambda _: HEAD_DIM**-0.5
+    )
+    core = TorchCoreAttention(config, 1)
+    with context():
+        try:
+            _measure(report, name, lambda q, k, v: core(q, k, v).unflatten(-1, (HEADS, HEAD_DIM)), inputs, expected)
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            report.add(**{name: "this backend has no kernel for it"})
+
+
+def _varlen(
+    report: Report, name: str, inputs: list[torch.Tensor], window: int | None, expected: list[torch.Tensor]
+) -> None:
+    """The whole of it as one packed sequence."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        report.add(varlen="not in this torch")
+        return
+    parameters = inspect.signature(varlen_attn).parameters
+    report.add(varlen=str(inspect.signature(varlen_attn))[:600])
+    if not CUDA:
+        return
+    options: dict[str, Any] = {"scale": HEAD_DIM**-0.5} if "scale" in parameters else {}
+    if "window_size" in parameters:
+        options["window_size"] = (window - 1, 0) if window else (-1, 0)
+    elif window:
+        return
+    else:
+        options["is_causal"] = True
+    length = len(inputs[0])
+    ends = torch.tensor([0, length], dtype=torch.int32, device=DEVICE)
+
+    def packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
+        return varlen_attn(query[:, 0], key[:, 0], value[:, 0], ends, ends, length, length, **options)[:, None]
+
+    _measure(report, name, packed, inputs, expected)
+
+
+def _measure(
+    report: Report,
+    name: str,
+    core: Callable[..., torch.Tensor],
+    inputs: list[torch.Tensor],
+    expected: list[torch.Tensor],
+) -> None:
+    """First and later calls, forward and backward, and errors of the output and the three gradients."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs[:3]]
+
+    def step() -> torch.Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        output = core(*leaves)
+        output.backward(inputs[3])
+        return output
+
+    first = once(step)
+    output = step()
+    found = [output, *(leaf.grad for leaf in leaves)]
+    errors = [l2(tensor[:, 0, :COMPARED].detach(), right) for tensor, right in zip(found, expected, strict=True)]
+    report.add(**{f"{name} first ms": 1000 * first, f"{name} ms": 1000 * seconds(step, warm_up=1, repeats=3)})
+    report.add(**{f"{name} errors": errors})
+    report.expect(name, max(errors) <= BOUND, f"output and gradients within {BOUND} of dense fp32")
+
+
+def _dense(inputs: list[torch.Tensor], window: int | None) -> list[torch.Tensor]:
+    """Output and gradients [s, heads compared, d] in fp32, from the whole score matrix of one head at a time."""
+    results: list[list[torch.Tensor]] = []
+    position = torch.arange(len(inputs[0]), device=DEVICE)
+    hidden = position[:, None] < position
+    if window:
+        hidden |= position[:, None] - position >= window
+    for head in range(COMPARED):
+        query, key, value = (tensor[:, 0, head].float().requires_grad_() for tensor in inputs[:3])
+        scores = (query @ key.t() * HEAD_DIM**-0.5).masked_fill(hidden, -torch.inf)
+        output = scores.softmax(-1) @ value
+        gradients = torch.autograd.grad(output, (query, key, value), inputs[3][:, 0, head].float())
+        results.append([output.detach(), *gradients])
+    return [torch.stack(parts, 1) for parts in zip(*results, strict=True)]

@@ -1,0 +1,94 @@
+"""Check 5: the tiny pair through the real entry point: the same steps on a CPU and on CUDA, live, and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.gpu.check import CUDA, DEVICE, Report
+from tests.gpu.models import ROOT
+
+TINY = ROOT / "examples" / "tiny"
+STEPS = 3
+BOUND = 1e-5  # relative, of the loss and the gradient's norm
+SETTINGS = [
+    *(f"{role}.path={TINY / role}" for role in ("student", "teacher")),
+    f"prompts.path={TINY / 'prompts.jsonl'}",
+    "parallel.tensor_model_parallel_size=1",
+    f"training.steps={STEPS}",
+    "training.global_batch_size=32",
+    "training.micro_batch_size=8",
+    "checkpoints.interval=2",
+    "evaluation.path=null",
+    "reporting.tensorboard=false",
+]
+
+
+def tiny_pair(report: Report) -> None:
+    """Runs that do not depend on each other run side by side: nothing here is timed."""
+    folder = report.folder / "tiny"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    reference = folder / "cpu"
+    _train(reference, "cpu")
+    replay = ["rollouts.engine=replay", f"rollouts.path={reference}"]
+    resumed = _before_the_last_step(reference, folder / "cpu-then-device")
+    device = DEVICE.type
+    with ThreadPoolExecutor(3) as pool:
+        runs = {
+            "replay": pool.submit(_train, folder / "replay", device, *replay),
+            "live": pool.submit(_train, folder / "live", device),
+            "resume from the CPU": pool.submit(_train, resumed, device, *replay),
+        }
+    for name, place in (("replay", "replay"), ("live", "live"), ("resume from the CPU", "cpu-then-device")):
+        report.attempt(name, lambda n=name, p=place: _compare(report, n, runs[n].result(), reference, folder / p))
+    report.attempt("resume", lambda: _resume(report, folder, device))
+
+
+def _resume(report: Report, folder: Path, device: str) -> None:
+    """From the second checkpoint of the live run, its last step again."""
+    live = folder / "live"
+    again = _before_the_last_step(live, folder / "resumed")
+    _compare(report, "resume", _train(again, device, "rollouts.engine=replay", f"rollouts.path={live}"), live, again)
+
+
+def _train(output: Path, device: str, *settings: str) -> Path:
+    """One run. RuntimeError with the end of what it printed when it fails."""
+    command = [sys.executable, "-m", "megatron_sead.train", "--config", str(ROOT / "examples/configs/sead_tiny.yaml")]
+    command += [*SETTINGS, f"device={device}", f"output={output}", *settings]
+    environment = os.environ | ({} if CUDA else {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    output.with_suffix(".log").write_text(done.stdout + done.stderr, encoding="utf-8")
+    if done.returncode:
+        raise RuntimeError(f"{output.name}: exit code {done.returncode}: {(done.stderr or done.stdout)[-500:]}")
+    return output
+
+
+def _before_the_last_step(run: Path, copy: Path) -> Path:
+    """A copy of a finished run, as it was when its newest checkpoint but one was written."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "student-hf")
+    shutil.rmtree(copy / "checkpoints" / f"step-{STEPS:08d}")
+    (copy / "summary.json").unlink()
+    return copy
+
+
+def _compare(report: Report, name: str, _: Path, reference: Path, run: Path) -> None:
+    """Step by step, against the same tokens. A live run writes tokens of its own: its first step alone is the same
+    on both devices, as long as no sampled token lies on an edge."""
+    expected, found = _metrics(reference), _metrics(run)
+    for key in ("loss", "grad_norm", "student_entropy"):
+        apart = [abs(b[key] - a[key]) / abs(a[key]) for a, b in zip(expected, found, strict=True)]
+        report.add(**{f"{name} {key}": apart})
+        if name != "live" and key != "student_entropy":
+            report.expect(f"{name} {key}", max(apart) <= BOUND, f"within {BOUND} of the reference at every step")
+    report.expect(name, len(found) == STEPS and (run / "student-hf").is_dir(), "the run ends with its student")
+
+
+def _metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
