@@ -88,6 +88,8 @@ def _choose_device(device: str) -> torch.device:
     if local >= visible:
         raise UserError(f"device: cuda, but {visible} GPUs are visible to local rank {local}; start fewer ranks a node")
     torch.cuda.set_device(local)
+    # It plans anew for every length, tens of milliseconds each, and its backward pass is NaN for some masked lengths
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda", local)
 
 

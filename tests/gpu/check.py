@@ -96,9 +96,9 @@ def once(work: Callable[[], Any]) -> float:
 
 
 def l2(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """||found - expected|| / ||expected||."""
-    expected = expected.double()
-    return float((found.double() - expected).norm() / expected.norm())
+    """||found - expected|| / ||expected||, on the device."""
+    expected = expected.to(DEVICE).double()
+    return float((found.to(DEVICE).double() - expected).norm() / expected.norm())
 
 
 def copy_rate(size: int = 2**32 if CUDA else 2**26) -> float:

@@ -132,7 +132,14 @@ def _fused(
     def step() -> None:
         states[0].grad = heads[0].grad = None
         loss = linear_weighted_divergence(
-            states[0], heads[0], states[1], heads[1], FORWARD, REVERSE, vocab_size=VOCABULARIES[1], scratch_bytes=scratch
+            states[0],
+            heads[0],
+            states[1],
+            heads[1],
+            FORWARD,
+            REVERSE,
+            vocab_size=VOCABULARIES[1],
+            scratch_bytes=scratch,
         )
         loss.sum().backward()
 

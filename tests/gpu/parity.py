@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ def parity(report: Report) -> None:
     tokens, labels = tokens.to(DEVICE), labels.to(DEVICE)
     parallel = start_parallel()
     ours, weights = _ours(folder, parallel, tokens, labels)
+    _let_go()
     exact = _transformers(folder, weights, torch.float32, tokens, labels)
+    _let_go()
     theirs = _transformers(folder, weights, torch.bfloat16, tokens, labels)
+    _let_go()
     assert exact.keys() == ours.keys() == theirs.keys()
     errors = {name: (l2(ours[name], exact[name]), l2(theirs[name], exact[name])) for name in exact}
     ratios = {name: a / b for name, (a, b) in errors.items()}
@@ -31,6 +35,13 @@ def parity(report: Report) -> None:
     report.add(errors={name: list(pair) for name, pair in errors.items()}, worst=worst, worst_ratio=ratios[worst])
     report.expect("logits", ratios[LOGITS] <= 1.5, "at most 1.5 times transformers' own error in bf16")
     report.expect("gradients", ratios[worst] <= 1.5, "each at most 1.5 times transformers' own error in bf16")
+
+
+def _let_go() -> None:
+    """The memory of a model and its activations, before the next one needs it."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
 
 
 def _ours(

@@ -15,9 +15,9 @@ PROMPT, RESPONSE = (1024, 7168) if CUDA else (8, 24)
 
 
 def teacher(report: Report) -> None:
+    parallel = start_parallel()  # first: what is imported next imports Megatron
     from megatron_sead.training.teacher import Teacher
 
-    parallel = start_parallel()
     folder = write_shape(LAYERS)
     model = random_model(folder, parallel)
     before = _checksums(model)
@@ -30,7 +30,9 @@ def teacher(report: Report) -> None:
     passes = [once(lambda: frozen.hidden_states(batches, parallel)) for _ in range(2)]
     states = frozen.hidden_states(batches, parallel)[0]
     tokens = PROMPT + RESPONSE
-    report.add(pass_seconds=passes, tokens_per_second=tokens / passes[1], states_pinned=states.is_pinned() if CUDA else None)
+    report.add(
+        pass_seconds=passes, tokens_per_second=tokens / passes[1], states_pinned=states.is_pinned() if CUDA else None
+    )
     report.expect("states", bool(states.isfinite().all()) and len(states) == RESPONSE, "finite, one a response token")
     visiting = frozen._visiting
     arrivals = [once(visiting.__enter__) for _ in range(3)]

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from tests.gpu.check import CUDA, DEVICE, Report
@@ -34,27 +34,22 @@ def tiny_pair(report: Report) -> None:
     folder = report.folder / "tiny"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    reference = folder / "cpu"
-    _train(reference, "cpu")
+    device, reference = DEVICE.type, folder / "cpu"
     replay = ["rollouts.engine=replay", f"rollouts.path={reference}"]
-    resumed = _before_the_last_step(reference, folder / "cpu-then-device")
-    device = DEVICE.type
-    with ThreadPoolExecutor(3) as pool:
-        runs = {
-            "replay": pool.submit(_train, folder / "replay", device, *replay),
-            "live": pool.submit(_train, folder / "live", device),
-            "resume from the CPU": pool.submit(_train, resumed, device, *replay),
-        }
-    for name, place in (("replay", "replay"), ("live", "live"), ("resume from the CPU", "cpu-then-device")):
-        report.attempt(name, lambda n=name, p=place: _compare(report, n, runs[n].result(), reference, folder / p))
-    report.attempt("resume", lambda: _resume(report, folder, device))
+    with ThreadPoolExecutor(4) as pool:
+        runs = {"live": pool.submit(_train, folder / "live", device)}
+        _train(reference, "cpu")
+        runs |= {"replay": pool.submit(_train, folder / "replay", device, *replay)}
+        runs |= {"cpu-replay": pool.submit(_train, folder / "cpu-replay", "cpu", *replay)}
+        for name, of in (("resumed", "replay"), ("resumed-from-cpu", "cpu-replay")):
+            runs[name] = pool.submit(_resume, runs[of], folder / name, device, *replay)
+    for name, run in runs.items():
+        report.attempt(name, lambda n=name, r=run: _compare(report, n, reference, r.result()))
 
 
-def _resume(report: Report, folder: Path, device: str) -> None:
-    """From the second checkpoint of the live run, its last step again."""
-    live = folder / "live"
-    again = _before_the_last_step(live, folder / "resumed")
-    _compare(report, "resume", _train(again, device, "rollouts.engine=replay", f"rollouts.path={live}"), live, again)
+def _resume(run: Future[Path], copy: Path, device: str, *settings: str) -> Path:
+    """Do a finished run's last step again, on this device, from the checkpoint before it."""
+    return _train(_before_the_last_step(run.result(), copy), device, *settings)
 
 
 def _train(output: Path, device: str, *settings: str) -> Path:
@@ -78,7 +73,7 @@ def _before_the_last_step(run: Path, copy: Path) -> Path:
     return copy
 
 
-def _compare(report: Report, name: str, _: Path, reference: Path, run: Path) -> None:
+def _compare(report: Report, name: str, reference: Path, run: Path) -> None:
     """Step by step, against the same tokens. A live run writes tokens of its own: its first step alone is the same
     on both devices, as long as no sampled token lies on an edge."""
     expected, found = _metrics(reference), _metrics(run)

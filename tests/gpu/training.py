@@ -45,7 +45,9 @@ def _train(report: Report, recompute: str | None) -> None:
         metrics = train_step(learner, batches, 0.4, step).metrics
         phases.synchronize()
         seconds = time.perf_counter() - started
-        report.add(**{f"step {step} seconds": seconds, f"step {step}": metrics_of(metrics), f"phases {step}": phases.seen})
+        report.add(
+            **{f"step {step} seconds": seconds, f"step {step}": metrics_of(metrics), f"phases {step}": phases.seen}
+        )
         report.expect(f"step {step}", bool(metrics.get("loss")) and metrics["grad_norm"] > 0, "finite, and it trains")
     _rates(report, phases, seconds)
     if CUDA:
@@ -65,7 +67,13 @@ def _config(folder: Path, recompute: str | None) -> Any:
 
     overrides = [f"{role}.path={folder}" for role in ("student", "teacher")]
     overrides += ["teacher.offload=true", f"device={DEVICE.type}", "parallel.tensor_model_parallel_size=1"]
-    overrides += ["training.precision=bf16", "training.steps=100", "training.lr=1e-6", "training.micro_batch_size=1"]
+    overrides += [
+        "training.precision=bf16",
+        "training.steps=100",
+        "training.lr=1e-6",
+        "training.min_lr=0",
+        "training.micro_batch_size=1",
+    ]
     overrides += [f"training.global_batch_size={MICRO_BATCHES}", f"training.scratch_bytes={SCRATCH}"]
     overrides += [f"rollouts.max_new_tokens={RESPONSE}", f"prompts.max_prompt_tokens={PROMPT}"]
     overrides += [f"training.recompute_granularity={recompute or 'null'}", "evaluation.path=null"]
