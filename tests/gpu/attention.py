@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,16 +21,14 @@ COMPARED = 1  # heads that are compared with the dense reference: [s, s] in fp32
 
 def attention(report: Report) -> None:
     for length in LENGTHS:
+        inputs = [torch.randn(length, 1, HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
         for window in (WINDOW, None):
-            inputs = [torch.randn(length, 1, HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
-            case = f"{length} {'window' if window else 'full'}"
-            expected = _dense(inputs, window)
+            case, expected = f"{length} {'window' if window else 'full'}", _dense(inputs, window)
             for name, context in _backends().items():
-                report.attempt(
-                    f"{case} {name}", lambda: _ours(report, f"{case} {name}", context, inputs, window, expected)
-                )
-            report.attempt(f"{case} varlen", lambda: _varlen(report, f"{case} varlen", inputs, window, expected))
-            del expected
+                name = f"{case} {name}"
+                report.attempt(name, partial(_ours, report, name, context, inputs, window, expected))
+            name = f"{case} varlen"
+            report.attempt(name, partial(_varlen, report, name, inputs, window, expected))
 
 
 def _backends() -> dict[str, Callable[[], AbstractContextManager[Any]]]:

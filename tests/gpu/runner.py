@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,8 @@ def _record(check: Check, error: str | None) -> dict[str, Any]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """The check and whatever it started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -109,10 +108,9 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [f"{'check':<5} {'name':<26} {'ok':<5} {'seconds':>7}  what failed"]
     for result in results:
         failed = [text for text in result["expected"].values() if text.startswith("no")]
-        why = "; ".join(failed) or (result["error"] or "").splitlines()[:1] or ""
-        lines.append(
-            f"{result['check']:<5} {result['name']:<26} {result['ok']!s:<5} {result['seconds']:>7}  {why if why else ''}"
-        )
+        failed += (result["error"] or "").strip().splitlines()[-1:]
+        facts = f"{result['check']:<5} {result['name']:<26} {result['ok']!s:<5} {result['seconds']:>7}"
+        lines.append(f"{facts}  {'; '.join(failed)[:400]}")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from tests.gpu.check import CUDA, DEVICE, Report
@@ -44,7 +45,7 @@ def tiny_pair(report: Report) -> None:
         for name, of in (("resumed", "replay"), ("resumed-from-cpu", "cpu-replay")):
             runs[name] = pool.submit(_resume, runs[of], folder / name, device, *replay)
     for name, run in runs.items():
-        report.attempt(name, lambda n=name, r=run: _compare(report, n, reference, r.result()))
+        report.attempt(name, partial(_compare, report, name, reference, run))
 
 
 def _resume(run: Future[Path], copy: Path, device: str, *settings: str) -> Path:
@@ -73,9 +74,10 @@ def _before_the_last_step(run: Path, copy: Path) -> Path:
     return copy
 
 
-def _compare(report: Report, name: str, reference: Path, run: Path) -> None:
+def _compare(report: Report, name: str, reference: Path, future: Future[Path]) -> None:
     """Step by step, against the same tokens. A live run writes tokens of its own: its first step alone is the same
     on both devices, as long as no sampled token lies on an edge."""
+    run = future.result()
     expected, found = _metrics(reference), _metrics(run)
     for key in ("loss", "grad_norm", "student_entropy"):
         apart = [abs(b[key] - a[key]) / abs(a[key]) for a, b in zip(expected, found, strict=True)]
