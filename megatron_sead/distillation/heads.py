@@ -74,11 +74,11 @@ def logit_chunks(
     started = _one_ahead(map(start, token_chunks(tokens, size, spread, len(student[0]))))
     memory = [large_empty((count, rows, width), dtype, heads[0].device) for _ in heads]
     for turn, (chunk, (student_states, teacher_states)) in enumerate(started):
-        logits = [of_model[turn % count, : len(chunk.tokens), :real] for of_model in memory]
+        logits = [of_model[turn % count, : len(chunk.tokens)] for of_model in memory]
         states = student_states().to(heads[0].dtype)
-        project(states, heads[0][:real], logits[0])
-        project(teacher_states().to(heads[1].dtype), heads[1][:real], logits[1])
-        yield chunk, states, logits[0], logits[1]
+        project(states, heads[0], logits[0], real)
+        project(teacher_states().to(heads[1].dtype), heads[1], logits[1], real)
+        yield chunk, states, logits[0][:, :real], logits[1][:, :real]
 
 
 def _one_ahead(started: Iterator[T]) -> Iterator[T]:
@@ -90,24 +90,54 @@ def _one_ahead(started: Iterator[T]) -> Iterator[T]:
     yield from previous
 
 
-def project(hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> None:
-    """out [r, c] = hidden [r, h] @ head [c, h] transposed, summed and kept in out's type."""
+def project(hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor, real: int) -> None:
+    """out [r, c] = hidden [r, h] @ the first rows [c, h] of a head transposed, summed and kept in out's type.
+
+    Args:
+        out: at least c wide. On a GPU the columns up to its width may hold products with the head's padding.
+        real: c.
+    """
     if head.dtype == out.dtype:
-        torch.mm(head, hidden.t(), out=out.t())  # in a CPU's library some percent faster than hidden times head
+        torch.mm(head[:real], hidden.t(), out=out[:, :real].t())  # on a CPU some percent faster than hidden times head
     elif _has_wide_output(head, out):
-        torch.mm(hidden, head.t(), out_dtype=out.dtype, out=out)
+        width = _aligned_width(real, len(head))
+        torch.mm(hidden, head[:width].t(), out_dtype=out.dtype, out=out[:, :width])
     else:
         wide = hidden.to(out.dtype)
-        for tile in _tiles(head):
+        for tile in _tiles(head[:real]):
             torch.mm(wide, head[tile].to(out.dtype).t(), out=out[:, tile])
 
 
-def hidden_gradient(gradient: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """[r, h] = gradient of the logits [r, c] @ head [c, h], in the gradient's type."""
-    if head.dtype == gradient.dtype:
+def _aligned_width(real: int, rows: int) -> int:
+    """Of matrices with another number of columns or rows, a GPU's library makes the product at half the speed."""
+    width = -(-real // ALIGNMENT) * ALIGNMENT
+    return width if width <= rows else real
+
+
+def gradient_of(logits: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Where the gradient [r, c] of a chunk's logits is written: over them, or beside them in the head's type.
+
+    The second where products of that type are summed in fp32: the kernel that writes it rounds, and no conversion
+    follows. That memory may be wider, for `add_head_gradient`; what stands in its further columns means nothing.
+    """
+    real = logits.shape[1]
+    if not _has_wide_output(head, logits):
+        return logits
+    memory = torch.empty(len(logits), -(-real // ALIGNMENT) * ALIGNMENT, dtype=head.dtype, device=head.device)
+    return memory[:, : _aligned_width(real, len(head))]
+
+
+def hidden_gradient(gradient: torch.Tensor, head: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[r, h] = gradient of the logits [r, c] @ head [c, h], in `dtype`, in which they were computed."""
+    if head.dtype == dtype:
         return gradient @ head
-    if _has_wide_output(head, gradient):
-        return torch.mm(gradient.to(head.dtype), head, out_dtype=gradient.dtype)
+    if gradient.dtype == head.dtype:
+        # padding may hold anything, and nothing times NaN is NaN: so the last columns come on their own
+        whole = len(head) // ALIGNMENT * ALIGNMENT
+        result = torch.mm(gradient[:, :whole], head[:whole], out_dtype=dtype)
+        if whole < len(head):
+            torch.addmm(result, gradient[:, whole:], head[whole:], out_dtype=dtype, out=result)
+        return result
     result = gradient.new_zeros(len(gradient), head.shape[1])
     for tile in _tiles(head):
         result.addmm_(gradient[:, tile], head[tile].to(gradient.dtype))
@@ -118,16 +148,15 @@ def add_head_gradient(total: torch.Tensor, gradient: torch.Tensor, hidden: torch
     """total [c, h] += gradient of the logits [r, c] transposed @ hidden [r, h], summed in total's type.
 
     Args:
+        gradient: all of what `gradient_of` returned; so many rows has total.
         first: `total` holds nothing yet, and is written instead.
     """
-    beta = 0 if first else 1
-    if _has_wide_output(hidden, total):
-        narrow = gradient.to(hidden.dtype)
-        for tile in _tiles(total):
-            product = torch.mm(narrow[:, tile].t(), hidden, out_dtype=total.dtype)
-            total[tile] = product if first else total[tile] + product
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.t(), hidden.to(total.dtype), beta=0 if first else 1)
+    elif first:
+        torch.mm(gradient.t(), hidden, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(gradient.t().to(total.dtype), hidden.to(total.dtype), beta=beta)
+        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
 
 
 def _has_wide_output(narrow: torch.Tensor, wide: torch.Tensor) -> bool:

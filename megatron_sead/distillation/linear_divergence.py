@@ -28,6 +28,7 @@ from megatron_sead.distillation.chunks import Chunk
 from megatron_sead.distillation.divergence import weighted_loss, write_gradient
 from megatron_sead.distillation.heads import (
     add_head_gradient,
+    gradient_of,
     hidden_gradient,
     logit_chunks,
 )
@@ -269,15 +270,16 @@ class _ChunkBackward:
         chunk, real, outcome = flying.chunk, self._shard.real, self._outcome
         sums = flying.sums()
         total.store(chunk.tokens, sums)
-        gradient = flying.student  # written over the logits
+        written = gradient_of(flying.student, self._head)
+        gradient = written[:, :real]
         forward, reverse = self._weights[:, chunk.tokens]
         write_gradient(gradient, flying.student, flying.teacher, sums, forward, reverse, self._shard)
         if outcome.hidden is not None:
-            of_hidden = hidden_gradient(gradient, self._head[:real])
+            of_hidden = hidden_gradient(gradient, self._head[:real], flying.student.dtype)
             self._returning()
             self._returning = chunk.start_return(of_hidden, outcome.hidden, self._shard.group)
         if outcome.head is not None:
-            add_head_gradient(outcome.head[:real], gradient, flying.states, first=self._first)
+            add_head_gradient(outcome.head[: written.shape[1]], written, flying.states, first=self._first)
             self._first = False
 
     def finish(self) -> None:

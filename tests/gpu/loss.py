@@ -102,6 +102,8 @@ def fused_loss(report: Report) -> None:
     vocabulary = VOCABULARIES[0]
     states = [torch.randn(FUSED_TOKENS, HIDDEN, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
     heads = [torch.randn(vocabulary, HIDDEN, device=DEVICE, dtype=torch.bfloat16).mul_(0.02) for _ in range(2)]
+    for head in heads:
+        head[VOCABULARIES[1] :] = torch.nan  # padding may hold anything
     states[0].requires_grad_(), heads[0].requires_grad_()
     alone: list[float] = []
     report.attempt("products", lambda: alone.append(_products(report, states, heads)))
@@ -167,3 +169,13 @@ def _fused_error(report: Report, states: list[torch.Tensor], heads: list[torch.T
     error = l2(states[0].grad[rows], leaf.grad)
     report.add(fused_error_hidden_gradient=error)
     report.expect("fused gradient", error <= 1e-2, "the hidden states' gradient within 1e-2 of fp64")
+    head = heads[0].grad
+    assert head is not None
+    report.expect("padding", not head[vocabulary:].any(), "padding has no gradient, though it holds NaN")
+    with torch.no_grad():
+        of_logits, taught = (s.float() @ h[:vocabulary].float().t() for s, h in zip(states, heads, strict=True))
+    weighted_divergence(of_logits.requires_grad_(), taught, FORWARD, REVERSE).sum().backward()
+    assert of_logits.grad is not None
+    error = l2(head[rows], of_logits.grad[:, rows].t() @ states[0].detach().float())
+    report.add(fused_error_head_gradient=error)
+    report.expect("fused head", error <= 1e-2, "the head's gradient within 1e-2 of the loss on fp32 logits")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 
+from megatron_sead.models import windowed
 from megatron_sead.models.olmo3.config import Olmo3Config
 from megatron_sead.models.olmo3.norms import ProjectionRMSNorm, sums_of_squares
 from megatron_sead.models.olmo3.rotary import PLAIN, YARN, rotate
@@ -87,6 +88,8 @@ class TorchCoreAttention(torch.nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]."""
+        if self.window is not None and len(query) > self.window and windowed.serves(query):
+            return windowed.windowed_attention(query, key, value, self.window, self.scale).flatten(2)
         repeats = query.shape[2] // key.shape[2]
         key, value = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (key, value))
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
