@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["megatron_sead", "megatron_sead.*"]),
     package_data={"megatron_sead": ["py.typed", "distillation/kernels/rows.cpp"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",  # bf16 products into fp32 on a GPU
         "megatron-core>=0.16.1,<0.20",
         "transformers>=5.16.1",  # what vLLM's releases need; the newest is tested as well
         "datasets>=4.0",  # 3.x would run the script of a data set

@@ -84,6 +84,9 @@ def _compare(report: Report, name: str, reference: Path, future: Future[Path]) -
         report.add(**{f"{name} {key}": apart})
         if name != "live" and key != "student_entropy":
             report.expect(f"{name} {key}", max(apart) <= BOUND, f"within {BOUND} of the reference at every step")
+    if name.startswith("resumed"):
+        log = run.with_suffix(".log").read_text(encoding="utf-8")
+        report.expect(f"{name} at", f"continuing at step {STEPS - 1}" in log, "it goes on from the checkpoint")
     report.expect(name, len(found) == STEPS and (run / "student-hf").is_dir(), "the run ends with its student")
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import signal
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
+import torch
 
 from megatron_sead.errors import UserError
 
@@ -72,3 +76,19 @@ def test_a_terminal_that_goes_away_stops_a_run_unless_nohup_says_otherwise() -> 
             assert signal.getsignal(signal.SIGHUP) == known
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("size", [16, 5056])
+def test_generators_of_another_kind_of_device_stay_where_they_are(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """A GPU's state is 16 bytes, a CPU's 5,056. The host's generators go on from where they were in either case."""
+    restore = import_module("megatron_sead.checkpoints.random_state")
+    restored = []
+    tracker = SimpleNamespace(get_states=dict, set_states=restored.append)
+    monkeypatch.setattr(restore, "get_cuda_rng_tracker", lambda: tracker)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.zeros(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    state = restore.random_state() | {"device": torch.zeros(size, dtype=torch.uint8)}
+    drawn = random.random(), numpy.random.rand(), torch.rand(1)
+    restore.restore_random_state(state)
+    assert (random.random(), numpy.random.rand(), torch.rand(1)) == drawn
+    assert len(restored) == (2 if size == 16 else 0)
