@@ -52,7 +52,7 @@ def _ours(
     expected: list[torch.Tensor],
 ) -> None:
     if not CUDA:
-        from megatron_sead.training.cpu_adaptor import adapt_to_cpu
+        from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
 
         adapt_to_cpu()
     from megatron_sead.models.olmo3.attention import TorchCoreAttention

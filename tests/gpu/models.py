@@ -44,18 +44,18 @@ def vocabulary(folder: Path) -> int:
 def start_parallel() -> Any:
     """Process groups of one rank, as a run makes them; on a CPU Megatron is adapted first."""
     if not CUDA:
-        from megatron_sead.training.cpu_adaptor import adapt_to_cpu
+        from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
 
         adapt_to_cpu()
-    from megatron_sead.config import ParallelSettings
-    from megatron_sead.training.parallel import initialize_parallel
+    from megatron_sead.config.run import ParallelSettings
+    from megatron_sead.parallel.groups import initialize_parallel
 
     return initialize_parallel(ParallelSettings(), DEVICE.type, seed=0)
 
 
 def random_model(folder: Path, parallel: Any, **options: Any) -> Any:
     """Our model in bf16 on the device, with random weights made there: norms from 0.5 to 1.5, the rest as trained."""
-    from megatron_sead.models import build_model
+    from megatron_sead.models.builder import build_model
 
     (model,) = build_model(folder, parallel, precision="bf16", load_weights=False, **options)
     with torch.no_grad():
