@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sead.models.family import FOLDERS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_sead"
 LEAVES = {"errors", "boxed", "config", "files"}  # anyone may import them, distillation excepted
@@ -36,6 +38,9 @@ INSTANT = (
     "train",
     "commands",
     "models.hf_config",
+    "models.family",
+    "models.weights",
+    *{f"models.{folder}.family" for folder in FOLDERS.values()},
     "models.weight_files",
     "prompts.rows",
     "launch.ownership",

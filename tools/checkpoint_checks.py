@@ -184,26 +184,16 @@ def tell_agreement(agreement: Agreement) -> bool:
 
 def described(found: Inspection) -> list[tuple[str, str]]:
     config = found.config
-    sliding = sum(config.is_sliding(number + 1) for number in range(config.num_layers))
-    yarn = "none"
-    if config.yarn is not None:
-        yarn = (
-            f"full layers: factor {config.yarn.factor:g} from {config.yarn.original_length}, attention factor "
-            f"{config.yarn.attention_factor:g}"
-        )
     lines = [
         ("directory", str(found.directory)),
         ("format", found.format),
         ("architecture", found.architecture),
         ("parameters", f"{found.parameters:,}"),
         ("dtype", ", ".join(found.dtypes)),
-        ("layers", f"{config.num_layers} ({sliding} sliding, {config.num_layers - sliding} full)"),
         ("hidden / feed-forward", f"{config.hidden_size} / {config.ffn_hidden_size}"),
         ("heads / KV heads", f"{config.num_attention_heads} / {config.num_query_groups}, of {config.kv_channels}"),
         ("vocabulary", f"{config.vocab_size}, padded to {config.padded_vocab_size} in Megatron"),
-        ("sliding window", f"{config.sliding_window}, the current token included" if sliding else "none"),
-        ("rope", f"theta {config.full_theta:g}; {found.rope_form}"),
-        ("YaRN", yarn),
+        *found.described,
         ("longest text", f"{config.max_position_embeddings} tokens"),
         ("TP sizes", f"{', '.join(map(str, found.tensor_parallel_sizes))}: {found.tensor_parallel_limit}"),
         ("weights", f"{decimal(found.weight_bytes)}, files: {len(found.files)}"),

@@ -20,26 +20,13 @@ from megatron_sead.checkpoints.torch_dist_writer import FORMAT_VERSION, TorchDis
 from megatron_sead.errors import UserError
 from megatron_sead.files.outputs import whole_directory
 from megatron_sead.models.builder import DTYPES
-from megatron_sead.models.huggingface import NamedWeight
+from megatron_sead.models.weights import NamedWeight
 
 # A rank reads whole pieces to get its share: small ones let it read little beside that. And the C library gives memory
 # of up to 32 MiB back to the next piece; larger pieces would cost a page fault every 4 KiB, a second for each GB.
 PIECE_BYTES = 16 * 2**20
 
 Advance = Callable[[int, int], None]  # bytes of weights done, of how many
-
-# Modules that keep a state beside their weights, for scales of fp8; Megatron asks a checkpoint for all of them. The
-# first four are there with torch's modules, the rest with Transformer Engine's.
-LAYER_STATES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-    "self_attention.core_attention",
-    "post_attention_layernorm",
-    "post_feedforward_layernorm",
-)
-LAST_STATES = ("decoder.final_layernorm",)
 
 
 @dataclass
@@ -79,6 +66,7 @@ def huggingface_to_megatron(
     """
     with HuggingFaceModel(source) as model:
         dtype = dtype or model.single_dtype()
+        model.check_repeated()
         conversion = _begin(model, dtype)
         conversion.ignored = sorted(model.files.ignored())
         room = conversion.bytes
@@ -93,7 +81,7 @@ def huggingface_to_megatron(
                 done += piece.rows.nbytes
                 if advance:
                     advance(min(done, conversion.bytes), conversion.bytes)  # padding is not counted
-            _add_states(writer, layers)
+            _add_states(writer, model)
             writer.finish()
             shutil.copyfile(source / "config.json", temporary / "config.json")
             copy_companions(source, temporary)
@@ -150,12 +138,18 @@ def _begin(model: ModelFiles, dtype: torch.dtype) -> Conversion:
     return Conversion(model.directory, len(model.shapes), parameters, parameters * dtype.itemsize, name)
 
 
-def _add_states(writer: TorchDistWriter, layers: int) -> None:
-    for module in LAYER_STATES:
-        for layer in range(layers):
-            writer.add_object(f"decoder.layers.{module}._extra_state", None, layer=(layer, layers))
-    for module in LAST_STATES:
-        writer.add_object(f"{module}._extra_state", None)
+def _add_states(writer: TorchDistWriter, model: ModelFiles) -> None:
+    """Modules may keep a state beside their weights, for scales of fp8, and Megatron asks a checkpoint for all of them:
+    those of the linear layers with torch's modules, with Transformer Engine's those of norms and the core attention.
+    """
+    layers = model.config.num_layers
+    for named in model.weights:
+        if named.layer is not None:
+            module = megatron_key(named).removesuffix(".weight")
+            writer.add_object(f"{module}._extra_state", None, layer=(named.layer, layers))
+    for layer in range(layers):
+        writer.add_object("decoder.layers.self_attention.core_attention._extra_state", None, layer=(layer, layers))
+    writer.add_object("decoder.final_layernorm._extra_state", None)
 
 
 class _Piece(NamedTuple):

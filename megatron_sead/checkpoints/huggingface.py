@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,11 +18,10 @@ from megatron_sead.errors import UserError
 from megatron_sead.files.durable import write_json
 from megatron_sead.files.names import TOKENIZER_FILES, TOKENIZER_SETTINGS
 from megatron_sead.files.outputs import Output
-from megatron_sead.models.builder import read_hf_config
-from megatron_sead.models.huggingface import tensor_shapes
-from megatron_sead.models.olmo3.config import YarnScaling, olmo3_fields
+from megatron_sead.models.family import family_of, read_hf_config
 from megatron_sead.models.tensor_files import TensorFiles
 from megatron_sead.models.token_ids import portable_tokenizer
+from megatron_sead.models.weights import tensor_shapes
 
 # What a model directory holds beside weights and config.json. Not its README: that speaks of another model.
 COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
@@ -169,7 +167,8 @@ def _difference(files: TensorFiles, name: str, tensor: torch.Tensor) -> str | No
 
 def write_settings(source: Path, directory: Path, dtype: torch.dtype) -> None:
     """config.json for weights of this dtype and `COMPANIONS`, in forms that transformers 4.57 and 5.x read."""
-    config = portable_config(read_hf_config(source), source / "config.json")
+    hf = read_hf_config(source)
+    config = family_of(hf["model_type"]).portable_config(hf, source / "config.json")
     name = str(dtype).removeprefix("torch.")
     write_json(directory / "config.json", config | {"dtype": name, "torch_dtype": name})
     copy_companions(source, directory)
@@ -178,41 +177,6 @@ def write_settings(source: Path, directory: Path, dtype: torch.dtype) -> None:
         settings = json.loads(tokenizer.read_text(encoding="utf-8"))
         if portable_tokenizer(settings) != settings:
             write_json(tokenizer, portable_tokenizer(settings))
-
-
-def portable_config(hf: dict[str, Any], source: Path) -> dict[str, Any]:
-    """config.json with its rotary embeddings in the forms that transformers 4.57 and 5.x read, both of them.
-
-    4.57 reads ``rope_theta`` with ``rope_scaling`` and ignores ``rope_parameters``. 5.x reads the first form too, but
-    5.23 then gives sliding layers a base of 500000 whatever ``rope_theta`` is; ``rope_parameters`` by layer type
-    comes before it (a flat one would drop YaRN). A model whose two kinds of layers have two bases, which the first
-    form cannot say, gets the second alone.
-    """
-    rope = olmo3_fields(hf, source)
-    kept = {key: value for key, value in hf.items() if key not in ("rope_theta", "rope_scaling", "rope_parameters")}
-    full = {"rope_type": "default"} if rope["yarn"] is None else _yarn_fields(rope["yarn"])
-    if hf["model_type"] == "olmo2":  # one kind of layers, and a flat form in every version
-        return kept | {"rope_theta": rope["full_theta"], "rope_parameters": full | {"rope_theta": rope["full_theta"]}}
-    by_type = {
-        "sliding_attention": {"rope_type": "default", "rope_theta": rope["sliding_theta"]},
-        "full_attention": full | {"rope_theta": rope["full_theta"]},
-    }
-    if rope["sliding_theta"] != rope["full_theta"]:
-        return kept | {"rope_parameters": by_type}
-    scaling = None if rope["yarn"] is None else full
-    return kept | {"rope_theta": rope["full_theta"], "rope_scaling": scaling, "rope_parameters": by_type}
-
-
-def _yarn_fields(yarn: YarnScaling) -> dict[str, Any]:
-    fields = {
-        "rope_type": "yarn",
-        "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_length,
-        "attention_factor": yarn.attention_factor,
-        "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow,
-    }
-    return fields if yarn.truncate else fields | {"truncate": False}
 
 
 def copy_companions(source: Path, directory: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 from megatron_sead.checkpoints.manifest import STEP
 from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel, open_model
 from megatron_sead.errors import UserError
-from megatron_sead.models.builder import divided_by_tensor_parallelism, read_hf_config, tensor_parallel_sizes
-from megatron_sead.models.olmo3.config import FULL, SLIDING, Olmo3Config, olmo3_fields
+from megatron_sead.models.builder import divided_by_tensor_parallelism, tensor_parallel_sizes
+from megatron_sead.models.config import ModelConfig
+from megatron_sead.models.family import config_fields, family_of, read_hf_config
 
 
 @dataclass
@@ -22,8 +23,8 @@ class Inspection:
     directory: Path  # with the weights
     format: str
     architecture: str
-    config: Olmo3Config
-    rope_form: str
+    config: ModelConfig
+    described: list[tuple[str, str]]  # by its family: layers, windows, positions, as (label, text)
     parameters: int  # without padding
     dtypes: list[str]
     weight_bytes: int  # of the parameters, as they are stored
@@ -48,14 +49,14 @@ def inspect_directory(directory: Path) -> Inspection:
         raise UserError(f"{directory}: no such directory")
     with open_model(directory) as model:
         hf = read_hf_config(model.source)
-        fields = olmo3_fields(hf, model.source / "config.json")
+        fields = config_fields(hf, model.source / "config.json")
         dtypes = model.dtypes()
         found = Inspection(
             directory=model.directory,
             format="Hugging Face (safetensors)",
             architecture=(hf.get("architectures") or [hf["model_type"]])[0],
             config=model.config,
-            rope_form=rope_form(hf),
+            described=family_of(hf["model_type"]).describe(fields, hf),
             parameters=model.parameters,
             dtypes=sorted(str(dtype).removeprefix("torch.") for dtype in dtypes),
             weight_bytes=model.parameters * max(dtype.itemsize for dtype in dtypes),
@@ -89,24 +90,6 @@ def _add_checkpoint(found: Inspection, model: MegatronModel) -> None:
         found.step = model.manifest.step if found.steps else None
         found.megatron_core = model.manifest.megatron_core
         found.layout = model.manifest.layout
-
-
-def rope_form(hf: dict[str, Any]) -> str:
-    """In which of the forms that transformers has written a config.json says how positions are encoded."""
-    parameters = hf.get("rope_parameters") or {}
-    legacy = "legacy (rope_theta, rope_scaling: transformers 4.57)"
-    if FULL in parameters or SLIDING in parameters:
-        return f"by layer type (rope_parameters: transformers 5){' and ' + legacy if 'rope_theta' in hf else ''}"
-    if parameters and hf["model_type"] == "olmo2":
-        return "rope_parameters, one kind of layers"
-    if parameters:
-        lost = "; transformers 5.23 reads no YaRN from it" if _names_yarn(parameters) else ""
-        return f"flat (rope_parameters without layer types{lost})"
-    return legacy if hf.get("rope_theta") or hf.get("rope_scaling") else "none: the family's defaults"
-
-
-def _names_yarn(parameters: dict[str, Any]) -> bool:
-    return "yarn" in (parameters.get("rope_type"), parameters.get("type"))
 
 
 def _limit(fields: dict[str, Any]) -> str:

@@ -20,10 +20,9 @@ from megatron_sead.checkpoints.conversion import Advance
 from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel, megatron_key
 from megatron_sead.errors import UserError
 from megatron_sead.models.builder import model_config
-from megatron_sead.models.olmo3.config import Olmo3Config
-from megatron_sead.models.olmo3.layers import block_spec
-from megatron_sead.models.olmo3.norms import RMSNorm
-from megatron_sead.models.olmo3.rotary import DualRotaryEmbedding
+from megatron_sead.models.config import ModelConfig
+from megatron_sead.models.norms import RMSNorm
+from megatron_sead.models.weights import EMBEDDING, HEAD
 from megatron_sead.parallel.context import ParallelContext
 
 # Shapes: s tokens of the text, h hidden size, v true vocabulary
@@ -64,9 +63,9 @@ class Agreement:
         return self.first_wrong is None and self.largest <= LOGPROB_TOLERANCE
 
 
-def least_tokens(config: Olmo3Config) -> int:
+def least_tokens(config: ModelConfig) -> int:
     """A text must be longer than this: at this length a wrong window, or a wrong YaRN, need not show yet."""
-    return max(config.sliding_window or 0, config.yarn.original_length if config.yarn else 0)
+    return max(config.lengths_of_change.values(), default=1)
 
 
 def read_tokens(model: HuggingFaceModel, tokens: int | None, text: Path | None) -> torch.Tensor:
@@ -81,10 +80,7 @@ def read_tokens(model: HuggingFaceModel, tokens: int | None, text: Path | None) 
     """
     least = least_tokens(model.config)
     if tokens is not None and tokens <= least:
-        raise UserError(
-            f"--tokens {tokens}: must be more than {least} (sliding window {model.config.sliding_window}, YaRN from "
-            f"{model.config.yarn.original_length if model.config.yarn else None}): no shorter text shows a wrong one"
-        )
+        raise UserError(f"--tokens {tokens}: must be more than {least}{_reasons(model.config)}")
     wanted = least + BEYOND if tokens is None else tokens
     ids = _encode(model.source, _python_documentation() if text is None else _read_text(text, wanted))
     if len(ids) < wanted:
@@ -97,6 +93,11 @@ def read_tokens(model: HuggingFaceModel, tokens: int | None, text: Path | None) 
             f"{model.source}: its tokenizer gives token {max(ids)}, and the vocabulary has {model.config.vocab_size}"
         )
     return torch.tensor(ids[:wanted])
+
+
+def _reasons(config: ModelConfig) -> str:
+    lengths = ", ".join(f"{what} {length or None}" for what, length in config.lengths_of_change.items())
+    return f" ({lengths}): no shorter text shows a wrong one" if lengths else ""
 
 
 def _encode(directory: Path, text: str) -> list[int]:
@@ -153,7 +154,7 @@ def compare_on_text(
 
     def after_layer(layer: int, theirs: torch.Tensor) -> None:
         ours.run(layer)
-        kind = hf.config.layer_types[layer].removesuffix("_attention")
+        kind = hf.config.layer_kind(layer + 1)
         agreement.stages.append(Stage(f"layer {layer} ({kind})", _relative(ours.hidden[:, 0], theirs[0])))
         if advance:
             advance((layer + 1) * layer_bytes, layers * layer_bytes)
@@ -161,7 +162,8 @@ def compare_on_text(
     theirs = _run_transformers(hf, tokens, after_layer)
     ours.finish()
     agreement.stages.append(Stage("final norm", _relative(ours.hidden[:, 0], theirs)))
-    heads = hf.tensor("lm_head.weight"), megatron.tensor("lm_head.weight")
+    name = EMBEDDING if hf.config.tied_embeddings else HEAD
+    heads = hf.tensor(name), megatron.tensor(name)
     _compare_logprobs(theirs, ours.hidden[:, 0], *heads, tokens, agreement)
     return agreement
 
@@ -176,7 +178,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _embedded(hf: HuggingFaceModel, tokens: torch.Tensor) -> torch.Tensor:
-    return F.embedding(tokens, hf.tensor("model.embed_tokens.weight")).float()
+    return F.embedding(tokens, hf.tensor(EMBEDDING)).float()
 
 
 def _run_transformers(
@@ -218,12 +220,12 @@ class _MegatronSide:
     """Our model's hidden states [s, 1, h], moved on layer by layer."""
 
     def __init__(self, model: MegatronModel, parallel: ParallelContext, tokens: torch.Tensor) -> None:
-        self.config = model_config(model.source, parallel, precision="fp32")
+        self.config, implementation = model_config(model.source, parallel, precision="fp32")
         self.config.perform_initialization = False  # weights come from the checkpoint
         self.model = model
         self.parallel = parallel
-        self.specs = block_spec(self.config, "torch", None).layer_specs
-        self.angles = DualRotaryEmbedding(self.config, parallel.megatron.cp)(len(tokens))
+        self.specs = implementation.block_spec(self.config, "torch", None).layer_specs
+        self.angles = implementation.rotary(self.config, parallel.megatron.cp)(len(tokens))
         self.hidden = F.embedding(tokens, self.model.checkpoint.read("embedding.word_embeddings.weight"))[
             :, None
         ].float()

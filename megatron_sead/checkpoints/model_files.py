@@ -19,20 +19,21 @@ from megatron_sead.checkpoints.manifest import FILE_NAME, STEP, Damage, Manifest
 from megatron_sead.checkpoints.torch_dist_reader import SavedTensor, TorchDistCheckpoint
 from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
-from megatron_sead.models.builder import read_hf_config
-from megatron_sead.models.huggingface import NamedWeight, named_weights, tensor_shapes
-from megatron_sead.models.olmo3.config import Olmo3Config, olmo3_fields
+from megatron_sead.models.config import ModelConfig
+from megatron_sead.models.family import family_of, read_config_fields
 from megatron_sead.models.tensor_files import TensorFiles
 from megatron_sead.models.weight_files import has_weights
+from megatron_sead.models.weights import NamedWeight, named_weights, tensor_shapes
 
 
-def model_weights(hf_dir: Path) -> tuple[Olmo3Config, list[NamedWeight]]:
+def model_weights(hf_dir: Path) -> tuple[ModelConfig, list[NamedWeight]]:
     """Configuration and weights of the model that ``config.json`` describes, in Hugging Face's order.
 
     Raises:
         UserError: no config.json, another architecture, or a value that this family does not have.
     """
-    config = Olmo3Config(**olmo3_fields(read_hf_config(hf_dir), hf_dir / "config.json"))
+    fields = read_config_fields(hf_dir)
+    config = family_of(fields["model_type"]).implementation().config(**fields)
     return config, list(named_weights(config))
 
 
@@ -83,6 +84,9 @@ class ModelFiles(ABC):
             UserError: damaged files.
         """
 
+    def check_repeated(self) -> None:  # noqa: B027 (a checkpoint has none)
+        """Tensors that are there under two names are the same. Raises UserError."""
+
     def tensor(self, name: str) -> torch.Tensor:
         """One Hugging Face tensor. `read` is cheaper for all of a weight's."""
         named, i = self._weight_of[name]
@@ -129,6 +133,9 @@ class HuggingFaceModel(ModelFiles):
 
     def dtypes(self) -> set[torch.dtype]:
         return {self.files.dtype(name) for named in self.weights for name in named.names}
+
+    def check_repeated(self) -> None:
+        self.files.check_repeated()
 
     def read(self, named: NamedWeight) -> list[torch.Tensor]:
         return [self.files.read(name) for name in named.names]

@@ -14,7 +14,7 @@ from megatron_sead.checkpoints.shard_writer import SHARD_BYTES, ShardWriter
 from megatron_sead.errors import UserError
 from megatron_sead.files.durable import write_json
 from megatron_sead.files.outputs import whole_directory
-from megatron_sead.models.builder import read_hf_config
+from megatron_sead.models.family import read_hf_config
 
 
 def truncate(

@@ -21,14 +21,13 @@ from megatron_sead.checkpoints.model_files import HuggingFaceModel, ModelFiles
 from megatron_sead.checkpoints.read_ahead import read_ahead
 from megatron_sead.errors import UserError
 from megatron_sead.files.names import TOKENIZER_SETTINGS
-from megatron_sead.models.builder import read_hf_config
-from megatron_sead.models.olmo3.config import olmo3_fields
+from megatron_sead.models.family import read_config_fields, read_hf_config
 from megatron_sead.models.token_ids import portable_tokenizer
 
-# Keys of config.json that say in several forms what `olmo3_fields` says in one, and those that say who wrote the file
+# Keys of config.json that say in several forms what `config_fields` says in one, and those that say who wrote the file
 REWRITTEN = {"rope_theta", "rope_scaling", "rope_parameters", "layer_types", "dtype", "torch_dtype"}
 REWRITTEN |= {"transformers_version"}
-DERIVED = ("window_size", "window_attn_skip_freq")  # of `olmo3_fields`: from others of them
+DERIVED = ("window_size", "window_attn_skip_freq")  # of `config_fields`: from others of them
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -72,6 +71,8 @@ def compare_tensors(expected: ModelFiles, found: ModelFiles, advance: Advance | 
     Raises:
         UserError: damaged files.
     """
+    for model in (expected, found):
+        model.check_repeated()
     pairs = ((named, expected.read(named), found.read(named)) for named in expected.weights)
     comparison, total = TensorComparison(), hashlib.sha256()
     everything = sum(torch.Size(shape).numel() for shape in expected.shapes.values())
@@ -114,10 +115,10 @@ def meaning_differences(expected: Path, found: Path) -> list[str]:
     """What two config.json say differently about the model itself, whatever the form they say it in.
 
     Raises:
-        UserError: one of them is not this family's.
+        UserError: one of them is of no family here.
     """
-    a, b = (olmo3_fields(read_hf_config(path), path / "config.json") for path in (expected, found))
-    return [f"{key}: {b[key]} for {a[key]}" for key in a if a[key] != b[key] and key not in DERIVED]
+    a, b = (read_config_fields(path) for path in (expected, found))
+    return [f"{key}: {b.get(key)} for {a[key]}" for key in a if a[key] != b.get(key) and key not in DERIVED]
 
 
 def _other_differences(expected: Path, found: Path) -> list[str]:

@@ -8,12 +8,11 @@ from typing import Any, Literal
 import torch
 
 from megatron_sead.errors import UserError
-from megatron_sead.models.hf_config import olmo3_fields
-from megatron_sead.models.hf_config import read_hf_config as read_hf_config
+from megatron_sead.models.config import ModelConfig
+from megatron_sead.models.decoder import Decoder
+from megatron_sead.models.family import Implementation, family_of, read_config_fields
 from megatron_sead.models.huggingface import check_huggingface_weights, load_huggingface_weights
-from megatron_sead.models.olmo3.config import Olmo3Config
-from megatron_sead.models.olmo3.layers import AttentionBackend
-from megatron_sead.models.olmo3.model import Olmo3Model
+from megatron_sead.models.layers import AttentionBackend
 from megatron_sead.parallel.context import ParallelContext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,7 +28,7 @@ def build_model(
     recompute_granularity: Literal["full", "selective"] | None = None,
     attention_backend: AttentionBackend = "torch",
     load_weights: bool = True,
-) -> list[Olmo3Model]:
+) -> list[Decoder]:
     """This rank's chunks of the model in `hf_dir`, one but for virtual pipeline stages. Collective.
 
     Parameters are made in the precision asked for: no Float16Module is needed, and final hidden states come out in
@@ -43,7 +42,7 @@ def build_model(
     Raises:
         UserError: another architecture, a layout that does not divide it, or a damaged directory.
     """
-    config = model_config(
+    config, implementation = model_config(
         hf_dir,
         parallel,
         precision=precision,
@@ -56,10 +55,10 @@ def build_model(
     chunks = []
     for stage in range(parallel.chunks):
         vp_stage = stage if parallel.vpp_size is not None else None
-        model = Olmo3Model(config, parallel, attention_backend, vp_stage)
+        model = Decoder(config, implementation, parallel, attention_backend, vp_stage)
         chunks.append(model.to(parallel.device))
     if load_weights:
-        load_huggingface_weights(list(chunks), hf_dir, parallel)
+        load_huggingface_weights(chunks, hf_dir, parallel)
     return chunks
 
 
@@ -71,16 +70,17 @@ def model_config(
     sequence_parallel: bool = False,
     spread_hidden_states: bool = False,
     recompute_granularity: Literal["full", "selective"] | None = None,
-) -> Olmo3Config:
-    """The model's configuration under this layout. Raises UserError as `build_model` does."""
+) -> tuple[ModelConfig, Implementation]:
+    """The model's configuration under this layout, and its family's parts. Raises UserError as `build_model` does."""
     source = hf_dir / "config.json"
-    fields = olmo3_fields(read_hf_config(hf_dir), source)
+    fields = read_config_fields(hf_dir)
+    implementation = family_of(fields["model_type"]).implementation()
     check_layout(fields, parallel, source)
     dtype = DTYPES[precision]
     recompute: dict[str, Any] = {"recompute_granularity": recompute_granularity}
     if recompute_granularity == "full":
         recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
-    return Olmo3Config(
+    config = implementation.config(
         **fields,
         **recompute,
         tensor_model_parallel_size=parallel.tp_size,
@@ -103,7 +103,6 @@ def model_config(
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        qk_layernorm=False,  # True would sum the gradients of our sharded Q/K norms over ranks, by their names
         # Fused kernels need CUDA extensions, and numbers that do not depend on them compare across machines.
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
@@ -112,6 +111,7 @@ def model_config(
         persist_layer_norm=False,
         apply_rope_fusion=False,
     )
+    return config, implementation
 
 
 def check_layout(fields: dict[str, Any], parallel: ParallelContext, source: Path) -> None:
@@ -140,7 +140,7 @@ def check_layout(fields: dict[str, Any], parallel: ParallelContext, source: Path
 
 
 def divided_by_tensor_parallelism(fields: dict[str, Any]) -> dict[str, int]:
-    """What every tensor-parallel rank has an equal share of, and how many there are, from `olmo3_fields`."""
+    """What every tensor-parallel rank has an equal share of, and how many there are, from `config_fields`."""
     return {
         "attention heads": fields["num_attention_heads"],
         "key/value heads": fields["num_query_groups"],

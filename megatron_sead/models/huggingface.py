@@ -3,108 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_sead.models.olmo3.config import Olmo3Config
-from megatron_sead.models.olmo3.model import Olmo3Model
-from megatron_sead.models.olmo3.weights import Weight, first_stage_weights, last_stage_weights, layer_weights
+from megatron_sead.models.config import ModelConfig
+from megatron_sead.models.decoder import Decoder
 from megatron_sead.models.tensor_files import TensorFiles
+from megatron_sead.models.weights import PlacedWeight, Weight, named_weights, placed_weights
 from megatron_sead.parallel.context import ParallelContext
-
-
-@dataclass(frozen=True)
-class NamedWeight:
-    """A `Weight` of the whole model, with the full names of its Hugging Face tensors."""
-
-    weight: Weight
-    layer: int | None  # from 0, over the whole model; None: outside the layers
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class PlacedWeight:
-    """A `Weight` of the whole model with full names, and the chunk that holds it."""
-
-    weight: Weight
-    parameter: str  # within its chunk
-    names: tuple[str, ...]  # Hugging Face
-    pp_rank: int
-    chunk: int
-
-
-def named_weights(config: Olmo3Config) -> Iterator[NamedWeight]:
-    """Every weight of the model, in Hugging Face's order: embedding, layers, final norm, head."""
-    for weight in first_stage_weights(config):
-        yield NamedWeight(weight, None, weight.huggingface)
-    for layer in range(config.num_layers):
-        for weight in layer_weights(config):
-            yield NamedWeight(weight, layer, tuple(f"model.layers.{layer}.{name}" for name in weight.huggingface))
-    for weight in last_stage_weights(config):
-        yield NamedWeight(weight, None, weight.huggingface)
-
-
-def tensor_shapes(weights: list[NamedWeight]) -> dict[str, tuple[int, ...]]:
-    """Of every Hugging Face tensor of these weights, in their order."""
-    return {name: shape for named in weights for name, shape in zip(named.names, named.weight.shapes, strict=True)}
-
-
-def placed_weights(config: Olmo3Config, parallel: ParallelContext) -> Iterator[PlacedWeight]:
-    """`named_weights`, and where each is under this layout."""
-    first_stage = True
-    per_chunk = config.num_layers // (parallel.pp_size * parallel.chunks)
-    for named in named_weights(config):
-        parameter, pp_rank, chunk = named.weight.megatron, 0, 0
-        if named.layer is not None:
-            first_stage = False
-            chunk, pp_rank = divmod(named.layer // per_chunk, parallel.pp_size)  # Megatron deals them out round robin
-            parameter = f"decoder.layers.{named.layer % per_chunk}.{parameter}"
-        elif not first_stage:
-            chunk, pp_rank = parallel.chunks - 1, parallel.pp_size - 1
-        yield PlacedWeight(named.weight, parameter, named.names, pp_rank, chunk)
-
-
-def unwrap(chunk: torch.nn.Module) -> Olmo3Model:
-    """The model inside Megatron's wrappers (DistributedDataParallel, Float16Module)."""
-    inner: Any = chunk
-    while not isinstance(inner, Olmo3Model):
-        inner = inner.module
-    return inner
-
 
 # --- In --------------------------------------------------------------------------------------------------------------
 
 
-def check_huggingface_weights(config: Olmo3Config, hf_dir: Path) -> None:
-    """The directory holds the model that its config.json describes. Reads headers alone, before any memory is taken.
+def check_huggingface_weights(config: ModelConfig, hf_dir: Path) -> None:
+    """The directory holds the model that its config.json describes. Reads headers, and a head that is the embedding
+    once more; before any memory is taken.
 
     Raises:
         UserError: as `load_huggingface_weights` does.
     """
     with TensorFiles(hf_dir) as files:
-        files.check(named_weights(config))
+        files.check(list(named_weights(config)))
+        files.check_repeated()
 
 
 @torch.no_grad()
-def load_huggingface_weights(chunks: list[torch.nn.Module], hf_dir: Path, parallel: ParallelContext) -> None:
+def load_huggingface_weights(models: list[Decoder], hf_dir: Path, parallel: ParallelContext) -> None:
     """Fill this rank's chunks, reading only this rank's slices. Every rank checks every tensor's name and shape.
 
     Args:
-        chunks: this rank's model chunks, wrapped or not.
+        models: this rank's chunks.
         hf_dir: ``model.safetensors``, or ``model.safetensors.index.json`` and its files; fp64, fp32, fp16 or bf16.
 
     Raises:
         UserError: it is ambiguous which files are the model; a file is missing or truncated; a tensor is missing,
             unknown, or has another shape or a dtype that is not tested.
     """
-    models = [unwrap(chunk) for chunk in chunks]
-    config = models[0].config
     with TensorFiles(hf_dir) as files:
-        weights = list(placed_weights(config, parallel))
+        weights = list(placed_weights(models[0].config, parallel.pp_size, parallel.chunks))
         files.check(weights)
         parameters = [dict(model.named_parameters()) for model in models]
         for placed in weights:
@@ -138,17 +76,16 @@ def read_share(files: TensorFiles, name: str, weight: Weight, parallel: Parallel
 
 
 @torch.no_grad()
-def iterate_huggingface_weights(
-    chunks: list[torch.nn.Module], parallel: ParallelContext
-) -> Iterator[tuple[str, torch.Tensor]]:
+def iterate_huggingface_weights(models: list[Decoder], parallel: ParallelContext) -> Iterator[tuple[str, torch.Tensor]]:
     """(Hugging Face name, whole tensor) of every weight, on every rank, whatever the layout.
 
     Collective over tensor- and pipeline-parallel groups: every rank must consume it to the end, in step. One
     parameter is whole at a time. The tensors are the caller's own, in the model's dtype, on its device.
     """
-    models = [unwrap(chunk) for chunk in chunks]
     parameters = [dict(model.named_parameters()) for model in models]
-    for placed in placed_weights(models[0].config, parallel):
+    for placed in placed_weights(models[0].config, parallel.pp_size, parallel.chunks):
+        if placed.is_copy:
+            continue
         shard = None
         if placed.pp_rank == parallel.pp_rank:
             shard = parameters[placed.chunk][placed.parameter].detach()

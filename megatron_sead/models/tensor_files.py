@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_sead.errors import UserError
-from megatron_sead.models.olmo3.weights import Weight
 from megatron_sead.models.weight_files import IGNORED_SUFFIX, locate_tensors
+from megatron_sead.models.weights import Weight
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PIECE_ROWS = 4096  # that are compared at once
 
 
 class WeightWithNames(Protocol):
@@ -46,6 +47,7 @@ class TensorFiles:
         self.file_of = {name: place.file for name, place in self._places.items()}
         self._open: dict[Path, Any] = {}
         self._raw: dict[Path, FileIO] = {}
+        self._again: dict[str, str] = {}  # tensors that are there under two names, by the second; known from `check`
 
     def __enter__(self) -> TensorFiles:
         for path in sorted(set(self.file_of.values())):
@@ -61,7 +63,7 @@ class TensorFiles:
             file.close()
         self._raw.clear()
 
-    def check(self, weights: Iterable[WeightWithNames]) -> None:
+    def check(self, weights: Collection[WeightWithNames]) -> None:
         """Every tensor is there, none is unknown, all have the right shape. Reads no tensor.
 
         Raises:
@@ -70,6 +72,8 @@ class TensorFiles:
         shapes = {
             name: shape for named in weights for name, shape in zip(named.names, named.weight.shapes, strict=True)
         }
+        again = {named.weight.again: named.names[0] for named in weights if named.weight.again is not None}
+        self._again = {second: first for second, first in again.items() if second in self.file_of}
         if missing := sorted(shapes.keys() - self.file_of.keys()):
             raise UserError(f"{self.hf_dir}: tensors are missing: {_some(missing)}")
         if unknown := sorted(self.file_of.keys() - self.ignored() - shapes.keys()):
@@ -83,7 +87,31 @@ class TensorFiles:
 
     def ignored(self) -> set[str]:
         """Tensors that the directory holds and no model needs."""
-        return {name for name in self.file_of if name.endswith(IGNORED_SUFFIX)}
+        return {name for name in self.file_of if name.endswith(IGNORED_SUFFIX) or name in self._again}
+
+    def check_repeated(self) -> None:
+        """A tensor that is there under two names, as a tied head may be, is the same under both. After `check`.
+
+        Raises:
+            UserError: it is not, and versions of transformers differ in which one they take.
+        """
+        for second, first in self._again.items():
+            places = [self._places[name] for name in (first, second)]
+            if (places[0].dtype, places[0].shape) != (places[1].dtype, places[1].shape) or any(
+                not torch.equal(a, b) for a, b in zip(self._pieces(first), self._pieces(second), strict=True)
+            ):
+                raise UserError(
+                    f"{self.file_of[second]}: {second} differs from {first}, which its config.json ties it to "
+                    "(tie_word_embeddings); take one of the two out, or untie them"
+                )
+
+    def _pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor's rows, a few at a time, as bits: a NaN equals itself."""
+        shape = self._places[name].shape
+        for row in range(0, shape[0], PIECE_ROWS):
+            piece = torch.empty(min(PIECE_ROWS, shape[0] - row), *shape[1:], dtype=self.dtype(name))
+            self.read_rows(name, row, piece)
+            yield piece.view(torch.uint8)
 
     def slice(self, name: str) -> Any:
         """A safetensors slice: ``get_shape()``, and ``[...]`` for a part of the tensor."""

@@ -7,6 +7,9 @@ estimate of what the backward pass keeps (the terms are in `_activation_bytes`),
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from types import SimpleNamespace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,14 +17,16 @@ from rich.table import Table
 from megatron_sead.config.checks import check_world_size, config_warnings
 from megatron_sead.config.run import ModelSettings, ParallelSettings, RunConfig
 from megatron_sead.errors import UserError
-from megatron_sead.models.hf_config import olmo3_fields, padded_vocabulary, read_hf_config
+from megatron_sead.models.family import read_config_fields
+from megatron_sead.models.hf_config import padded_vocabulary
+from megatron_sead.models.weights import named_weights, placed_weights
 
 ASSUMED_PROMPT_TOKENS = 1024  # where prompts.max_prompt_tokens is not set
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A dense OLMo-3 model: attention with full-width Q/K norms, SwiGLU, post-norms, no biases, untied head."""
+    """Sizes of a dense decoder."""
 
     layers: int
     hidden: int
@@ -31,6 +36,7 @@ class ModelShape:
     ffn: int
     vocabulary: int
     context: int
+    fields: Any = dataclass_field(repr=False)  # of `config_fields`, as attributes
 
     @property
     def query_width(self) -> int:
@@ -40,27 +46,17 @@ class ModelShape:
     def key_width(self) -> int:
         return self.kv_heads * self.head_dim
 
-    def layer_parameters(self, tp: int = 1) -> int:
-        """Of one layer on one of tp ranks: matrices and Q/K norms are split, the two post-norms are on every rank."""
-        attention = self.hidden * (2 * self.query_width + 2 * self.key_width)
-        split = attention + 3 * self.hidden * self.ffn + self.query_width + self.key_width
-        return split // tp + 2 * self.hidden
-
     @property
     def parameters(self) -> int:
         """Of the Hugging Face checkpoint: true vocabulary, no padding."""
-        return 2 * self.vocabulary * self.hidden + self.layers * self.layer_parameters() + self.hidden
+        return sum(named.weight.elements for named in named_weights(self.fields))
 
     def rank_parameters(self, stage: int, parallel: ParallelSettings) -> int:
         """On one tensor-parallel rank of a pipeline stage, padded vocabulary rows included."""
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        embedding = padded_vocabulary(self.vocabulary) // tp * self.hidden
-        count = self.layers // pp * self.layer_parameters(tp)
-        if stage == 0:
-            count += embedding
-        if stage == pp - 1:
-            count += embedding + self.hidden  # head and final norm
-        return count
+        chunks = parallel.virtual_pipeline_model_parallel_size or 1
+        weights = placed_weights(self.fields, pp, chunks)
+        return sum(placed.weight.rank_elements(tp) for placed in weights if placed.pp_rank == stage)
 
 
 @dataclass(frozen=True)
@@ -186,11 +182,11 @@ def read_shape(model: ModelSettings, role: str) -> ModelShape:
     """Shape of a Hugging Face directory's model.
 
     Raises:
-        UserError: no such directory, no readable config.json, or what `olmo3_fields` refuses.
+        UserError: no such directory, no readable config.json, or what `config_fields` refuses.
     """
     if not model.path.is_dir():
         raise UserError(f"{role}.path={model.path}: no such directory; must be a model in Hugging Face format")
-    fields = olmo3_fields(read_hf_config(model.path), model.path / "config.json")
+    fields = read_config_fields(model.path)
     return ModelShape(
         layers=fields["num_layers"],
         hidden=fields["hidden_size"],
@@ -200,6 +196,7 @@ def read_shape(model: ModelSettings, role: str) -> ModelShape:
         ffn=fields["ffn_hidden_size"],
         vocabulary=fields["vocab_size"],
         context=fields["max_position_embeddings"],
+        fields=SimpleNamespace(**fields),
     )
 
 

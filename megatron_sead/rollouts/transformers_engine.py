@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_sead.errors import NotFiniteNumbers, UserError
-from megatron_sead.models.hf_config import olmo3_fields, read_hf_config
+from megatron_sead.models.family import read_config_fields
 from megatron_sead.models.weight_files import locate_tensors
 from megatron_sead.rollouts.engine import GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.sampling import choose_tokens, uniforms
@@ -218,7 +218,7 @@ def _log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def _load_model(directory: Path, dtype: torch.dtype) -> Any:
     # transformers would leave unknown keys out, and makes plain numbers of integers
-    olmo3_fields(read_hf_config(directory), directory / "config.json")
+    read_config_fields(directory)
     locate_tensors(directory)
     disable_progress_bar()  # of loading weights: one a rank, in the midst of the run's own
     try:

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import NotFiniteNumbers, UserError
-from megatron_sead.models.olmo3.model import Olmo3Model
+from megatron_sead.models.decoder import Decoder
 from megatron_sead.prompts.packing import MicroBatch, TokenView
 from megatron_sead.rollouts.engine import Sampling
 from megatron_sead.rollouts.transformers_engine import TransformersEngine
@@ -64,7 +64,7 @@ def check_models(run: Run, *, fresh: bool) -> None:
         require_same("student and its checkpoint", student, torch.tensor(run.state.probe_log_probs), config)
 
 
-def _require_finite(run: Run, role: str, directory: Path, chunks: list[Olmo3Model]) -> None:
+def _require_finite(run: Run, role: str, directory: Path, chunks: list[Decoder]) -> None:
     """A row of an embedding that the probe does not need shows when a token needs it, which may be days later."""
     if not weights_are_finite(chunks, run.parallel):
         raise UserError(f"{role}.path={directory}: holds weights that are NaN or infinite; copy or download it again")

@@ -26,8 +26,7 @@ from megatron_sead.checkpoints.weight_checksums import weight_checksums
 from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import UserError
 from megatron_sead.grading.grader import GRADER_VERSION
-from megatron_sead.models.builder import read_hf_config
-from megatron_sead.models.olmo3.config import olmo3_fields
+from megatron_sead.models.family import read_config_fields
 from megatron_sead.prompts.dataset import Prompt
 from megatron_sead.prompts.tokenizer import ModelTokenizer
 from megatron_sead.rollouts.records import record_path
@@ -185,7 +184,7 @@ def _roles(student: ModelTokenizer, teacher: ModelTokenizer) -> Iterable[tuple[s
 
 
 def _architecture(hf_dir: Path) -> dict[str, Any]:
-    fields = olmo3_fields(read_hf_config(hf_dir), hf_dir / "config.json")
+    fields = read_config_fields(hf_dir)
     plain: dict[str, Any] = json.loads(json.dumps(fields, default=lambda v: asdict(v) if is_dataclass(v) else str(v)))  # type: ignore[arg-type]
     return plain
 

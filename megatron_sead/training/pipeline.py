@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_sead.models.huggingface import unwrap
 from megatron_sead.parallel.communicator import schedule_arguments
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
@@ -72,11 +71,11 @@ def _forward_step(
     tokens = getattr(micro_batch, view).tokens
     predictors = getattr(micro_batch, view).predictors
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    config: Any = model.config  # Megatron's wrappers have it too
     output = model(input_ids=tokens, position_ids=positions, attention_mask=None)
 
     def on_last_stage(hidden: torch.Tensor, non_loss_data: bool = False) -> Any:
         rows = hidden.flatten(0, 1)
-        spread = unwrap(model).config.spread_hidden_states
-        return on_hidden(index, rows if spread else rows.index_select(0, predictors))
+        return on_hidden(index, rows if config.spread_hidden_states else rows.index_select(0, predictors))
 
     return output, on_last_stage

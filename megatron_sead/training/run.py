@@ -15,8 +15,8 @@ from megatron_sead.config.run import RunConfig
 from megatron_sead.distillation import CompetenceTracker, Curriculum, annealing_coefficient
 from megatron_sead.errors import UserError
 from megatron_sead.grading.grader import Grader
+from megatron_sead.models.decoder import Decoder
 from megatron_sead.models.huggingface import iterate_huggingface_weights
-from megatron_sead.models.olmo3.model import Olmo3Model
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.dataset import Prompt
 from megatron_sead.prompts.packing import MicroBatch, pack
@@ -50,7 +50,7 @@ class Run:
     config: RunConfig
     parallel: ParallelContext
     learner: Learner
-    student_chunks: list[Olmo3Model]  # the student without Megatron's DDP around it
+    student_chunks: list[Decoder]  # the student without Megatron's DDP around it
     tokenizer: ModelTokenizer
     prompts: list[Prompt]
     heldout: list[Prompt]  # to measure on; empty without evaluation.path
@@ -130,7 +130,7 @@ class Run:
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The student as (Hugging Face name, whole tensor), one at a time. Collective: consume it on every rank."""
-        return iterate_huggingface_weights(list(self.student_chunks), self.parallel)
+        return iterate_huggingface_weights(self.student_chunks, self.parallel)
 
     def load_engine(self) -> None:
         """Give the engine the student's weights, so that the next rollouts are on-policy. Collective."""

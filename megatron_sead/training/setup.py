@@ -26,7 +26,7 @@ from megatron_sead.files.durable import replace_text
 from megatron_sead.grading.grader import Grader
 from megatron_sead.launch.ownership import sole_owner
 from megatron_sead.models.builder import build_model
-from megatron_sead.models.olmo3.model import Olmo3Model
+from megatron_sead.models.decoder import Decoder
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.parallel.groups import parallel_groups
 from megatron_sead.prompts.dataset import Prompt, load_prompts
@@ -155,7 +155,7 @@ def _load_heldout(config: RunConfig, student: ModelTokenizer, teacher: ModelToke
 
 def _build_model(
     config: RunConfig, model: ModelSettings, parallel: ParallelContext, *, spread_hidden_states: bool
-) -> list[Olmo3Model]:
+) -> list[Decoder]:
     return build_model(
         model.path,
         parallel,
@@ -169,7 +169,7 @@ def _build_model(
 
 def _build_learner(
     config: RunConfig, student: ModelTokenizer, teacher: ModelTokenizer, parallel: ParallelContext
-) -> tuple[Learner, list[Olmo3Model]]:
+) -> tuple[Learner, list[Decoder]]:
     teacher_chunks = _build_model(config, config.teacher, parallel, spread_hidden_states=False)
     frozen = Teacher(teacher_chunks, offload=config.teacher.offload)
     student_chunks = _build_model(config, config.student, parallel, spread_hidden_states=True)  # the loss gathers

@@ -10,7 +10,7 @@ from types import TracebackType
 
 import torch
 
-from megatron_sead.models.olmo3.model import Olmo3Model
+from megatron_sead.models.decoder import Decoder
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.pipeline import run_schedule
@@ -26,7 +26,7 @@ class Teacher:
             a pass runs. On a CPU the two are one memory and nothing moves.
     """
 
-    def __init__(self, chunks: list[Olmo3Model], *, offload: bool) -> None:
+    def __init__(self, chunks: list[Decoder], *, offload: bool) -> None:
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
         self.chunks = chunks
@@ -59,7 +59,7 @@ class _VisitingWeights:
     They are frozen, so leaving copies nothing back: the device's copy is let go, and the home was never touched.
     """
 
-    def __init__(self, chunks: list[Olmo3Model], stays: torch.Tensor | None) -> None:
+    def __init__(self, chunks: list[Decoder], stays: torch.Tensor | None) -> None:
         self._homes: list[tuple[torch.nn.Parameter, torch.device, torch.Tensor]] = []
         for chunk in chunks:
             for parameter in chunk.parameters():

@@ -34,7 +34,7 @@ def verify_huggingface_directory(*args: Any, **kwargs: Any) -> None:
 
 
 def portable_config(*args: Any) -> dict[str, Any]:
-    from megatron_sead.checkpoints.huggingface import portable_config as make_portable
+    from megatron_sead.models.olmo3.family import portable_config as make_portable
 
     return make_portable(*args)
 

@@ -217,9 +217,11 @@ def test_inspection_of_checkpoints(ranks: RankPool, model: Path, tmp_path: Path)
     ],
 )
 def test_the_form_of_the_rotary_settings(changes: dict[str, Any], form: str) -> None:
-    from megatron_sead.checkpoints.inspection import rope_form
+    from megatron_sead.models.family import family_of
 
-    assert rope_form({"model_type": "olmo3"} | changes).startswith(form)
+    fields = {"num_layers": 1, "layer_types": (), "yarn": None, "sliding_window": None, "full_theta": 5e5}
+    described = dict(family_of("olmo3").describe(fields, {"model_type": "olmo3"} | changes))
+    assert described["rope"].startswith(f"theta 500000; {form}")
 
 
 def test_of_a_32b_at_most_8_ranks_hold_shares() -> None:

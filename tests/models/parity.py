@@ -87,15 +87,17 @@ def make_batch(vocab_size: int, lengths: tuple[int, ...] = LENGTHS, seed: int = 
     return Batch(draw(vocab_size), draw(vocab_size), draw(2))
 
 
-def reference_step(hf_dir: Path, batch: Batch) -> Measured:
+def reference_step(hf_dir: Path, batch: Batch, dtype: torch.dtype = torch.float32) -> Measured:
     """transformers' model, one process, eager attention."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32, attn_implementation="eager").train()
-    measured, total = Measured(), torch.zeros(())
+    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype, attn_implementation="eager").train()
+    measured, total = Measured(), torch.zeros((), dtype=dtype)
     for i, (tokens, labels, mask) in enumerate(zip(batch.tokens, batch.labels, batch.mask, strict=True)):
         logits = model(tokens).logits
-        loss = (F.cross_entropy(logits.transpose(1, 2), labels, reduction="none") * mask).sum()
+        # Flat: over a dimension in the middle torch sums one by one, which over 49,152 columns costs four digits
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        loss = (losses * mask.flatten()).sum()
         measured.logits[i], measured.losses[i] = logits.detach(), loss.item()
         total = total + loss
     (total / sum(m.sum() for m in batch.mask)).backward()
@@ -166,7 +168,7 @@ def _run_schedule(wrapped: list[Any], parallel: Any, batch: Batch, measured: Mea
         data_iterator=[iter(mine) for _ in wrapped] if len(wrapped) > 1 else iter(mine),
         model=wrapped if len(wrapped) > 1 else wrapped[0],
         num_microbatches=len(mine),
-        seq_length=max(LENGTHS),
+        seq_length=max(tokens.shape[1] for tokens in batch.tokens),
         micro_batch_size=MICRO_BATCH_SIZE,
         forward_only=False,
         **schedule_arguments(wrapped[0], parallel),
@@ -190,14 +192,17 @@ def _token_loss(
 
 
 def _whole_gradients(wrapped: list[Any], parallel: Any) -> dict[str, torch.Tensor]:
-    from megatron_sead.models.huggingface import placed_weights, whole_tensors
+    from megatron_sead.models.huggingface import whole_tensors
+    from megatron_sead.models.weights import placed_weights
 
     gradients = {}
-    for placed in placed_weights(wrapped[0].module.config, parallel):
+    for placed in placed_weights(wrapped[0].module.config, parallel.pp_size, parallel.chunks):
         shard = None
         if placed.pp_rank == parallel.pp_rank:
             shard = dict(wrapped[placed.chunk].module.named_parameters())[placed.parameter].main_grad
         parts = whole_tensors(placed, shard, torch.float32, parallel)
+        if placed.is_copy and not all(map(torch.equal, parts, (gradients[name] for name in placed.names))):
+            parts = [part.fill_(float("nan")) for part in parts]  # the two would drift apart
         gradients |= dict(zip(placed.names, parts, strict=True))
     return gradients if parallel.rank == 0 else {}
 

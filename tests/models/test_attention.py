@@ -13,7 +13,7 @@ from tests.distributed.ranks import RankPool
 
 def errors(length: int, window: int, block: int) -> float:
     """Largest difference of output and gradients from dense masked softmax, fp64, relative to the largest entry."""
-    from megatron_sead.models.olmo3.attention import banded_attention
+    from megatron_sead.models.attention import banded_attention
 
     generator = torch.Generator().manual_seed(length)
     leaves = [
@@ -42,11 +42,9 @@ def kept_bytes(length: int, window: int | None) -> tuple[int, int]:
     """Bytes of tensors that autograd keeps, and of the largest of them, for one head of size 8 in fp32."""
     from types import SimpleNamespace
 
-    from megatron_sead.models.olmo3.attention import TorchCoreAttention
+    from megatron_sead.models.attention import TorchCoreAttention
 
-    config = SimpleNamespace(
-        sliding_window=window, is_sliding=lambda layer: window is not None, attention_scale=lambda layer: 0.3
-    )
+    config = SimpleNamespace(window=lambda layer: window, attention_scale=lambda layer: 0.3)
     core = TorchCoreAttention(config, 1)
     kept: dict[int, int] = {}
 

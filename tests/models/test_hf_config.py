@@ -10,7 +10,9 @@ import pytest
 
 from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
-from megatron_sead.models.hf_config import HARMLESS, READ, READ_OF_OLMO3, YarnScaling, olmo3_fields, read_hf_config
+from megatron_sead.models.family import config_fields, read_config_fields, read_hf_config
+from megatron_sead.models.hf_config import HARMLESS, READ
+from megatron_sead.models.olmo3.hf_config import READ_OF_OLMO3, YarnScaling
 from megatron_sead.planning.plan import read_shape
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +23,7 @@ BY_TYPE = {"full_attention": YARN | {"rope_theta": 500000.0}, "sliding_attention
 
 
 def fields(**changes: Any) -> dict[str, Any]:
-    return olmo3_fields(RELEASED | changes, Path("config.json"))
+    return config_fields(RELEASED | changes, Path("config.json"))
 
 
 def refusal(**changes: Any) -> str:
@@ -229,7 +231,7 @@ def test_what_transformers_saves_passes(family: str, tmp_path: Path) -> None:
         "is_encoder_decoder",  # false
     }
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict(), default=str))
-    assert olmo3_fields(read_hf_config(tmp_path), tmp_path / "config.json")["num_layers"] == 32
+    assert read_config_fields(tmp_path)["num_layers"] == 32
 
 
 def test_what_transformers_4_saves_passes() -> None:

@@ -43,10 +43,9 @@ def write(directory: Path, hf: dict[str, Any]) -> Path:
 
 
 def fields(hf_dir: Path) -> dict[str, Any]:
-    from megatron_sead.models.builder import read_hf_config
-    from megatron_sead.models.olmo3.config import olmo3_fields
+    from megatron_sead.models.family import read_config_fields
 
-    found = olmo3_fields(read_hf_config(hf_dir), hf_dir / "config.json")
+    found = read_config_fields(hf_dir)
     return found | {"yarn": found["yarn"] and vars(found["yarn"])}
 
 
@@ -103,11 +102,10 @@ def test_rotary_frequencies_are_those_of_transformers(ranks: RankPool, hf_dir: P
 
 
 def frequencies(hf_dir: Path) -> Any:
-    from megatron_sead.models.builder import read_hf_config
-    from megatron_sead.models.olmo3.config import olmo3_fields
+    from megatron_sead.models.family import read_config_fields
     from megatron_sead.models.olmo3.rotary import inverse_frequencies
 
-    found = olmo3_fields(read_hf_config(hf_dir), hf_dir / "config.json")
+    found = read_config_fields(hf_dir)
     d = found["kv_channels"]
     return inverse_frequencies(d, found["sliding_theta"], None), inverse_frequencies(
         d, found["full_theta"], found["yarn"]
@@ -118,7 +116,7 @@ def frequencies(hf_dir: Path) -> Any:
     ("changes", "layout", "line"),
     [
         ({"model_type": "olmo_hybrid"}, Layout(), "model_type='olmo_hybrid' is not supported; must be olmo3 or olmo2"),
-        ({"model_type": "llama"}, Layout(), "model_type='llama' is not supported"),
+        ({"model_type": "mistral"}, Layout(), "model_type='mistral' is not supported"),
         ({"tie_word_embeddings": True}, Layout(), "tie_word_embeddings=True: only False is supported"),
         ({"attention_bias": True}, Layout(), "attention_bias=True: only False"),
         ({"hidden_act": "gelu"}, Layout(), "hidden_act='gelu': only 'silu'"),

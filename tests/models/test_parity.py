@@ -122,10 +122,10 @@ def norms_without_the_sequence_parallel_mark(chunks: list[Any]) -> None:
 
 
 def hidden_gradient_summed_twice(chunks: list[Any]) -> AbstractContextManager[None]:
-    from megatron_sead.models.olmo3 import model
+    from megatron_sead.models import decoder
 
-    gather = model.gather_from_sequence_parallel_region
-    return _patched(model, "gather_from_sequence_parallel_region", lambda x, group, **kwargs: gather(x, group=group))
+    gather = decoder.gather_from_sequence_parallel_region
+    return _patched(decoder, "gather_from_sequence_parallel_region", lambda x, group, **kwargs: gather(x, group=group))
 
 
 def _modules(chunks: list[Any], kind: str) -> list[Any]:

@@ -76,8 +76,9 @@ def megatron_pass(
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, vocab_parallel_cross_entropy
 
     from megatron_sead.models.builder import build_model
-    from megatron_sead.models.huggingface import placed_weights, read_share
+    from megatron_sead.models.huggingface import read_share
     from megatron_sead.models.tensor_files import TensorFiles
+    from megatron_sead.models.weights import placed_weights
 
     tokens, labels = text(shape)
     seen = Seen()
@@ -91,7 +92,7 @@ def megatron_pass(
             parts = [read_share(files, name, placed.weight, parallel) for name in placed.names]
             seen.gradients[placed.names[0]] = Distance.between(grad, placed.weight.join(parts))
 
-        for placed in placed_weights(model.config, parallel):
+        for placed in placed_weights(model.config, parallel.pp_size, parallel.chunks):
             hook = _release(seen, lambda grad, placed=placed: compare(placed, grad))
             parameters.pop(placed.parameter).register_post_accumulate_grad_hook(hook)
         assert not parameters

@@ -1,26 +1,20 @@
-"""OLMo-3's attention: full-width Q/K norms, rotary angles by layer type, and a core on torch's fused kernels."""
+"""OLMo-3's attention: norms over the full width of Q and K, and rotary angles by layer type."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.transformer.attention import SelfAttention
 
-from megatron_sead.models import windowed
+from megatron_sead.models.attention import RotaryAttention
 from megatron_sead.models.olmo3.config import Olmo3Config
 from megatron_sead.models.olmo3.norms import ProjectionRMSNorm, sums_of_squares
-from megatron_sead.models.olmo3.rotary import PLAIN, YARN, rotate
+from megatron_sead.models.olmo3.rotary import PLAIN, YARN
 
-# Shapes: s sequence, b batch, H hidden size (s/tp tokens under sequence parallelism), and on this rank
-# n query heads, g key/value heads, r = n/g queries a key, d head dimension
-
-QUERY_BLOCK = 1024  # queries of a sliding layer that are scored at once, each block against its own keys alone
-SMALL_BLOCK = 128  # fewer cost more in calls than they save in scores, however narrow the window
+# Shapes: s sequence, b batch, d head dimension, and on this rank n query heads, g key/value heads
 
 
-class Olmo3Attention(SelfAttention):
+class Olmo3Attention(RotaryAttention):
     """Megatron's projections around OLMo-3's norms, rotary embedding and window."""
 
     config: Olmo3Config
@@ -30,97 +24,15 @@ class Olmo3Attention(SelfAttention):
         self.q_layernorm = ProjectionRMSNorm(self.config, self.query_projection_size, self.tp_group)
         self.k_layernorm = ProjectionRMSNorm(self.config, self.kv_projection_size, self.tp_group)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *,
-        rotary_pos_emb: torch.Tensor,
-        **_: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[s, b, H] -> ([s, b, H], no bias). `rotary_pos_emb` is what `DualRotaryEmbedding` returns.
-
-        Causal, and nothing else is masked: batches are padded on the right.
-        """
-        query, key, value = self.get_query_key_value_tensors(hidden_states)
-        angles = rotary_pos_emb[PLAIN if self.config.is_sliding(self.layer_number) else YARN]
-        query, key = rotate(query, angles), rotate(key, angles)
-        if self.checkpoint_core_attention and self.training:
-            context = self._checkpointed_attention_forward(
-                query, key, value, attention_mask, attn_mask_type=self.attn_mask_type
-            )
-        else:
-            context = self.core_attention(
-                query,
-                key,
-                value,
-                attention_mask,
-                attn_mask_type=self.attn_mask_type,
-                attention_bias=None,
-                packed_seq_params=None,
-            )
-        return self.linear_proj(context)
-
-    def get_query_key_value_tensors(
-        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Normalised, not yet rotated: query [s, b, n, d], key and value [s, b, g, d]."""
-        mixed, _ = self.linear_qkv(hidden_states)
-        g, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        r = self.num_attention_heads_per_partition // g
-        query, key, value = mixed.unflatten(-1, (g, (r + 2) * d)).split([r * d, d, d], dim=-1)
+    def normalize(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Over all heads of all tensor-parallel ranks."""
+        heads, d = query.shape[-2], query.shape[-1]
         query, key = query.flatten(-2), key.flatten(-2)
         query_squares, key_squares = sums_of_squares([query, key], self.tp_group)
         query = self.q_layernorm(query, query_squares)
         key = self.k_layernorm(key, key_squares)
-        return query.unflatten(-1, (g * r, d)), key.unflatten(-1, (g, d)), value
+        return query.unflatten(-1, (heads, d)), key.unflatten(-1, (-1, d))
 
-
-class TorchCoreAttention(torch.nn.Module):
-    """Core attention on scaled_dot_product_attention: no score matrix is kept."""
-
-    def __init__(self, config: Olmo3Config, layer_number: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-        self.window = config.sliding_window if config.is_sliding(layer_number) else None
-        self.scale = config.attention_scale(layer_number)
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]."""
-        if self.window is not None and len(query) > self.window and windowed.serves(query):
-            return windowed.windowed_attention(query, key, value, self.window, self.scale).flatten(2)
-        repeats = query.shape[2] // key.shape[2]
-        key, value = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (key, value))
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if self.window is None or query.shape[2] <= self.window:
-            context = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
-        else:
-            context = banded_attention(query, key, value, self.window, self.scale)
-        return context.permute(2, 0, 1, 3).flatten(2)
-
-
-def banded_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, scale: float, block: int = QUERY_BLOCK
-) -> torch.Tensor:
-    """Causal attention over the last `window` tokens, the current one included; all tensors [b, n, s, d].
-
-    Blocks of queries, each with the keys that any of them sees: s * (block + window) scores, never s * s.
-    """
-    length = query.shape[2]
-    block = min(block, max(window, SMALL_BLOCK))
-    blocks = []
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        first = max(0, start - window + 1)
-        behind = torch.arange(start, end, device=query.device)[:, None] - torch.arange(first, end, device=query.device)
-        blocks.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, first:end],
-                value[:, :, first:end],
-                attn_mask=(behind >= 0) & (behind < window),
-                scale=scale,
-            )
-        )
-    return torch.cat(blocks, dim=2)
+    def angles(self, rotary_pos_emb: torch.Tensor) -> torch.Tensor:
+        """Of what `DualRotaryEmbedding` returns [2, s, 1, 1, d]: those of this kind of layer."""
+        return rotary_pos_emb[PLAIN if self.config.is_sliding(self.layer_number) else YARN]

@@ -1,7 +1,4 @@
-"""RMSNorms: over the hidden size, and over the full width of a projection that is sharded over tensor-parallel ranks.
-
-Both compute in fp32 (in fp64 where the input is), multiply by the weight there, and cast last, as transformers does.
-"""
+"""OLMo's Q and K norms: over the full width of a projection that is sharded over tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -14,27 +11,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.distributed import ProcessGroup
 
-# Shapes: s sequence, b batch, h hidden size, w width of a projection, tp tensor-parallel ranks
+from megatron_sead.models.norms import scale, widen
 
-
-class RMSNorm(torch.nn.Module):
-    """Over the last dimension of [s, b, h]; the weight is the same on every tensor-parallel rank.
-
-    Under sequence parallelism each rank normalises its part of the sequence, so the weight's gradients must be
-    summed: the mark on the weight makes Megatron do so.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **kwargs: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = _widen(x)
-        return _scale(x, wide, wide.square().mean(-1, keepdim=True), self.eps, self.weight)
+# Shapes: s sequence, b batch, w width of a projection, tp tensor-parallel ranks
 
 
 class ProjectionRMSNorm(torch.nn.Module):
@@ -56,7 +35,7 @@ class ProjectionRMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, sum_of_squares: torch.Tensor) -> torch.Tensor:
         """x [s, b, w/tp] with the sum [s, b, 1] over the whole width, from `sums_of_squares`."""
-        return _scale(x, _widen(x), sum_of_squares / self.width, self.eps, self.weight)
+        return scale(x, widen(x), sum_of_squares / self.width, self.eps, self.weight)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -74,7 +53,7 @@ class ProjectionRMSNorm(torch.nn.Module):
 
 def sums_of_squares(tensors: list[torch.Tensor], group: ProcessGroup) -> tuple[torch.Tensor, ...]:
     """Of each [s, b, w/tp], over the whole width w: [s, b, 1]. One all-reduce for all of them."""
-    sums = torch.stack([_widen(x).square().sum(-1, keepdim=True) for x in tensors])
+    sums = torch.stack([widen(x).square().sum(-1, keepdim=True) for x in tensors])
     return SumOverRanks.apply(sums, group).unbind(0)
 
 
@@ -100,13 +79,3 @@ def _all_reduce(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
-
-
-def _widen(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _scale(
-    x: torch.Tensor, wide: torch.Tensor, mean_square: torch.Tensor, eps: float, weight: torch.Tensor
-) -> torch.Tensor:
-    return (weight * (wide * torch.rsqrt(mean_square + eps))).to(x.dtype)

@@ -1,0 +1,41 @@
+"""What the layers of every family need to know beyond Megatron's own TransformerConfig."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron.core.transformer import TransformerConfig
+
+
+@dataclass
+class ModelConfig(TransformerConfig):
+    """Of a dense decoder. A family adds fields and says otherwise in methods.
+
+    No field is named as Megatron's ``yarn_*``: it would then scale every layer's rotary embedding.
+    """
+
+    model_type: str = ""  # of its config.json
+    vocab_size: int = 0  # true
+    padded_vocab_size: int = 0
+    max_position_embeddings: int = 0
+    tied_embeddings: bool = False  # the head is the embedding
+    spread_hidden_states: bool = False  # under sequence parallelism: hand them out as they are, not gathered
+
+    def window(self, layer_number: int) -> int | None:
+        """Tokens that a query of layer `layer_number` sees, itself included (from 1, over the whole model)."""
+        return None
+
+    def attention_scale(self, layer_number: int) -> float:
+        """What scores are multiplied by."""
+        assert self.kv_channels is not None
+        return 1 / math.sqrt(self.kv_channels)
+
+    def layer_kind(self, layer_number: int) -> str:
+        """A word for a layer in messages."""
+        return "full"
+
+    @property
+    def lengths_of_change(self) -> dict[str, int]:
+        """Lengths, by what happens there, beyond which a mistake would show that shorter texts hide."""
+        return {}

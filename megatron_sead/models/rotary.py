@@ -1,0 +1,43 @@
+"""Rotary angles (Su et al., arXiv 2104.09864), and what they do to queries and keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+from megatron_sead.models.config import ModelConfig
+
+# Shapes: s sequence, b batch, n heads, d head dimension
+
+
+class RotaryAngles(RotaryEmbedding):
+    """Angles [s, 1, 1, d], fp32, from frequencies [d/2]; of stacked frequencies [k, d/2], stacked angles."""
+
+    def __init__(
+        self, config: ModelConfig, frequencies: torch.Tensor, cp_group: torch.distributed.ProcessGroup
+    ) -> None:
+        assert config.kv_channels is not None
+        super().__init__(config.kv_channels, rotary_percent=1.0, cp_group=cp_group)
+        self.frequencies = frequencies
+
+    def forward(self, max_seq_len: int, **kwargs: Any) -> torch.Tensor:
+        """Angles of positions 0 .. max_seq_len - 1."""
+        device = torch.device(torch.cuda.current_device())
+        self.frequencies = self.frequencies.to(device)
+        positions = torch.arange(max_seq_len, dtype=torch.float32, device=device)
+        angles = positions[:, None] * self.frequencies[..., None, :]
+        return torch.cat([angles, angles], dim=-1)[..., None, None, :]
+
+
+def plain_frequencies(dimension: int, theta: float) -> torch.Tensor:
+    """Radians a position, [d/2] fp32."""
+    return 1.0 / theta ** (torch.arange(0, dimension, 2, dtype=torch.float32, device="cpu") / dimension)
+
+
+def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotate x [s, b, n, d] by angles [s, 1, 1, d]. In fp32, then back: bf16 cosines cost three digits of position."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x * angles.cos() + turned * angles.sin()).to(x.dtype)
