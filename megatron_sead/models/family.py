@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FOLDERS = {
     "olmo3": "olmo3",
     "olmo2": "olmo3",
+    "llama": "llama",
 }
 
 

@@ -115,7 +115,7 @@ def frequencies(hf_dir: Path) -> Any:
 @pytest.mark.parametrize(
     ("changes", "layout", "line"),
     [
-        ({"model_type": "olmo_hybrid"}, Layout(), "model_type='olmo_hybrid' is not supported; must be olmo3 or olmo2"),
+        ({"model_type": "olmo_hybrid"}, Layout(), "model_type='olmo_hybrid' is not supported; must be olmo3, olmo2"),
         ({"model_type": "mistral"}, Layout(), "model_type='mistral' is not supported"),
         ({"tie_word_embeddings": True}, Layout(), "tie_word_embeddings=True: only False is supported"),
         ({"attention_bias": True}, Layout(), "attention_bias=True: only False"),
