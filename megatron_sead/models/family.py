@@ -29,6 +29,7 @@ FOLDERS = {
     "olmo3": "olmo3",
     "olmo2": "olmo3",
     "llama": "llama",
+    "qwen3": "qwen3",
 }
 
 

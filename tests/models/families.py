@@ -37,6 +37,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3", {"sliding_window": 6}),
     "llama": ("Llama", {"rope_parameters": LLAMA3}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
 }
 LENGTHS = (42, 24, 36, 18)  # of micro-batches: sequence parallelism splits each over two ranks, or over three
 

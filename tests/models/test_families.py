@@ -145,6 +145,10 @@ def test_a_run_continues_under_another_layout(ranks: RankPool, tmp_path: Path, n
 # --- What a mistake would look like ----------------------------------------------------------------------------------
 
 
+def head_norms_not_summed(chunks: list[Any]) -> None:
+    chunks[0].config.qk_layernorm = False
+
+
 def copies_not_summed(chunks: list[Any]) -> None:
     for chunk in chunks:
         chunk.share_embeddings_and_output_weights = False
@@ -160,6 +164,7 @@ def no_scaling(chunks: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "fault", "layout"),
     [
+        ("qwen3", head_norms_not_summed, Layout(tp=2)),
         ("llama-tied", copies_not_summed, Layout(pp=2)),
         ("llama", no_scaling, Layout()),
     ],
