@@ -55,10 +55,10 @@ def _ours(
         from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
 
         adapt_to_cpu()
-    from megatron_sead.models.olmo3.attention import TorchCoreAttention
+    from megatron_sead.models.attention import TorchCoreAttention
 
     config: Any = SimpleNamespace(
-        sliding_window=window, is_sliding=lambda _: window is not None, attention_scale=lambda _: HEAD_DIM**-0.5
+        window=lambda _: window, attention_scale=lambda _: HEAD_DIM**-0.5
     )
     core = TorchCoreAttention(config, 1)
     with context():
