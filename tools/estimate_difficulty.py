@@ -24,7 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_sead.commands.cli import App, one_line_errors
-from megatron_sead.config.run import GradingSettings, ModelSettings, PromptSettings, RolloutSettings, Settings
+from megatron_sead.config.rollouts import RolloutSettings, TransformersRollouts
+from megatron_sead.config.run import GradingSettings, ModelSettings, PromptSettings
+from megatron_sead.config.settings import Settings
 from megatron_sead.config.settings_file import load_settings
 from megatron_sead.errors import UserError
 from megatron_sead.grading.grader import GRADER_VERSION, Grader
@@ -34,8 +36,8 @@ from megatron_sead.prompts.exact_json import dumps, holds_no_number
 from megatron_sead.prompts.problems import check_rows, repeats
 from megatron_sead.prompts.rows import Row, read_rows
 from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
-from megatron_sead.rollouts.engine import GenerationRequest, RolloutEngine, Sampling
-from megatron_sead.rollouts.factory import make_engine
+from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, RolloutEngine, Sampling
+from megatron_sead.rollouts.registry import make_engine
 
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 DISK_REFUSES += (errno.EEXIST, errno.ENAMETOOLONG)
@@ -47,7 +49,7 @@ class EstimateSettings(Settings):
 
     model: ModelSettings
     prompts: PromptSettings
-    rollouts: RolloutSettings = RolloutSettings()
+    rollouts: RolloutSettings = TransformersRollouts()
     grading: GradingSettings = GradingSettings()
     samples: int = Field(8, ge=1, description="K: rollouts a prompt")
     seed: int = Field(0, ge=0)
@@ -55,8 +57,9 @@ class EstimateSettings(Settings):
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def problems(self) -> Iterator[str]:
-        if self.rollouts.engine == "replay":
-            yield "rollouts.engine='replay': must be an engine that generates; difficulty is measured on new rollouts"
+        if self.rollouts.recorded is not None:
+            engine = f"rollouts.engine={self.rollouts.engine!r}"
+            yield f"{engine}: must be an engine that generates; difficulty is measured on new rollouts"
         if self.rollouts.temperature == 0 and self.samples > 1:
             yield f"samples={self.samples}: must be 1 when rollouts.temperature is 0: greedy samples are all the same"
         prompts = self.prompts
@@ -179,7 +182,9 @@ def estimate(settings: EstimateSettings, output: Path) -> None:
     try:
         left = [prompt for prompt in prompts if prompt.id not in tally.passes]
         if left:
-            measure(settings, tokenizer, left, tally, done=len(prompts) - len(left))
+            engine = start_engine(settings, tokenizer)
+            measure(engine, settings, tokenizer, left, tally, done=len(prompts) - len(left))
+            engine.close()
         difficulties = [1 - tally.passes[prompt.id] / settings.samples for prompt in prompts]
         lines = [dumps(row.fields | {field: value}) for row, value in zip(rows, difficulties, strict=True)]
         _write_whole(provenance_path(output), provenance + "\n")
@@ -216,12 +221,9 @@ def notes_on_writing(rows: list[Row], difficulty_field: str) -> list[str]:
     return notes
 
 
-def measure(
-    settings: EstimateSettings, tokenizer: ModelTokenizer, prompts: list[Prompt], tally: Tally, done: int
-) -> None:
-    """Fill the tally, a batch of prompts at a time."""
-    engine = make_engine(
-        settings.rollouts,
+def start_engine(settings: EstimateSettings, tokenizer: ModelTokenizer) -> RolloutEngine:
+    """The engine that the settings name, with the model that is measured."""
+    context = EngineContext(
         settings.model.path,
         stop_token_ids=tokenizer.stop_token_ids,
         pad_token_id=tokenizer.pad_token_id,
@@ -229,6 +231,18 @@ def measure(
         device=torch.device(settings.device),
         dtype=torch.float32 if settings.precision == "fp32" else torch.bfloat16,
     )
+    return make_engine(settings.rollouts, context)
+
+
+def measure(
+    engine: RolloutEngine,
+    settings: EstimateSettings,
+    tokenizer: ModelTokenizer,
+    prompts: list[Prompt],
+    tally: Tally,
+    done: int,
+) -> None:
+    """Fill the tally, a batch of prompts at a time."""
     rollouts = settings.rollouts
     sampling = Sampling(rollouts.temperature, rollouts.top_p, rollouts.max_new_tokens)
     at_once = max(1, rollouts.batch_size // settings.samples)

@@ -24,7 +24,6 @@ MAY_CHANGE_ON_RESUME = (
     "training.attention_backend",
     "training.max_skipped_steps",
     "teacher.offload",
-    "rollouts.batch_size",
     "checkpoints.",
     "evaluation.",
     "reporting.",
@@ -34,7 +33,7 @@ MAY_CHANGE_ON_RESUME = (
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Dotted keys whose values differ, in the order of the schema."""
     before, after = (flatten(config.model_dump(mode="json")) for config in (old, new))
-    return [key for key in before if before[key] != after[key]]
+    return [key for key in before | after if before.get(key) != after.get(key)]
 
 
 def check_output(config: RunConfig) -> None:
@@ -58,9 +57,10 @@ def check_output(config: RunConfig) -> None:
         old = load_config(recorded, [])
     except UserError as error:
         raise UserError(f"output={config.output}: holds a run whose config.yaml is not valid here: {error}") from None
-    fixed = [key for key in config_differences(old, config) if not key.startswith(MAY_CHANGE_ON_RESUME)]
+    may_change = MAY_CHANGE_ON_RESUME + tuple(f"rollouts.{name}" for name in config.rollouts.MAY_CHANGE_ON_RESUME)
+    fixed = [key for key in config_differences(old, config) if not key.startswith(may_change)]
     if fixed:
-        there, here = (flatten(c.model_dump(mode="json"))[fixed[0]] for c in (old, config))
+        there, here = (flatten(c.model_dump(mode="json")).get(fixed[0]) for c in (old, config))
         more = f" (and {len(fixed) - 1} more differ)" if len(fixed) > 1 else ""
         raise UserError(
             f"output={config.output}: holds another run: {fixed[0]} is {there!r} there and {here!r} here{more}; "
@@ -71,7 +71,7 @@ def check_output(config: RunConfig) -> None:
 def _require_apart_from_inputs(config: RunConfig) -> None:
     """Inputs may lie in the output directory, beside what a run writes there."""
     inputs: dict[str, str | Path | None] = {"prompts.path": config.prompts.path}
-    inputs |= {"evaluation.path": config.evaluation.path, "rollouts.path": config.rollouts.path}
+    inputs |= {"evaluation.path": config.evaluation.path, "rollouts.path": config.rollouts.recorded}
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         inputs |= {f"{role}.{name}": getattr(model, name) for name in ("path", "tokenizer", "chat_template")}
     for setting, given in inputs.items():

@@ -1,6 +1,6 @@
 """Every setting of a run: typed, validated, from one YAML file and dotted ``key=value`` overrides. No torch here.
 
-What a valid configuration still needs to fit (ranks, output directory) is in ``config_checks``.
+What a valid configuration still needs to fit (ranks, output directory) is in ``checks``.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field
 
-from megatron_sead.config.environment import expand_path
+from megatron_sead.config.rollouts import RolloutSettings, TransformersRollouts
+from megatron_sead.config.settings import LocalPath, PathOrHubName, Settings
 from megatron_sead.config.settings_file import dump_settings, load_settings
 
 PolicyName = Literal[
@@ -25,29 +26,6 @@ InputName = Literal[
 ]
 
 ZONE_POLICIES = ("sead", "zones")  # the others weigh tokens without knowing their zones
-
-
-LocalPath = Annotated[Path, BeforeValidator(expand_path)]
-PathOrHubName = Annotated[str, BeforeValidator(expand_path)]
-
-
-class Settings(BaseModel):
-    """Base of every group of settings: unknown keys are errors, values are checked when assigned.
-
-    A group's ``problems`` are mistakes that no single value shows, one line each, naming the keys.
-    """
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, allow_inf_nan=False)
-
-    def problems(self) -> Iterator[str]:
-        yield from ()
-
-    @model_validator(mode="after")
-    def _refuse_problems(self) -> Self:
-        found = list(self.problems())
-        if found:
-            raise ValueError("\n".join(found))
-        return self
 
 
 class ModelSettings(Settings):
@@ -150,27 +128,6 @@ class TrainingSettings(Settings):
             )
         if self.min_lr > self.lr:
             yield f"training.min_lr={self.min_lr:g}: must be at most training.lr={self.lr:g}"
-
-
-class RolloutSettings(Settings):
-    """How the student writes."""
-
-    engine: Literal["transformers", "vllm", "replay"] = "transformers"
-    path: LocalPath | None = Field(None, description="replay: run directory, or its rollouts folder, to read from")
-    temperature: float = Field(0.7, ge=0, description="0: greedy. The loss is always at temperature 1")
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_new_tokens: int = Field(16384, ge=1)
-    samples_per_prompt: int = Field(1, ge=1)
-    batch_size: int = Field(64, ge=1, description="rollouts generated at once on one rank")
-
-    def problems(self) -> Iterator[str]:
-        if self.engine == "replay" and self.path is None:
-            yield "rollouts.engine='replay': needs rollouts.path, the run directory whose rollouts are read"
-        if self.temperature == 0 and self.samples_per_prompt > 1:
-            yield (
-                f"rollouts.samples_per_prompt={self.samples_per_prompt}: must be 1 when rollouts.temperature is 0: "
-                "greedy samples of a prompt are all the same"
-            )
 
 
 class PolicySettings(Settings):
@@ -296,7 +253,7 @@ class RunConfig(Settings):
     prompts: PromptSettings
     parallel: ParallelSettings = ParallelSettings()
     training: TrainingSettings
-    rollouts: RolloutSettings = RolloutSettings()
+    rollouts: RolloutSettings = TransformersRollouts()
     policy: PolicySettings = PolicySettings()
     zones: ZoneSettings = ZoneSettings()
     annealing: AnnealingSettings = AnnealingSettings()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -28,7 +28,7 @@ def load_settings(schema: type[SettingsT], path: Path | None, overrides: list[st
     for override in overrides:
         _apply_override(schema, values, override)
     try:
-        return schema.model_validate(_meanings(schema, values))
+        return schema.model_validate(_meanings([schema], values))
     except RecursionError:
         raise UserError(f"{path}: a list or group holds itself") from None
     except ValidationError as error:
@@ -79,8 +79,11 @@ def dotted_keys(schema: type[BaseModel]) -> list[str]:
 def _fields(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in schema.model_fields.items():
         yield prefix + name, field
-        if group := _group_of(field):
-            yield from _fields(group, f"{prefix}{name}.")
+        seen: set[str] = set()
+        for group in groups_of(field):
+            fields = [(key, inner) for key, inner in _fields(group, f"{prefix}{name}.") if key not in seen]
+            seen |= {key for key, _ in fields}
+            yield from fields
 
 
 def repeated_overrides(overrides: list[str]) -> list[str]:
@@ -104,7 +107,7 @@ def _apply_override(schema: type[BaseModel], values: dict[str, Any], override: s
     if key not in fields:
         raise UserError(_unknown_key(schema, key))
     value = _override_value(key, text, fields[key])
-    if not _group_of(fields[key]):
+    if not groups_of(fields[key]):
         _set(values, key, value)
     elif isinstance(value, dict):  # those of its settings that are named change
         for name, item in flatten(value, f"{key}.").items():
@@ -135,24 +138,26 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[leaf] = value
 
 
-def _meanings(schema: type[BaseModel], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _meanings(groups: list[type[BaseModel]], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values that the words of a file or an override mean, by the types of their settings."""
+    fields = {name: field for group in reversed(groups) for name, field in group.model_fields.items()}
     known: dict[str, Any] = {}
     for name, value in values.items():
-        field = schema.model_fields.get(name)
-        group = field and _group_of(field)
-        if group and isinstance(value, dict):
-            known[name] = _meanings(group, value, f"{prefix}{name}.")
-        elif group and (value is None or value in NULLS):  # all its lines are comments
+        field = fields.get(name)
+        inner = groups_of(field) if field else []
+        if inner and isinstance(value, dict):
+            known[name] = _meanings(inner, value, f"{prefix}{name}.")
+        elif inner and (value is None or value in NULLS):  # all its lines are comments
             known[name] = {}
         else:
             known[name] = meaning(f"{prefix}{name}", value, field.annotation if field else Any)
     return known
 
 
-def _group_of(field: FieldInfo) -> type[BaseModel] | None:
-    group = field.annotation
-    return group if isinstance(group, type) and issubclass(group, BaseModel) else None
+def groups_of(field: FieldInfo) -> list[type[BaseModel]]:
+    """The group of settings that a field is; several where one of its settings, its discriminator, says which."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _first_of(schema: type[BaseModel], error: ValidationError) -> str:
@@ -162,15 +167,23 @@ def _first_of(schema: type[BaseModel], error: ValidationError) -> str:
 
 
 def _describe(schema: type[BaseModel], details: ErrorDetails) -> list[str]:
-    key = ".".join(str(part) for part in details["loc"])
     fields = dict(_fields(schema))
+    key, choice = _key_and_choice(fields, details["loc"])
     field = fields.get(key)
     kind, given = details["type"], details["input"]
+    if kind == "extra_forbidden" and choice and key in fields:
+        return [_key_of_another_choice(schema, key, choice, given)]
     if kind == "extra_forbidden":
         return [_unknown_key(schema, key)]
+    if kind == "union_tag_invalid" and field is not None:
+        words = details["ctx"]["expected_tags"].rpartition(", ")
+        name = field.discriminator
+        return [f"{key}.{name}={_shown(given.get(name))}: must be {' or '.join(filter(None, words[::2]))}"]
     group, _, place = key.rpartition(".")
     if kind == "missing" and place.isdigit():  # the input is the list that is too short
         return [f"{group}={_shown(given)}: must have as many values as {list(fields[group].default)}"]
+    if kind == "missing" and choice and field is not None:
+        return [f"{choice}: needs {key} ({field.description})"]
     if kind == "missing":
         required = [k for k in dotted_keys(schema) if k.startswith(f"{key}.") and fields[k].is_required()]
         return [
@@ -179,14 +192,40 @@ def _describe(schema: type[BaseModel], details: ErrorDetails) -> list[str]:
         ]
     if kind == "value_error":  # raised by a validator of ours: of a setting, or of a group, a line a mistake
         told = str(details["ctx"]["error"]).splitlines()
-        return told if field is None or _group_of(field) else [f"{key}={_shown(given)}: {line}" for line in told]
-    if kind in ("model_type", "dict_type"):
+        return told if field is None or groups_of(field) else [f"{key}={_shown(given)}: {line}" for line in told]
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
         return [_no_group(schema, key, given)]
     if kind == "tuple_type" and field is not None:
         return [f"{key}={_shown(given)}: must be a list, for example {list(field.default)}"]
     if given is None and kind != "literal_error":
         return [f"{key}=null: must have a value ({field.description if field and field.description else kind})"]
     return [f"{key}={_shown(given)}: {_told_by_pydantic(details)}"]
+
+
+def _key_and_choice(fields: dict[str, FieldInfo], place: tuple[int | str, ...]) -> tuple[str, str | None]:
+    """Dotted key of a place that pydantic names, and within a group of several, "GROUP.DISCRIMINATOR='WORD'"."""
+    key, choice = "", None
+    for part in place:
+        field = fields.get(key)
+        if choice is None and field is not None and field.discriminator is not None:
+            choice = f"{key}.{field.discriminator}={part!r}"  # pydantic puts the word into the place
+        else:
+            key = f"{key}.{part}" if key else str(part)
+    return key, choice
+
+
+def _key_of_another_choice(schema: type[BaseModel], key: str, choice: str, given: object) -> str:
+    group, _, leaf = key.rpartition(".")
+    field = dict(_fields(schema))[group]
+    words = [
+        repr(kind.model_fields[str(field.discriminator)].default)
+        for kind in groups_of(field)
+        if leaf in kind.model_fields
+    ]
+    name = f"{group}.{field.discriminator}"
+    return (
+        f"{key}={_shown(given)}: is a setting of {name} {' or '.join(words)}, and {choice} here; leave out one of them"
+    )
 
 
 def _told_by_pydantic(details: ErrorDetails) -> str:

@@ -168,8 +168,8 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
                 f"tokens a sequence has {length}, more than the {role}'s context of {shape.context}"
             )
     micro_batches = config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
-    if config.rollouts.engine == "vllm":
-        notes.append("rollouts.engine=vllm is not there yet: the run stops before its first step")
+    if config.rollouts.UNAVAILABLE is not None:
+        notes.append(f"rollouts.engine={config.rollouts.engine}: {config.rollouts.UNAVAILABLE}; the run does not start")
     notes += config_warnings(config)
     stages = [
         _stage_bytes(config, student, teacher, stage, data_parallel_size, micro_batches, length)

@@ -30,8 +30,8 @@ def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> 
     problems += tokenizer_problems(config)
     prompt_problems, notes = _prompt_problems(config)
     problems += prompt_problems
-    if config.rollouts.path is not None and not config.rollouts.path.is_dir():
-        problems.append(f"rollouts.path={config.rollouts.path}: no such directory")
+    if config.rollouts.recorded is not None and not config.rollouts.recorded.is_dir():
+        problems.append(f"rollouts.path={config.rollouts.recorded}: no such directory")
     if problems:
         raise UserError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
     return missing + notes

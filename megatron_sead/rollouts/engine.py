@@ -1,12 +1,14 @@
-"""What a rollout engine is: it generates, and it takes new weights. The loop knows nothing else about it."""
+"""What a rollout engine is. The loop, the checks and the evaluation know nothing else about one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,31 @@ class Sampling:
     max_new_tokens: int
 
 
+@dataclass(frozen=True)
+class EngineContext:
+    """What an engine is told of the model and the run, beside its own settings."""
+
+    directory: Path  # Hugging Face directory with the first weights and the tokenizer
+    stop_token_ids: Sequence[int]  # tokens that end a response
+    pad_token_id: int  # any valid id
+    seed: int
+    device: torch.device
+    dtype: torch.dtype  # of weights and computation
+    vocab_size: int | None = None  # true size: logits beyond it are never sampled; None: the model's config says it
+    group: ProcessGroup | None = None  # gloo, the ranks that share the work; None: this process alone
+
+
 class RolloutEngine(Protocol):
-    """Writes a step's responses with the weights it was last given."""
+    """Writes a step's responses with the weights it was last given, on the devices that also train.
+
+    Every method but `close` is collective over all ranks, so that an engine may spread its model over them.
+    """
+
+    has_weights: bool
+    """False: it writes nothing by itself, and no check can tell whether its responses are the student's."""
 
     def generate(self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None) -> list[Rollout]:
-        """Collective over all ranks: each passes the same requests and receives all rollouts, in request order.
+        """Each rank passes the same requests and receives all rollouts, in request order.
 
         Args:
             sampling: how to choose tokens this time, for evaluation; None: as the run's settings say.
@@ -51,5 +73,28 @@ class RolloutEngine(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Collective: (Hugging Face name, whole tensor) pairs; must be consumed to the end on every rank."""
+        """Take new weights: (Hugging Face name, whole tensor) pairs, one tensor in memory at a time.
+
+        Must be consumed to the end on every rank, whatever is wrong with a name: making them is collective.
+        """
+        ...
+
+    def score(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities [len(token_ids) - 1] fp32 of each token after the first, given those before it.
+
+        At temperature 1, by the same weights and code that `generate` uses: after every update they are compared with
+        the student's. ValueError where `has_weights` is False.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give device memory back while the student trains. Weights may be lost."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again. `load_weights` comes before anything else is asked."""
+        ...
+
+    def close(self) -> None:
+        """End what the engine has started. It is not asked again."""
         ...

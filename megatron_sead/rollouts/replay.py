@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
+from megatron_sead.config.rollouts import ReplayRollouts
 from megatron_sead.errors import UserError
-from megatron_sead.rollouts.engine import GenerationRequest, Rollout, Sampling
+from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.records import FOLDER, read_records
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ class ReplayEngine:
     Raises:
         UserError: there is no such folder, later a step's file is missing or damaged.
     """
+
+    has_weights = False
 
     def __init__(self, path: Path, vocab_size: int | None = None) -> None:
         self._vocab_size = vocab_size
@@ -60,3 +63,21 @@ class ReplayEngine:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Consumes and drops them: making them is collective, and other ranks wait for this one."""
         deque(weights, maxlen=0)
+
+    def score(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """ValueError: there are no weights here."""
+        raise ValueError("recorded rollouts come without the weights that wrote them")
+
+    def sleep(self) -> None:
+        """It holds no memory of a device."""
+
+    def wake(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+def make(settings: ReplayRollouts, context: EngineContext) -> ReplayEngine:
+    """As the registry asks for it."""
+    return ReplayEngine(settings.path, context.vocab_size)

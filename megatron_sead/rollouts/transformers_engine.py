@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_sead.config.rollouts import TransformersRollouts
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.models.family import read_config_fields
 from megatron_sead.models.weight_files import locate_tensors
-from megatron_sead.rollouts.engine import GenerationRequest, Rollout, Sampling
+from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.sampling import choose_tokens, uniforms
 
 # Shapes: b rollouts being written together, s padded prompt length, t new tokens so far, V true vocabulary size
@@ -38,6 +39,8 @@ class TransformersEngine:
         batch_size: rollouts written at once on one rank.
         group: gloo (CPU) group whose ranks share the work; None: this process alone.
     """
+
+    has_weights = True
 
     def __init__(
         self,
@@ -127,6 +130,19 @@ class TransformersEngine:
         rows = [_log_probs(head(part)[:, : self.vocab_size].float(), targets) for part, targets in chunks]
         return torch.cat(rows).cpu()
 
+    def sleep(self) -> None:
+        """The weights wait in host memory."""
+        if self.device.type != "cpu":
+            self.model.to("cpu")
+
+    def wake(self) -> None:
+        """The weights, as they were, are on the device again."""
+        self.model.to(self.device)
+
+    def close(self) -> None:
+        """Let the model go."""
+        del self.model
+
     @torch.inference_mode()
     def _write(self, requests: list[GenerationRequest], step: int, sampling: Sampling) -> list[Rollout]:
         uniform = torch.from_numpy(
@@ -167,6 +183,22 @@ class TransformersEngine:
             Rollout(r.prompt_id, r.sample, r.prompt_token_ids, tuple(tokens[i]), finished[i], tuple(log_probs[i]))
             for i, r in enumerate(requests)
         ]
+
+
+def make(settings: TransformersRollouts, context: EngineContext) -> TransformersEngine:
+    """As the registry asks for it."""
+    return TransformersEngine(
+        context.directory,
+        sampling=Sampling(settings.temperature, settings.top_p, settings.max_new_tokens),
+        stop_token_ids=context.stop_token_ids,
+        pad_token_id=context.pad_token_id,
+        seed=context.seed,
+        batch_size=settings.batch_size,
+        vocab_size=context.vocab_size,
+        device=context.device,
+        dtype=context.dtype,
+        group=context.group,
+    )
 
 
 class _Decoder:

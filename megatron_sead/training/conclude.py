@@ -14,7 +14,7 @@ from megatron_sead.checkpoints.huggingface import verify_huggingface_directory, 
 from megatron_sead.files.durable import replace_text
 from megatron_sead.prompts.export import carry_speech
 from megatron_sead.prompts.tokenizer import load_tokenizer
-from megatron_sead.training.heldout import evaluate_directory
+from megatron_sead.training.heldout import evaluate_directory, evaluate_student
 from megatron_sead.training.identity import check_export
 from megatron_sead.training.run import Run
 
@@ -28,7 +28,7 @@ def conclude(run: Run) -> None:
     verify_huggingface_directory(directory, run.weights(), group=run.parallel.control)
     check_export(run, directory)
     before = run.state.accuracy_before
-    after = evaluate_directory(run, directory, run.tokenizer)
+    after = evaluate_student(run, directory)
     teacher = None
     if run.config.evaluation.teacher:
         teacher = evaluate_directory(run, run.config.teacher.path, load_tokenizer(run.config.teacher, "teacher"))

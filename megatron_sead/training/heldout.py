@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_sead.evaluation.accuracy import evaluate
 from megatron_sead.prompts.tokenizer import ModelTokenizer
-from megatron_sead.rollouts.factory import make_engine
+from megatron_sead.rollouts.engine import RolloutEngine
+from megatron_sead.rollouts.registry import make_engine
 from megatron_sead.training.run import Run
+
+
+def evaluate_student(run: Run, directory: Path) -> dict[str, Any] | None:
+    """Held-out accuracy of the student as it is; None without evaluation.path. Collective.
+
+    The run's engine, which has its weights, answers; or one for `directory`, which holds them too, where the run's
+    cannot: recorded rollouts answer nothing new.
+    """
+    if run.config.rollouts.recorded is not None:
+        return evaluate_directory(run, directory, run.tokenizer)
+    return _evaluate(run, run.engine, run.tokenizer)
 
 
 def evaluate_directory(run: Run, directory: Path, tokenizer: ModelTokenizer) -> dict[str, Any] | None:
     """Held-out accuracy of a model as its Hugging Face directory holds it; None without evaluation.path. Collective.
 
-    The transformers engine answers, whatever engine the run uses: replayed rollouts cannot.
+    The run's engine sleeps from here on, until it is given weights.
     """
+    if not run.heldout:
+        return None
+    run.engine.sleep()
+    context = replace(
+        run.engine_context,
+        directory=directory,
+        stop_token_ids=tokenizer.stop_token_ids,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    engine = make_engine(run.config.rollouts.writing, context)
+    try:
+        return _evaluate(run, engine, tokenizer)
+    finally:
+        engine.close()
+
+
+def _evaluate(run: Run, engine: RolloutEngine, tokenizer: ModelTokenizer) -> dict[str, Any] | None:
     config = run.config
     if not run.heldout:
         return None
-    engine = make_engine(
-        config.rollouts.model_copy(update={"engine": "transformers"}),
-        directory,
-        stop_token_ids=tokenizer.stop_token_ids,
-        pad_token_id=tokenizer.pad_token_id,
-        seed=config.seed,
-        device=run.parallel.device,
-        dtype=run.student_chunks[0].config.params_dtype,
-        vocab_size=run.learner.heads.vocab_size,
-        group=run.parallel.control,
-    )
     result = evaluate(
         engine,
         tokenizer,

@@ -8,6 +8,7 @@ a reference from the Hugging Face directory, at the start and after every resume
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from megatron_sead.rollouts.engine import Sampling
 from megatron_sead.rollouts.transformers_engine import TransformersEngine
 from megatron_sead.training.not_finite import describe, gather_reports, weights_are_finite
 from megatron_sead.training.run import Run
-from megatron_sead.training.scoring import score_student
+from megatron_sead.training.scoring import Heads, score_student
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def check_models(run: Run, *, fresh: bool) -> None:
     _require_finite(run, "teacher", config.teacher.path, run.learner.teacher.chunks)
     if fresh:
         _require_finite(run, "student", config.student.path, run.student_chunks)
-    student, teacher = trained_log_probs(run)
+    student, teacher = both_log_probs(run)
     require_same("teacher and " + str(config.teacher.path), teacher, _reference(run, config.teacher.path), config)
     if fresh:
         require_same("student and " + str(config.student.path), student, _reference(run, config.student.path), config)
@@ -70,20 +71,9 @@ def _require_finite(run: Run, role: str, directory: Path, chunks: list[Decoder])
         raise UserError(f"{role}.path={directory}: holds weights that are NaN or infinite; copy or download it again")
 
 
-def check_engine(run: Run) -> None:
-    """The rollout engine against the student that trains, whose weights it was just given. Collective.
-
-    Raises:
-        UserError: the engine would write with another model than the one that learns.
-    """
-    if isinstance(run.engine, TransformersEngine):
-        student, _ = trained_log_probs(run)
-        require_same("rollout engine and student", run.engine.score(run.probe), student, run.config)
-
-
 def check_export(run: Run, directory: Path) -> None:
     """A written Hugging Face directory, as transformers reads it, against the trained student. Collective."""
-    student, _ = trained_log_probs(run)
+    student = student_log_probs(run, run.probe)
     require_same(f"{directory} and the trained student", _reference(run, directory), student, run.config)
 
 
@@ -107,33 +97,59 @@ def _reference(run: Run, directory: Path) -> torch.Tensor:
     return box[0]
 
 
-def trained_log_probs(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+def both_log_probs(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """Student's and teacher's log-probabilities [len(probe) - 1] under Megatron, on every rank. Collective.
 
     Raises:
         NotFiniteNumbers: logits of either that are not finite, on every rank alike.
     """
-    parallel, learner, tokens = run.parallel, run.learner, run.probe
+    probe = _micro_batches(run, run.probe)
+    teacher_hidden = run.learner.teacher.hidden_states(probe, run.parallel)
+    paths = f"student.path={run.config.student.path}, teacher.path={run.config.teacher.path}"
+    return _log_probs(run, probe, teacher_hidden, run.learner.heads, paths)
+
+
+def student_log_probs(run: Run, tokens: list[int]) -> torch.Tensor:
+    """The student's of a text, [len(tokens) - 1], without a pass of the teacher. Arguments and errors as above."""
+    probe, heads = _micro_batches(run, tokens), run.learner.heads
+    nobody = [torch.zeros(len(batch.targets), 1, device=run.parallel.device) for batch in probe]
+    if heads.student is not None:  # a teacher to whom all tokens are alike
+        heads = replace(heads, teacher=heads.student.detach().new_zeros(len(heads.student), 1))
+    return _log_probs(run, probe, nobody, heads, f"student.path={run.config.student.path}")[0]
+
+
+def _micro_batches(run: Run, tokens: list[int]) -> list[MicroBatch]:
+    """A text as micro-batches, of which all are the same: virtual stages want a multiple of the pipeline size."""
+    parallel, count = run.parallel, len(tokens) - 1
     padded = -(-len(tokens) // run.length_multiple) * run.length_multiple
     ids = torch.zeros(1, padded, dtype=torch.long, device=parallel.device)
     ids[0, : len(tokens)] = torch.tensor(tokens)
-    count = len(tokens) - 1
     index = torch.arange(count, device=parallel.device)
     view = TokenView(ids, index)
     probe = MicroBatch(view, view, ids[0, 1 : count + 1], torch.zeros_like(index), index, torch.ones_like(index).bool())
-    copies = [probe] * parallel.pp_size  # virtual pipeline stages want a multiple of the pipeline size
-    teacher_hidden = learner.teacher.hidden_states(copies, parallel)
+    return [probe] * parallel.pp_size
+
+
+def _log_probs(
+    run: Run, probe: list[MicroBatch], teacher_hidden: list[torch.Tensor], heads: Heads, paths: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    parallel = run.parallel
     problems: list[str] = []
-    scores = score_student(learner.student, copies, teacher_hidden, learner.heads, parallel, problems)
-    reports = gather_reports(parallel, learner.student, problems[0] if problems else None)
+    scores = score_student(run.learner.student, probe, teacher_hidden, heads, parallel, problems)
+    reports = gather_reports(parallel, run.learner.student, problems[0] if problems else None)
     if reports is not None:
-        paths = f"student.path={run.config.student.path}, teacher.path={run.config.teacher.path}"
         raise NotFiniteNumbers(f"{paths}: {describe(reports)}; a model's weights must be finite")
-    both = torch.zeros(2, count, device=parallel.device)
+    both = torch.zeros(2, len(probe[0].targets), device=parallel.device)
     if parallel.is_last_stage:
         both = torch.stack([scores[0].student_log_prob, scores[0].teacher_log_prob])
     dist.broadcast(both, group_src=parallel.pp_size - 1, group=parallel.pp)
     return both[0].cpu(), both[1].cpu()
+
+
+def largest_difference(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Mean absolute difference of two vectors [n] in nats, over the worst BLOCK tokens in a row; NaN where one is."""
+    blocks = (found - reference).abs().flip(0).split(BLOCK)  # from the end, where windows and rotary lengths show
+    return torch.stack([block.mean() for block in blocks]).max().item()
 
 
 def require_same(what: str, found: torch.Tensor, reference: torch.Tensor, config: RunConfig) -> None:
@@ -143,8 +159,7 @@ def require_same(what: str, found: torch.Tensor, reference: torch.Tensor, config
         UserError: their mean absolute difference is over the tolerance of the precision.
     """
     precision = config.training.precision
-    blocks = (found - reference).abs().flip(0).split(BLOCK)  # from the end, where windows and rotary lengths show
-    difference = max(block.mean().item() for block in blocks)
+    difference = largest_difference(found, reference)
     log.info("%s: log-probabilities differ by %.1e nats over %d tokens", what, difference, len(reference))
     if not difference <= TOLERANCE[precision]:
         raise UserError(

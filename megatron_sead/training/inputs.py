@@ -30,6 +30,7 @@ from megatron_sead.models.family import read_config_fields
 from megatron_sead.prompts.dataset import Prompt
 from megatron_sead.prompts.tokenizer import ModelTokenizer
 from megatron_sead.rollouts.records import record_path
+from megatron_sead.rollouts.registry import packages_of
 from megatron_sead.training.input_changes import CHECKSUM, Fingerprint, differences
 
 log = logging.getLogger(__name__)
@@ -149,17 +150,17 @@ def fingerprint(
         "grader": {"grader": GRADER_VERSION} | _versions(*GRADING_PACKAGES),
         "software": _versions("torch", "megatron-core", "tokenizers"),
     }
-    engine = config.rollouts.engine
-    needed = [] if engine == "replay" else [engine]
+    rollouts = config.rollouts
+    packages = packages_of(rollouts)
     if heldout:
-        needed.append("transformers")  # answers the held-out prompts, whatever the engine
+        packages += packages_of(rollouts.writing)
         found["evaluation"] = {
             "settings": config.evaluation.model_dump(mode="json", exclude={"teacher"}),
             "prompts": _table(heldout, ("answers", "level", "student_token_ids", "teacher_token_ids")),
         }
-    found["engine"] = _versions(*needed)
-    if engine == "replay" and config.rollouts.path is not None:
-        found["rollouts"] = _records(config.rollouts.path, config.training.steps)
+    found["engine"] = _versions(*packages)
+    if rollouts.recorded is not None:
+        found["rollouts"] = _records(rollouts.recorded, config.training.steps)
     return found
 
 
@@ -173,7 +174,7 @@ def _places(config: RunConfig) -> dict[str, str]:
         "templates": f"{student.chat_template or student.path}, {teacher.chat_template or teacher.path}",
         "prompts": f"prompts.path={config.prompts.path}",
         "evaluation": f"evaluation.path={evaluation.path}",
-        "rollouts": f"rollouts.path={config.rollouts.path}",
+        "rollouts": f"rollouts.path={config.rollouts.recorded}",
         "engine": f"rollouts.engine={config.rollouts.engine}",
         "grader": "grading",
     }

@@ -9,6 +9,7 @@ from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import NotFiniteNumbers
 from megatron_sead.rollouts.engine import Rollout
 from megatron_sead.training.conclude import conclude
+from megatron_sead.training.engines import renew_engine
 from megatron_sead.training.record import record_step, save
 from megatron_sead.training.run import Run
 from megatron_sead.training.setup import prepare
@@ -49,7 +50,7 @@ def distill(run: Run) -> bool:
             result = train_step(run.learner, run.pack(rollouts), alpha, step)
             clock.append(time.perf_counter())
 
-            run.load_engine()
+            renew_engine(run)
             clock.append(time.perf_counter())
 
             progress.advance(record_step(run, step, rollouts, correct, alpha, result, clock))
@@ -66,8 +67,10 @@ def distill(run: Run) -> bool:
 
 
 def _write(run: Run, asked: list[int], step: int) -> list[Rollout]:
-    """The student's responses. Raises UserError when its weights are spoilt."""
+    """The student's responses; then the engine sleeps. Raises UserError when the student's weights are spoilt."""
     try:
-        return run.engine.generate(run.requests(asked), step)
+        rollouts = run.engine.generate(run.requests(asked), step)
     except NotFiniteNumbers as error:
         raise ended_while_writing(run, step, asked, error) from None
+    run.engine.sleep()
+    return rollouts

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.rollouts.engine import Rollout
 from megatron_sead.rollouts.records import record_path, write_records
-from megatron_sead.training.identity import trained_log_probs
+from megatron_sead.training.identity import student_log_probs
 from megatron_sead.training.not_finite import weights_are_finite
 from megatron_sead.training.run import Run
 from megatron_sead.training.skipping import remedy
@@ -71,7 +71,7 @@ def save(run: Run) -> None:
         spoilt = "weights of the student are not finite"
     else:
         try:
-            run.state.probe_log_probs = trained_log_probs(run)[0].tolist()
+            run.state.probe_log_probs = student_log_probs(run, run.probe).tolist()
         except NotFiniteNumbers as error:
             spoilt = str(error)
     if spoilt is not None:

@@ -23,7 +23,7 @@ from megatron_sead.prompts.packing import MicroBatch, pack
 from megatron_sead.prompts.tokenizer import ModelTokenizer
 from megatron_sead.reporting.metrics import MetricsWriter
 from megatron_sead.reporting.progress import StepProgress
-from megatron_sead.rollouts.engine import GenerationRequest, Rollout, RolloutEngine
+from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, Rollout, RolloutEngine
 from megatron_sead.training.inputs import Inputs
 from megatron_sead.training.interrupt import InterruptFlag
 from megatron_sead.training.step import Learner
@@ -43,6 +43,14 @@ class Progress:
     changed_inputs: list[str] = field(default_factory=list)  # since the run began, by consent
 
 
+@dataclass(frozen=True)
+class EngineScores:
+    """Log-probabilities [n] of the same tokens, after the same update."""
+
+    engine: torch.Tensor
+    student: torch.Tensor
+
+
 @dataclass
 class Run:
     """Everything that the steps of a run use. Built by `setup.prepare`."""
@@ -55,6 +63,7 @@ class Run:
     prompts: list[Prompt]
     heldout: list[Prompt]  # to measure on; empty without evaluation.path
     engine: RolloutEngine
+    engine_context: EngineContext  # the student's
     grader: Grader
     curriculum: Curriculum
     competence: CompetenceTracker
@@ -66,6 +75,7 @@ class Run:
     probe: list[int]
     inputs: Inputs
     started: float
+    engine_scores: EngineScores | None = None  # when the engine was last given weights
 
     def __post_init__(self) -> None:
         self._by_id = {prompt.id: index for index, prompt in enumerate(self.prompts)}
@@ -87,7 +97,7 @@ class Run:
         """The prompt that a rollout answers."""
         if rollout.prompt_id not in self._by_id:  # only a recorded one can
             raise UserError(
-                f"rollouts.path={self.config.rollouts.path}: a rollout answers prompt {rollout.prompt_id!r}, which "
+                f"rollouts.path={self.config.rollouts.recorded}: a rollout answers prompt {rollout.prompt_id!r}, which "
                 f"prompts.path={self.config.prompts.path} does not hold; replay a run of the same prompts"
             )
         return self.prompts[self._by_id[rollout.prompt_id]]
@@ -126,14 +136,15 @@ class Run:
                 device=self.parallel.device,
             )
         except ValueError as error:  # only recorded rollouts can be too many, or empty
-            raise UserError(f"rollouts.path={self.config.rollouts.path}: {error}") from None
+            raise UserError(f"rollouts.path={self.config.rollouts.recorded}: {error}") from None
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The student as (Hugging Face name, whole tensor), one at a time. Collective: consume it on every rank."""
         return iterate_huggingface_weights(self.student_chunks, self.parallel)
 
     def load_engine(self) -> None:
-        """Give the engine the student's weights, so that the next rollouts are on-policy. Collective."""
+        """Wake the engine, and give it the student's weights. Collective."""
+        self.engine.wake()
         self.engine.load_weights(self.weights())
 
     def rollout_metrics(self, rollouts: list[Rollout], correct: list[bool], step: int) -> dict[str, Any]:

@@ -33,9 +33,11 @@ from megatron_sead.prompts.dataset import Prompt, load_prompts
 from megatron_sead.prompts.pair import check_pair
 from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
 from megatron_sead.reporting.metrics import MetricsWriter
-from megatron_sead.rollouts.factory import make_engine
-from megatron_sead.training.heldout import evaluate_directory
-from megatron_sead.training.identity import check_engine, check_models, probe_tokens
+from megatron_sead.rollouts.engine import EngineContext
+from megatron_sead.rollouts.registry import make_engine, require_available
+from megatron_sead.training.engines import start_engine
+from megatron_sead.training.heldout import evaluate_directory, evaluate_student
+from megatron_sead.training.identity import check_models, probe_tokens
 from megatron_sead.training.inputs import settle_inputs
 from megatron_sead.training.interrupt import InterruptFlag
 from megatron_sead.training.optimizer import build_optimizer
@@ -56,6 +58,7 @@ def prepare(config: RunConfig) -> Iterator[Run]:
         UserError: whatever must change before it can run; an earlier run's files are left as they are.
     """
     started = time.perf_counter()
+    require_available(config.rollouts)
     check_output(config)
     with ExitStack() as stack:
         parallel = stack.enter_context(parallel_groups(config.parallel, config.device, config.seed))
@@ -74,6 +77,18 @@ def prepare(config: RunConfig) -> Iterator[Run]:
         store = CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel)
         inputs = settle_inputs(config, (student, teacher), prompts, heldout, store, parallel.control)
         learner, chunks = _build_learner(config, student, teacher, parallel)
+        context = EngineContext(
+            config.student.path,
+            stop_token_ids=student.stop_token_ids,
+            pad_token_id=student.pad_token_id,
+            seed=config.seed,
+            device=parallel.device,
+            dtype=chunks[0].config.params_dtype,
+            vocab_size=learner.heads.vocab_size,
+            group=parallel.control,
+        )
+        engine = make_engine(config.rollouts, context)
+        stack.callback(engine.close)
         run = Run(
             config=config,
             parallel=parallel,
@@ -82,17 +97,8 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             tokenizer=student,
             prompts=prompts,
             heldout=heldout,
-            engine=make_engine(
-                config.rollouts,
-                config.student.path,
-                stop_token_ids=student.stop_token_ids,
-                pad_token_id=student.pad_token_id,
-                seed=config.seed,
-                device=parallel.device,
-                dtype=chunks[0].config.params_dtype,
-                vocab_size=learner.heads.vocab_size,
-                group=parallel.control,
-            ),
+            engine=engine,
+            engine_context=context,
             grader=stack.enter_context(Grader(config.grading.timeout_seconds)),
             curriculum=_build_curriculum(config, prompts),
             competence=CompetenceTracker(smoothing=config.annealing.smoothing, target=config.annealing.target),
@@ -212,11 +218,12 @@ def _begin_or_resume(run: Run) -> None:
         run.state.changed_inputs += [f"step {run.state.step}: {text}" for text in run.inputs.changes]
         log.info("continuing at step %d", run.state.step)
         check_models(run, fresh=False)
-    run.load_engine()
-    check_engine(run)
+    if restored is not None and run.inputs.heldout_changed:
+        run.state.accuracy_before = evaluate_directory(run, run.config.student.path, run.tokenizer)
+    start_engine(run)
     if run.parallel.rank == 0:
         run.config.output.mkdir(parents=True, exist_ok=True)
         replace_text(run.config.output / "config.yaml", dump_config(run.config))
-    if restored is None or run.inputs.heldout_changed:
-        run.state.accuracy_before = evaluate_directory(run, run.config.student.path, run.tokenizer)
+    if restored is None:
+        run.state.accuracy_before = evaluate_student(run, run.config.student.path)
     torch.distributed.barrier(run.parallel.control)

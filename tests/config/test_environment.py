@@ -26,15 +26,16 @@ def home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("key", PATHS)
 def test_every_path_setting_expands_and_records_what_it_became(key: str, tmp_path: Path) -> None:
-    loaded = config(f"{key}=~/$DATA/${{DATA}}")
+    engine = ["rollouts.engine=replay"] if key == "rollouts.path" else []
+    loaded = config(*engine, f"{key}=~/$DATA/${{DATA}}")
     group, _, name = key.rpartition(".")
     value = getattr(getattr(loaded, group) if group else loaded, name)
     assert Path(value) == Path("/home/somebody/data/x y/data/x y")
     (tmp_path / "config.yaml").write_text(dump_config(loaded))
     assert "~" not in dump_config(loaded)
     assert load_config(tmp_path / "config.yaml", []) == loaded
-    assert refusal(f"{key}=$UNSET/a") == f"{key}='$UNSET/a': the environment variable UNSET is not set"
-    assert refusal(f"{key}=s3://bucket/a").startswith(f"{key}='s3://bucket/a': is no path on this machine")
+    assert refusal(*engine, f"{key}=$UNSET/a") == f"{key}='$UNSET/a': the environment variable UNSET is not set"
+    assert refusal(*engine, f"{key}=s3://bucket/a").startswith(f"{key}='s3://bucket/a': is no path on this machine")
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,12 @@ REFUSALS = [
     (["rollouts.samples_per_prompt=3"], ["global_batch_size=8", "samples_per_prompt=3"]),
     (["rollouts.samples_per_prompt=2", "rollouts.temperature=0"], ["samples_per_prompt=2", "greedy"]),
     (["rollouts.engine=replay"], ["rollouts.engine='replay'", "rollouts.path"]),
+    (["rollouts.engine=vlm"], ["rollouts.engine='vlm'", "'transformers', 'vllm' or 'replay'"]),
+    (["rollouts.engine=null"], ["rollouts.engine=None", "'transformers', 'vllm' or 'replay'"]),
+    (["rollouts.path=x"], ["rollouts.path='x'", "of rollouts.engine 'replay'", "rollouts.engine='transformers' here"]),
+    (["rollouts.engine=replay", "rollouts.path=x", "rollouts.temperature=-1"], ["rollouts.temperature=-1"]),
+    (["rollouts.engine=vllm", "rollouts.temprature=1"], ["did you mean rollouts.temperature?"]),
+    (["rollouts=5"], ["rollouts=5", "a group of settings: engine, temperature"]),
     (["parallel.sequence_parallel=true"], ["sequence_parallel", "at least 2, not 1"]),
     (["parallel.virtual_pipeline_model_parallel_size=2"], ["pipeline_model_parallel_size", "not 1"]),
     (["parallel.context_parallel_size=2"], ["context_parallel_size=2", "only 1"]),
@@ -141,6 +147,8 @@ def test_a_wrong_value_or_combination_is_refused(overrides: list[str], parts: li
         ["training.lr_warmup_steps=10"],
         ["zones.shares=[33.3, 33.3, 33.4]"],
         ["rollouts.engine=replay", "rollouts.path=runs/other"],
+        ["rollouts={engine: replay, path: runs/other}"],
+        ["rollouts.path=null"],
     ],
     ids=lambda value: value[0],
 )
@@ -217,6 +225,9 @@ def test_differences_are_dotted_keys() -> None:
     old, new = config(), config("seed=1", "zones.shares=[60, 30, 10]", "student.stop_token_ids=[3]")
     assert config_differences(old, new) == ["seed", "student.stop_token_ids", "zones.shares"]
     assert config_differences(old, config()) == []
+    replayed = config("rollouts.engine=replay", "rollouts.path=x")
+    assert config_differences(old, replayed) == ["rollouts.engine", "rollouts.path"]
+    assert config_differences(replayed, old) == ["rollouts.engine", "rollouts.path"]
 
 
 def test_an_output_directory_takes_the_same_run_in_another_layout_and_no_other_run(tmp_path: Path) -> None:
@@ -245,9 +256,10 @@ def test_a_run_does_not_write_where_it_reads(tmp_path: Path, role: str, place: s
     (tmp_path / "model").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "model")
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    read = [f"{role}.path={tmp_path / place}", *(["rollouts.engine=replay"] if role == "rollouts" else [])]
     with pytest.raises(UserError, match="which is read"):
-        check_output(config(f"output={tmp_path / output}", f"{role}.path={tmp_path / place}"))
-    check_output(config(f"output={tmp_path / 'other'}", f"{role}.path={tmp_path / place}"))
+        check_output(config(f"output={tmp_path / output}", *read))
+    check_output(config(f"output={tmp_path / 'other'}", *read))
 
 
 def test_an_output_that_is_a_file_or_holds_an_unreadable_run_is_refused(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sead.config.run import ModelSettings, RolloutSettings
+from megatron_sead.config.rollouts import TransformersRollouts
+from megatron_sead.config.run import ModelSettings
 from megatron_sead.evaluation.accuracy import evaluate
 from megatron_sead.grading.grader import Grader
 from megatron_sead.prompts.dataset import Prompt
 from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
-from megatron_sead.rollouts.engine import GenerationRequest, Rollout, Sampling
-from megatron_sead.rollouts.factory import make_engine
+from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, Rollout, Sampling
+from megatron_sead.rollouts.registry import make_engine
 
 pytestmark = pytest.mark.transformers_lane
 
@@ -94,15 +95,9 @@ def test_teacher_sees_its_own_prompt_and_no_samples_are_needed(tiny_olmo3: Path)
 
 
 def test_real_engine(tiny_olmo3: Path, tokenizer: ModelTokenizer) -> None:
-    engine = make_engine(
-        RolloutSettings(),
-        tiny_olmo3,
-        stop_token_ids=tokenizer.stop_token_ids,
-        pad_token_id=tokenizer.pad_token_id,
-        seed=0,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
+    speech = {"stop_token_ids": tokenizer.stop_token_ids, "pad_token_id": tokenizer.pad_token_id}
+    context = EngineContext(tiny_olmo3, **speech, seed=0, device=torch.device("cpu"), dtype=torch.float32)
+    engine = make_engine(TransformersRollouts(), context)
     # The model's own greedy answer is the reference: it must be right greedily, and rarely at temperature 5.
     requests = [GenerationRequest(str(i), 0, (20 + i, 30, 31)) for i in range(12)]
     greedy = engine.generate(requests, 0, Sampling(0.0, 1.0, 6))

@@ -6,15 +6,16 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from megatron_sead.config.run import RolloutSettings
+from megatron_sead.config.rollouts import AnyRollouts, VllmRollouts
 from megatron_sead.errors import UserError
-from megatron_sead.rollouts.engine import GenerationRequest, Rollout, Sampling
-from megatron_sead.rollouts.factory import make_engine
+from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.records import read_records, record_path, write_records
+from megatron_sead.rollouts.registry import ENGINES, make_engine
 from megatron_sead.rollouts.replay import ReplayEngine
 
 ROLLOUTS = [
@@ -120,13 +121,18 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
 
 
 def test_vllm_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="vllm is not supported by this version"):
-        make_engine(
-            RolloutSettings(engine="vllm"),
-            tmp_path,
-            stop_token_ids=(1,),
-            pad_token_id=0,
-            seed=0,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-        )
+    context = EngineContext(tmp_path, (1,), pad_token_id=0, seed=0, device=torch.device("cpu"), dtype=torch.float32)
+    with pytest.raises(UserError, match=r"^rollouts.engine='vllm': vllm is not supported by this version"):
+        make_engine(VllmRollouts(), context)
+
+
+def test_replay_says_that_it_has_no_weights_to_score_with(tmp_path: Path) -> None:
+    engine = ReplayEngine(tmp_path)
+    assert not engine.has_weights
+    with pytest.raises(ValueError, match="without the weights"):
+        engine.score([1, 2])
+
+
+def test_every_engine_that_can_be_named_is_in_the_registry_or_says_why_not() -> None:
+    for group in get_args(AnyRollouts):
+        assert (group.model_fields["engine"].default in ENGINES) == (group.UNAVAILABLE is None)

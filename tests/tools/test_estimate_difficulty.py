@@ -137,7 +137,9 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every prompt passes every time, without a model; the list says which ones were measured."""
     measured: list[str] = []
 
-    def measure(_settings: object, _tokenizer: object, prompts: list[Prompt], tally: Tally, done: int) -> None:
+    def measure(
+        _: object, _settings: object, _tokenizer: object, prompts: list[Prompt], tally: Tally, done: int
+    ) -> None:
         for prompt in prompts:
             measured.append(prompt.id)
             tally.add(prompt.id, 8)

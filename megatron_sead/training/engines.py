@@ -1,0 +1,81 @@
+"""The run's rollout engine: new weights after every update, and the proof that it writes with them."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+
+from megatron_sead.errors import NotFiniteNumbers, UserError
+from megatron_sead.training.identity import TOLERANCE, largest_difference, student_log_probs
+from megatron_sead.training.run import EngineScores, Run
+
+log = logging.getLogger(__name__)
+
+UPDATE_PROBE = 65  # tokens of the probe that are scored after an update; at the start it is all of them
+
+
+def start_engine(run: Run) -> None:
+    """Give the engine the weights that the run begins with, and prove it on the whole probe. Collective.
+
+    Raises:
+        UserError: the engine would write with another model than the one that learns.
+    """
+    run.load_engine()
+    if not run.engine.has_weights:
+        log.info(
+            "rollouts.engine=%s: comes without weights; that its responses are the student's is not checked",
+            run.config.rollouts.engine,
+        )
+        return
+    check_engine(run, run.probe)
+
+
+def renew_engine(run: Run) -> None:
+    """Give the engine the student's weights, so that the next rollouts are on-policy, and prove it. Collective.
+
+    Raises:
+        UserError: the engine has others, or its old ones.
+    """
+    run.load_engine()
+    if run.engine.has_weights:
+        check_engine(run, run.probe[:UPDATE_PROBE])
+
+
+def check_engine(run: Run, tokens: list[int]) -> None:
+    """The engine's log-probabilities of a text against the student's; and that an update has moved both. Collective.
+
+    A bf16 engine is as far from Megatron as many updates move a student, so that closeness alone would not show old
+    weights: an engine whose every number has stayed while the student's have moved was not updated.
+
+    Raises:
+        UserError: on every rank alike.
+    """
+    try:
+        student = student_log_probs(run, tokens)
+    except NotFiniteNumbers:
+        return  # the next rollouts or the checkpoint tell it, with what to do
+    scores = EngineScores(run.engine.score(tokens), student)
+    difference = largest_difference(scores.engine, student)
+    stands_still = run.engine_scores is not None and _engine_alone_stands_still(run.engine_scores, scores)
+    worst = torch.tensor([difference if difference < float("inf") else float("inf"), float(stands_still)])
+    dist.all_reduce(worst, dist.ReduceOp.MAX, group=run.parallel.control)
+    run.engine_scores = scores
+    precision, engine = run.config.training.precision, f"rollouts.engine={run.config.rollouts.engine}"
+    # Of a student that diverges log-probabilities are large, and so are their rounding errors
+    allowed = TOLERANCE[precision] * max(1.0, student.abs().mean().item())
+    log.debug("%s and student: log-probabilities differ by %.1e nats", engine, difference)
+    if worst[1]:
+        raise UserError(f"{engine}: still writes with old weights: the student's log-probabilities have moved, its not")
+    if not worst[0] <= allowed:
+        raise UserError(
+            f"{engine} and the student do not agree: log-probabilities differ by {worst[0]:.2e} nats a token, at most "
+            f"{allowed:.0e} are allowed with training.precision={precision}"
+        )
+
+
+def _engine_alone_stands_still(before: EngineScores, now: EngineScores) -> bool:
+    count = min(len(before.student), len(now.student))
+    moved = (now.student[:count] != before.student[:count]).float().mean()
+    return bool(moved > 0.5) and torch.equal(now.engine[:count], before.engine[:count])

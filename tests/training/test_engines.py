@@ -1,0 +1,153 @@
+"""The engine is asked in the order of its protocol, and one that writes with other weights ends the run in a line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.training.launching import ROOT, SHORT, TINY, Pools
+
+SETTINGS = [*SHORT, "training.steps=2", "training.global_batch_size=8", "rollouts.max_new_tokens=8"]
+HELDOUT = [f"evaluation.path={ROOT / 'examples' / 'tiny' / 'heldout.jsonl'}", "evaluation.limit=4"]
+HELDOUT += ["evaluation.samples=0", "evaluation.teacher=false"]
+VERBS = ("generate", "load_weights", "score", "sleep", "wake", "close")
+
+
+def drive(meeting_point: str, overrides: list[str], fault: str | None) -> tuple[list[str], list[str]]:
+    """On a rank: a run, with a fault in its engine; what the engine was asked, and what was logged."""
+    from megatron_sead.config.run import load_config
+    from megatron_sead.parallel.groups import destroy_parallel
+    from megatron_sead.training import loop
+
+    destroy_parallel()  # a run that failed leaves its groups
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=0, world_size=1)
+    with listening() as lines, watching(fault) as asked:
+        loop.run(load_config(TINY, overrides))
+    return asked, lines
+
+
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """Lines that the package logs."""
+    lines: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    log, handler = logging.getLogger("megatron_sead"), Handler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+@contextmanager
+def watching(fault: str | None) -> Iterator[list[str]]:
+    """Verbs that a transformers engine is asked; its load_weights does what the fault says from the second time on."""
+    from megatron_sead.rollouts.transformers_engine import TransformersEngine
+
+    asked: list[str] = []
+    whole = {verb: getattr(TransformersEngine, verb) for verb in VERBS}
+
+    def watched(verb: str) -> Callable[..., Any]:
+        def call(engine: Any, *arguments: Any, **keywords: Any) -> Any:
+            asked.append(verb)
+            if verb == "load_weights" and fault is not None and asked.count(verb) > 1:
+                return FAULTS[fault](engine, whole[verb], *arguments)
+            return whole[verb](engine, *arguments, **keywords)
+
+        return call
+
+    for verb in VERBS:
+        setattr(TransformersEngine, verb, watched(verb))
+    try:
+        yield asked
+    finally:
+        for verb, method in whole.items():
+            setattr(TransformersEngine, verb, method)
+
+
+def keep_old(engine: Any, load: Any, weights: Any) -> None:
+    list(weights)
+
+
+def keep_one(engine: Any, load: Any, weights: Any) -> None:
+    """One layer's weight stays as it was."""
+    old = {name: p.clone() for name, p in engine.model.named_parameters() if name.endswith("1.mlp.down_proj.weight")}
+    assert len(old) == 1
+    load(engine, ((name, old.get(name, tensor)) for name, tensor in weights))
+
+
+def spoil(engine: Any, load: Any, weights: Any) -> None:
+    load(engine, ((name, tensor * float("nan")) for name, tensor in weights))
+
+
+FAULTS = {"old weights": keep_old, "one old weight": keep_one, "not finite": spoil}
+
+
+def run(pools: Pools, output: Path, *overrides: str, fault: str | None = None) -> tuple[list[str], list[str]]:
+    meeting_point = str(Path(mkdtemp()) / "store")
+    (answer,) = pools.of(1).run(drive, meeting_point, [*SETTINGS, f"output={output}", *overrides], fault)
+    return answer
+
+
+@pytest.fixture(scope="module")
+def whole(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    output = tmp_path_factory.mktemp("whole") / "run"
+    return output, run(pools, output, *HELDOUT)[0]
+
+
+def test_the_engine_sleeps_while_the_student_trains_and_is_checked_after_every_update(
+    whole: tuple[Path, list[str]],
+) -> None:
+    renewed = ["wake", "load_weights", "score"]
+    step = ["generate", "sleep", *renewed]
+    scored_as_reference = 2  # teacher and student as their directories hold them, at the start
+    asked = whole[1][scored_as_reference:]
+    assert asked == [*renewed, "generate", *step, *step, "score", "generate", "close"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("old weights", "rollouts.engine=transformers: still writes with old weights"),
+        ("one old weight", "rollouts.engine=transformers and the student do not agree: log-probabilities differ by"),
+        ("not finite", "rollouts.engine=transformers and the student do not agree: log-probabilities differ by inf"),
+    ],
+)
+def test_an_engine_with_other_weights_ends_the_run(pools: Pools, tmp_path: Path, fault: str, told: str) -> None:
+    with pytest.raises(AssertionError) as caught:
+        run(pools, tmp_path / "run", "training.lr_warmup_steps=0", fault=fault)
+    last = str(caught.value).strip().splitlines()[-1]
+    assert last.startswith(f"megatron_sead.errors.UserError: {told}"), last
+
+
+def test_replay_is_not_checked_and_says_so(pools: Pools, whole: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """Held-out prompts are answered by transformers in its place."""
+    replay = ["rollouts.engine=replay", f"rollouts.path={whole[0]}"]
+    asked, lines = run(pools, tmp_path / "run", *replay, *HELDOUT)
+    assert "rollouts.engine=replay: comes without weights; that its responses are the student's is not checked" in lines
+    assert asked == ["score", "score", "generate", "close", "score", "generate", "close"]
+
+
+def test_a_bf16_engine_that_stands_still_is_seen_though_it_is_close() -> None:
+    from megatron_sead.training.engines import _engine_alone_stands_still
+    from megatron_sead.training.run import EngineScores
+
+    before = EngineScores(torch.zeros(9), torch.zeros(9))
+    assert _engine_alone_stands_still(before, EngineScores(torch.zeros(9), torch.full((9,), 1e-6)))
+    assert not _engine_alone_stands_still(before, EngineScores(torch.full((9,), 1e-7), torch.full((9,), 1e-6)))
+    assert not _engine_alone_stands_still(before, EngineScores(torch.zeros(9), torch.zeros(9)))
