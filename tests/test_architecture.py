@@ -19,6 +19,7 @@ PARTS = {"distillation", "models", "parallel", "checkpoints", "rollouts", "promp
 
 # What a part may import of the package, beside itself and the leaves
 ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS | LEAVES} | {
+    "config": {"distillation"},  # names, defaults and rules, of the modules there that need no torch
     "models": {"parallel"},
     "checkpoints": {"models", "parallel"},
     "rollouts": {"models"},

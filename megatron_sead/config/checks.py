@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_sead.config.run import ParallelSettings, RunConfig, load_config
 from megatron_sead.config.settings_file import flatten
+from megatron_sead.distillation.curriculum import gate
 from megatron_sead.errors import UserError
 from megatron_sead.files.outputs import overlap, require_written_here
 
@@ -169,7 +170,7 @@ def opening_step(config: RunConfig) -> int | None:
     curriculum, steps = config.curriculum, config.training.steps
     opening = 0
     if curriculum.mode == "gated":
-        opening = next((t for t in range(steps) if curriculum.c0 * (1 + t / steps) ** curriculum.k >= 1), steps)
+        opening = next((t for t in range(steps) if gate(curriculum.c0, curriculum.k, t / steps) >= 1), steps)
     if curriculum.mode == "competence_cdf" and curriculum.c0 < 1:
         opening = steps
     if curriculum.mode == "mastery":

@@ -5,27 +5,36 @@ What a valid configuration still needs to fit (ranks, output directory) is in ``
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from megatron_sead.config.rollouts import RolloutSettings, TransformersRollouts
 from megatron_sead.config.settings import LocalPath, PathOrHubName, Settings
 from megatron_sead.config.settings_file import dump_settings, load_settings
-
-PolicyName = Literal[
-    "sead", "opd", "forward_kl", "annealing", "zones", "eopd", "tip_entropy", "tip_soft_or", "random_half"
-]
+from megatron_sead.distillation.annealing import CompetenceTracker, Shape, annealing_coefficient
+from megatron_sead.distillation.curriculum import Curriculum, Mode, gate_problem
+from megatron_sead.distillation.policies import POLICIES, PolicyOptions, ZoneCLoss, name_problem
+from megatron_sead.distillation.zone_shares import DEFAULT_SHARES, Shares, shares_problem
 
 # What a checkpoint keeps a fingerprint of; all but the prompts' and rollouts' files are of both models
 InputName = Literal[
     "student", "teacher", "tokenizer", "templates", "prompts", "evaluation", "rollouts", "engine", "grader"
 ]
 
-ZONE_POLICIES = ("sead", "zones")  # the others weigh tokens without knowing their zones
+
+def _default(function: Callable[..., Any], name: str) -> Any:
+    """A setting's default stands where it is used."""
+    return signature(function).parameters[name].default
+
+
+def _policy_name(name: str) -> str:
+    if problem := name_problem(name):
+        raise ValueError(problem)
+    return name
 
 
 class ModelSettings(Settings):
@@ -131,34 +140,47 @@ class TrainingSettings(Settings):
 
 
 class PolicySettings(Settings):
-    """Which preset maps a token's statistics to (w_forward, w_reverse)."""
+    """Which policy maps a token's statistics to (w_forward, w_reverse)."""
 
-    name: PolicyName = "sead"
-    zone_c: Literal["mix", "eq4"] = Field("mix", description="mix: alpha*lambda*FKL + (1-alpha)*RKL; eq4: first term")
-    zone_c_scale: float = Field(1.0, gt=0, description="lambda")
-    entropy_gate: float = Field(0.8, ge=0, description="eopd: nats of teacher entropy above which forward KL joins")
-    keep_share: float = Field(0.5, gt=0, le=1, description="tip_*, random_half: share of tokens that teach")
+    name: Annotated[str, AfterValidator(_policy_name)] = Field(
+        "sead", description=f"one of {', '.join(POLICIES)}; or package.module:function for one of your own"
+    )
+    zone_c: ZoneCLoss = Field(
+        PolicyOptions.zone_c, description="sead: mix: alpha*lambda*FKL + (1-alpha)*RKL in zone C; eq4: the first term"
+    )
+    zone_c_scale: float = Field(PolicyOptions.zone_c_scale, gt=0, description="sead, zones: lambda")
+    entropy_gate: float = Field(
+        PolicyOptions.entropy_gate, ge=0, description="eopd: nats of teacher entropy from which forward KL joins"
+    )
+    keep_share: float = Field(
+        PolicyOptions.keep_share, gt=0, le=1, description="tip_*, random_half: share of tokens that teach"
+    )
 
 
 class ZoneSettings(Settings):
     """Zones A, B, C of the paper's token scale."""
 
-    shares: tuple[float, float, float] = Field((50, 40, 10), description="percent of tokens in A, B, C")
-    thresholds: Literal["global_step", "running", "absolute"] = "global_step"
-    scope: Literal["global", "sequence"] = Field("global", description="tokens over which quantiles are taken")
+    shares: Shares = Field(DEFAULT_SHARES, description="percent of tokens in A, B, C")
+    thresholds: Literal["global_step", "running", "absolute"] = Field(
+        "global_step",
+        description="where zones begin: quantiles of the step; an average of earlier steps' quantiles; given nats",
+    )
+    scope: Literal["global", "sequence"] = Field(
+        "global", description="tokens over which quantiles are taken: all of the step, or each rollout's own"
+    )
     running_decay: float = Field(0.9, ge=0, lt=1, description="running: weight of earlier steps' thresholds")
     teacher_threshold: float = Field(0.8, ge=0, description="absolute: nats of H_t from which a token is in zone C")
     student_threshold: float = Field(0.8, ge=0, description="absolute: nats of H_s above which the rest is in zone B")
     rescue_threshold: float | None = Field(
         None, gt=0, description="nats of reverse KL above which a token of zone A is moved to B; null: never"
     )
-    teacher_entropy_floor: float = Field(0.01, ge=0, description="warn when zone C starts below this many nats")
+    teacher_entropy_floor: float = Field(
+        0.01, ge=0, description="nats of H_t under which a zone C that begins there is warned of, once a start"
+    )
 
     def problems(self) -> Iterator[str]:
-        if min(self.shares) < 0:
-            yield f"zones.shares={list(self.shares)}: must not be negative"
-        elif abs(sum(self.shares) - 100) > 1e-6:
-            yield f"zones.shares={list(self.shares)}: must sum to 100 percent, not {sum(self.shares):g}"
+        if problem := shares_problem(self.shares):
+            yield f"zones.shares={list(self.shares)}: {problem}"
         if self.scope == "sequence" and self.thresholds != "global_step":
             yield (
                 f"zones.thresholds='{self.thresholds}': must be 'global_step' when zones.scope is 'sequence': "
@@ -169,12 +191,20 @@ class ZoneSettings(Settings):
 class AnnealingSettings(Settings):
     """Phase scale: alpha(u)."""
 
-    start: float = Field(0.8, ge=0, le=1)
-    end: float = Field(0.0, ge=0, le=1)
-    shape: Literal["cosine", "linear", "constant"] = "cosine"
-    driver: Literal["step", "competence", "larger"] = Field("step", description="what u is: progress, or pass rate")
-    target: float = Field(0.9, gt=0, le=1, description="competence: smoothed pass rate at which u = 1")
-    smoothing: float = Field(0.9, ge=0, lt=1, description="weight of the past in the smoothed pass rate")
+    start: float = Field(_default(annealing_coefficient, "start"), ge=0, le=1, description="alpha at u = 0")
+    end: float = Field(_default(annealing_coefficient, "end"), ge=0, le=1, description="alpha at u = 1")
+    shape: Shape = Field(
+        _default(annealing_coefficient, "shape"), description="how alpha falls; constant: it stays at start"
+    )
+    driver: Literal["step", "competence", "larger"] = Field(
+        "step", description="what u is: the share of steps done, how far the pass rate has come, or the larger of both"
+    )
+    target: float = Field(
+        _default(CompetenceTracker, "target"), gt=0, le=1, description="competence: smoothed pass rate at which u = 1"
+    )
+    smoothing: float = Field(
+        _default(CompetenceTracker, "smoothing"), ge=0, lt=1, description="weight of the past in the smoothed pass rate"
+    )
 
     def problems(self) -> Iterator[str]:
         if self.shape != "constant" and self.end > self.start:
@@ -184,26 +214,37 @@ class AnnealingSettings(Settings):
 class CurriculumSettings(Settings):
     """Prompt scale: which prompts may be asked at a step."""
 
-    mode: Literal["gated", "sorted", "competence_cdf", "mastery", "none"] = "gated"
-    # The paper names neither. c0 * 2^k = 1 would be the slowest gate that opens at all, at the last step and at its
-    # learning rate; these open it at 26 % of the run
-    c0: float = Field(0.5, gt=0, le=1, description="gated: c(t) = c0 * (1 + t/T)^k; competence_cdf: its first value")
-    k: float = Field(3.0, gt=0, le=100, description="gated: how fast the gate opens")
-    noise: float = Field(0.02, ge=0, description="sorted: standard deviation added to difficulty before sorting")
-    tiers: int = Field(4, ge=2, description="mastery: number of difficulty tiers")
-    mastery_threshold: float = Field(0.7, gt=0, le=1, description="smoothed pass rate that opens the next tier")
-    patience: int = Field(50, ge=1, description="mastery: steps after which the next tier opens anyway")
-    replay_share: float = Field(0.15, ge=0, lt=1, description="mastery: share of a batch from earlier tiers")
-    drop_unsolved: bool = Field(False, description="leave out prompts that the initial student never solved")
+    mode: Mode = Field(_default(Curriculum, "mode"), description="how prompts are admitted by difficulty; none: all")
+    c0: float = Field(
+        _default(Curriculum, "c0"), gt=0, le=1, description="gated: c(t) = c0 * (1 + t/T)^k; competence_cdf: at t = 0"
+    )
+    k: float = Field(_default(Curriculum, "k"), gt=0, le=100, description="gated: how fast the gate opens")
+    noise: float = Field(
+        _default(Curriculum, "noise"), ge=0, description="sorted: standard deviation added to difficulty before sorting"
+    )
+    tiers: int = Field(_default(Curriculum, "tiers"), ge=2, description="mastery: number of difficulty tiers")
+    mastery_threshold: float = Field(
+        _default(Curriculum, "mastery_threshold"),
+        gt=0,
+        le=1,
+        description="mastery: smoothed pass rate that opens the next tier",
+    )
+    smoothing: float = Field(
+        _default(Curriculum, "smoothing"), ge=0, lt=1, description="mastery: weight of the past in that pass rate"
+    )
+    patience: int = Field(
+        _default(Curriculum, "patience"), ge=1, description="mastery: steps after which the next tier opens anyway"
+    )
+    replay_share: float = Field(
+        _default(Curriculum, "replay_share"), ge=0, lt=1, description="mastery: share of a batch from earlier tiers"
+    )
+    drop_unsolved: bool = Field(
+        _default(Curriculum, "drop_unsolved"), description="leave out prompts that the initial student never solved"
+    )
 
     def problems(self) -> Iterator[str]:
-        gate = self.c0 * 2**self.k  # c(t) = c0 * (1 + t/T)^k at t = T
-        if self.mode == "gated" and gate < 1:
-            lowest_k = math.ceil(1000 * math.log2(1 / self.c0)) / 1000
-            yield (
-                f"curriculum.c0={self.c0:g}, curriculum.k={self.k:g}: c0 * 2^k is {gate:g}, under 1: harder prompts "
-                f"would stay locked for ever; with this c0, k must be at least {lowest_k:g}"
-            )
+        if self.mode == "gated" and (problem := gate_problem(self.c0, self.k)):
+            yield f"curriculum.c0={self.c0:g}, curriculum.k={self.k:g}: {problem}"
 
 
 class CheckpointSettings(Settings):
@@ -270,10 +311,11 @@ class RunConfig(Settings):
                 f"training.global_batch_size={batch}: must be divisible by rollouts.samples_per_prompt={samples}: "
                 "it counts rollouts, prompts x samples"
             )
-        if self.zones.thresholds == "running" and self.policy.name not in ZONE_POLICIES:
+        policy = POLICIES.get(self.policy.name)
+        if self.zones.thresholds == "running" and policy is not None and not policy.reads_zones:
+            readers = " or ".join(name for name, other in POLICIES.items() if other.reads_zones)
             yield (
-                f"zones.thresholds='running': only for policy.name {' or '.join(ZONE_POLICIES)}, not "
-                f"'{self.policy.name}', which needs no zones"
+                f"zones.thresholds='running': only for policy.name {readers}, not '{policy.name}', which needs no zones"
             )
         if self.device == "cpu" and self.training.attention_backend == "transformer_engine":
             yield "training.attention_backend='transformer_engine': needs device cuda, not cpu; use 'torch'"

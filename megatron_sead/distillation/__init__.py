@@ -1,49 +1,22 @@
-"""What SEAD is: statistics of tokens, the loss, zones, annealing, policies, curriculum. Imports torch alone."""
+"""What SEAD is: statistics of tokens, the loss, zones, annealing, policies, curriculum. Imports torch alone.
 
-from megatron_sead.distillation.annealing import CompetenceTracker, annealing_coefficient
-from megatron_sead.distillation.checks import NotFiniteError
-from megatron_sead.distillation.curriculum import Curriculum
-from megatron_sead.distillation.divergence import weighted_divergence
-from megatron_sead.distillation.linear_divergence import linear_weighted_divergence
-from megatron_sead.distillation.linear_scores import TokenScores, linear_token_scores
-from megatron_sead.distillation.policies import POLICIES, Policy, PolicyInput, TokenWeights, make_policy
-from megatron_sead.distillation.statistics import (
-    TokenStatistics,
-    token_statistics,
-    vocab_parallel_entropy,
-)
-from megatron_sead.distillation.zones import (
-    RunningThresholds,
-    Thresholds,
-    assign_zones,
-    assign_zones_by_threshold,
-    assign_zones_per_sequence,
-    rescue_confident_errors,
-    zone_thresholds,
-)
+The names are those of `exports`. They are imported when one is first asked for: settings read the names, defaults and
+rules of policies, zones, annealing and curriculum in the modules here that need no torch.
+"""
 
-__all__ = [
-    "POLICIES",
-    "CompetenceTracker",
-    "Curriculum",
-    "NotFiniteError",
-    "Policy",
-    "PolicyInput",
-    "RunningThresholds",
-    "Thresholds",
-    "TokenScores",
-    "TokenStatistics",
-    "TokenWeights",
-    "annealing_coefficient",
-    "assign_zones",
-    "assign_zones_by_threshold",
-    "assign_zones_per_sequence",
-    "linear_token_scores",
-    "linear_weighted_divergence",
-    "make_policy",
-    "rescue_confident_errors",
-    "token_statistics",
-    "vocab_parallel_entropy",
-    "weighted_divergence",
-    "zone_thresholds",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_sead.distillation.exports import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(name)
+    exports = import_module(f"{__name__}.exports")  # brings the modules, too
+    if name in ("__all__", *exports.__all__):
+        return getattr(exports, name)
+    if name in globals():
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

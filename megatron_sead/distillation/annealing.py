@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
-SHAPES = ("cosine", "linear", "constant")
+Shape = Literal["cosine", "linear", "constant"]
 
 
-def annealing_coefficient(u: float, *, start: float = 0.8, end: float = 0.0, shape: str = "cosine") -> float:
+def annealing_coefficient(u: float, *, start: float = 0.8, end: float = 0.0, shape: Shape = "cosine") -> float:
     """alpha(u): `start` at u = 0, `end` at u = 1 (SEAD, cosine schedule). u outside [0, 1] counts as the nearer end.
 
     Raises:
@@ -23,7 +23,7 @@ def annealing_coefficient(u: float, *, start: float = 0.8, end: float = 0.0, sha
         return start + (end - start) * u
     if shape == "constant":
         return start
-    raise ValueError(f"shape={shape!r}: must be one of {', '.join(SHAPES)}")
+    raise ValueError(f"shape={shape!r}: must be one of {', '.join(get_args(Shape))}")
 
 
 class CompetenceTracker:

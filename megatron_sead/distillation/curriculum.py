@@ -10,11 +10,28 @@ import logging
 import math
 from collections.abc import Sequence
 from random import Random
-from typing import Any
+from typing import Any, Literal, get_args
 
 log = logging.getLogger(__name__)
 
-MODES = ("gated", "sorted", "competence_cdf", "mastery", "none")
+Mode = Literal["gated", "sorted", "competence_cdf", "mastery", "none"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+def gate(c0: float, k: float, done: float) -> float:
+    """Difficulty c(t) up to which prompts are open when a share `done` = t / T of the run is over."""
+    return min(1.0, c0 * (1 + done) ** k)
+
+
+def gate_problem(c0: float, k: float) -> str | None:
+    """Why a gate is no gate to learn through; None: it opens."""
+    if c0 * 2**k >= 1:
+        return None
+    lowest_k = math.ceil(1000 * math.log2(1 / c0)) / 1000
+    return (
+        f"c0 * 2^k is {c0 * 2**k:g}, under 1: harder prompts would stay locked for ever; with this c0, k must be at "
+        f"least {lowest_k:g}"
+    )
 
 
 class Curriculum:
@@ -47,7 +64,9 @@ class Curriculum:
         batch_size: int,
         total_steps: int,
         seed: int = 0,
-        mode: str = "gated",
+        mode: Mode = "gated",
+        # The paper names neither. c0 * 2^k = 1 would be the slowest gate that opens at all, at the last step and at
+        # its learning rate; these open it at 26 % of the run
         c0: float = 0.5,
         k: float = 3.0,
         noise: float = 0.02,
@@ -63,10 +82,8 @@ class Curriculum:
         for name, value in (("c0", c0), ("k", k), ("noise", noise), ("replay_share", replay_share)):
             if not math.isfinite(value):
                 raise ValueError(f"{name}={value}: must be a finite number")
-        if mode == "gated" and c0 * 2**k < 1:
-            raise ValueError(
-                f"c0={c0:g}, k={k:g}: c0 * 2^k is {c0 * 2**k:g}, under 1: harder prompts would stay locked for ever"
-            )
+        if mode == "gated" and (problem := gate_problem(c0, k)):
+            raise ValueError(f"c0={c0:g}, k={k:g}: {problem}")
         self._mode, self._seed = mode, seed
         self._batch_size, self._total_steps = batch_size, total_steps
         self._c0, self._k = c0, k
@@ -127,8 +144,8 @@ class Curriculum:
     def _admitted_count(self, step: int) -> int:
         total, done = len(self._by_difficulty), min(1.0, step / self._total_steps)
         if self._mode == "gated":
-            gate = min(1.0, self._c0 * (1 + done) ** self._k)
-            return sum(self._difficulty(index) <= gate for index in self._by_difficulty)
+            hardest = gate(self._c0, self._k, done)
+            return sum(self._difficulty(index) <= hardest for index in self._by_difficulty)
         if self._mode == "competence_cdf":
             return math.floor(total * min(1.0, math.sqrt(done * (1 - self._c0**2) + self._c0**2)))
         if self._mode == "mastery":

@@ -1,32 +1,67 @@
-"""A method is a function from token statistics to two weights a token: (w_forward, w_reverse)."""
+"""A method is a function from token statistics to two weights a token, (w_forward, w_reverse); a record each.
+
+Settings read names and defaults here, so nothing imports torch before a policy is called.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
-import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from megatron_sead.distillation.zone_shares import ZONE_B, ZONE_C
 
-from megatron_sead.distillation.gather import gather_tokens
-from megatron_sead.distillation.statistics import TokenStatistics
-from megatron_sead.distillation.zones import ZONE_B, ZONE_C
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
 
-ZONE_C_LOSSES = ("mix", "eq4")
+    from megatron_sead.distillation.statistics import TokenStatistics
+
+ZoneCLoss = Literal["mix", "eq4"]
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What a run may choose about its policy."""
+
+    zone_c: ZoneCLoss = (
+        "mix"  # sead: alpha * scale * FKL + (1 - alpha) * RKL in zone C; eq4, the paper's: the first term
+    )
+    zone_c_scale: float = 1.0  # sead, zones: lambda, the weight of forward KL in zone C
+    entropy_gate: float = 0.8  # eopd: nats of teacher entropy from which forward KL joins
+    # tip_entropy, random_half: share of each rollout's tokens that teach, all of which must be in one call;
+    # tip_soft_or: share of the step's tokens. Exact to one token
+    keep_share: float = 0.5
+    groups: Sequence[ProcessGroup] = ()  # over which the step's tokens are distributed
+
+    def __post_init__(self) -> None:
+        if self.zone_c not in get_args(ZoneCLoss):
+            raise ValueError(f"zone_c={self.zone_c!r}: must be one of {', '.join(get_args(ZoneCLoss))}")
+        if not 0 < self.keep_share <= 1:
+            raise ValueError(f"keep_share={self.keep_share}: must be over 0 and at most 1")
+        for name in ("zone_c_scale", "entropy_gate"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)}: must be a finite number")
 
 
 @dataclass
 class PolicyInput:
-    """All response tokens of this rank's share of the step, each [n]."""
+    """All response tokens of this rank's share of the step, or of a micro-batch, each [n]."""
 
     statistics: TokenStatistics
-    zones: torch.Tensor  # int8: 0 A, 1 B, 2 C, -1 not valid
+    zones: torch.Tensor  # int8: 0 A, 1 B, 2 C, -1 not valid; no token is in B or C where the policy reads no zones
     rollout_index: torch.Tensor  # int64, of the global step
     position: torch.Tensor  # int64, in the response
     alpha: float
     seed: int  # of (run, step): the only source of randomness, so that no layout changes a draw
+    options: PolicyOptions = field(default_factory=PolicyOptions)
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """bool: the others never teach."""
+        return self.zones >= 0
 
 
 @dataclass
@@ -35,171 +70,180 @@ class TokenWeights:
 
     forward: torch.Tensor
     reverse: torch.Tensor
+    active: torch.Tensor | None = (
+        None  # [n] bool: what a sum over active tokens is divided by; None: those with a weight
+    )
 
 
-Policy = Callable[[PolicyInput], TokenWeights]
+class WrongWeightsError(ValueError):
+    """What a policy returned is not two weights a token."""
+
+
+Weigh = Callable[[PolicyInput], TokenWeights]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A method, and what a run must do for it."""
+
+    name: str
+    weigh: Weigh
+    summary: str
+    reads_zones: bool = False  # else they are computed for the metrics alone
+    needs_whole_step: bool = False  # all tokens of the step in one call; else micro-batches, of whole rollouts
 
 
 def make_policy(
     name: str,
     *,
-    zone_c: str = "mix",
-    zone_c_scale: float = 1.0,
-    entropy_gate: float = 0.8,
-    keep_share: float = 0.5,
+    zone_c: ZoneCLoss = PolicyOptions.zone_c,
+    zone_c_scale: float = PolicyOptions.zone_c_scale,
+    entropy_gate: float = PolicyOptions.entropy_gate,
+    keep_share: float = PolicyOptions.keep_share,
     groups: Sequence[ProcessGroup] = (),
-) -> Policy:
-    """The preset `name`, one of `POLICIES`.
-
-    Args:
-        zone_c: sead: "mix" gives zone C alpha * scale * FKL + (1 - alpha) * RKL, "eq4" (the paper's) the first term.
-        zone_c_scale: sead, zones: lambda, the weight of forward KL in zone C.
-        entropy_gate: eopd: nats of teacher entropy from which forward KL joins.
-        keep_share: tip_entropy, random_half: share of each rollout's tokens that teach, all of which must be in one
-            call; tip_soft_or: share of the step's tokens. Exact to one token.
-        groups: tip_soft_or: process groups over which the step's tokens are distributed.
+) -> Weigh:
+    """The function of the policy `name`, with the options of `PolicyOptions`.
 
     Raises:
-        ValueError: an unknown name, or a value out of range. The policy raises it too, for alpha or statistics of a
-            valid token that are NaN.
+        ValueError: what `find_policy` raises, or a value out of range. The policy raises it too, for alpha or
+            statistics of a valid token that are NaN, and WrongWeightsError for what a function of one's own returns.
     """
-    if name not in POLICIES:
-        raise ValueError(f"policy {name!r}: must be one of {', '.join(POLICIES)}")
-    if zone_c not in ZONE_C_LOSSES:
-        raise ValueError(f"zone_c={zone_c!r}: must be one of {', '.join(ZONE_C_LOSSES)}")
-    if not 0 < keep_share <= 1:
-        raise ValueError(f"keep_share={keep_share}: must be over 0 and at most 1")
-    for what, value in (("zone_c_scale", zone_c_scale), ("entropy_gate", entropy_gate)):
-        if not math.isfinite(value):
-            raise ValueError(f"{what}={value}: must be a finite number")
-    weights: dict[str, Policy] = {
-        "sead": lambda step: _sead(step, zone_c, zone_c_scale),
-        "opd": lambda step: _weights(step, forward=0.0, reverse=1.0),
-        "forward_kl": lambda step: _weights(step, forward=1.0, reverse=0.0),
-        "annealing": lambda step: _weights(step, forward=step.alpha, reverse=1 - step.alpha),
-        "zones": lambda step: _weights(
-            step, forward=zone_c_scale * (step.zones == ZONE_C), reverse=step.zones == ZONE_B
-        ),
-        "eopd": lambda step: _weights(step, forward=step.statistics.teacher_entropy >= entropy_gate, reverse=1.0),
-        "tip_entropy": lambda step: _weights(
-            step, forward=0.0, reverse=_sampled(step, step.statistics.student_entropy, keep_share)
-        ),
-        "tip_soft_or": lambda step: _weights(step, forward=0.0, reverse=_soft_or(step, keep_share, groups)),
-        "random_half": lambda step: _weights(
-            step, forward=0.0, reverse=_sampled(step, torch.ones_like(step.statistics.reverse_kl), keep_share)
-        ),
-    }
-    return lambda step: weights[name](_require_numbers(step))
+    weigh = find_policy(name).weigh
+    options = PolicyOptions(zone_c, zone_c_scale, entropy_gate, keep_share, groups)
+    return lambda step: _checked(weigh(replace(_require_numbers(step), options=options)), step)
 
 
-POLICIES = (
-    "sead",
-    "opd",
-    "forward_kl",
-    "annealing",
-    "zones",
-    "eopd",
-    "tip_entropy",
-    "tip_soft_or",
-    "random_half",
-)
+def find_policy(name: str) -> Policy:
+    """The record of a preset, or what ``package.module:name`` is: a function, or a `Policy` of one's own.
+
+    A function is given zones, which costs the student a forward pass a step; a record may say that it reads none.
+
+    Raises:
+        ValueError: there is no such preset, or nothing to call there.
+    """
+    if name in POLICIES:
+        return POLICIES[name]
+    if problem := name_problem(name):
+        raise ValueError(f"policy {name!r}: {problem}")
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"policy {name!r}: {error}; its folder must be in PYTHONPATH") from None
+    if isinstance(found, Policy):
+        return found
+    if not callable(found):
+        raise ValueError(f"policy {name!r}: {module} has no function or Policy {attribute}")
+    return Policy(name, found, summary=(found.__doc__ or "").partition("\n")[0], reads_zones=True)
+
+
+def name_problem(name: str) -> str | None:
+    """Why nothing can have this name; None: it is a preset's, or may be that of a function somewhere."""
+    module, colon, attribute = name.partition(":")
+    if name in POLICIES or (colon and attribute.isidentifier() and all(map(str.isidentifier, module.split(".")))):
+        return None
+    return f"must be one of {', '.join(map(repr, POLICIES))}, or package.module:function for one of your own"
 
 
 def _require_numbers(step: PolicyInput) -> PolicyInput:
     if math.isnan(step.alpha):
         raise ValueError("alpha is NaN")
     for name in ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl"):
-        bad = getattr(step.statistics, name).isnan() & (step.zones >= 0)
+        bad = getattr(step.statistics, name).isnan() & step.valid
         if bool(bad.any()):
             first = int(bad.nonzero()[0])
             raise ValueError(f"{name} of {int(bad.sum())} valid tokens is NaN, the first is token {first}")
     return step
 
 
+def _checked(weights: TokenWeights, step: PolicyInput) -> TokenWeights:
+    """As they are, zero on tokens that are not valid."""
+    if not isinstance(weights, TokenWeights):
+        raise WrongWeightsError(f"returns {type(weights).__name__}: must return TokenWeights")
+    shape, masked = step.valid.shape, {}
+    for name in ("forward", "reverse"):
+        values = getattr(weights, name)
+        if getattr(values, "shape", None) != shape:
+            raise WrongWeightsError(f"{name} weights must be a tensor of shape {list(shape)}, one a token")
+        masked[name] = values.float().masked_fill(~step.valid, 0.0)
+        if not bool(masked[name].isfinite().all()):
+            raise WrongWeightsError(f"{name} weights are not all finite")
+    return replace(weights, **masked)
+
+
 def _weights(step: PolicyInput, *, forward: torch.Tensor | float, reverse: torch.Tensor | float) -> TokenWeights:
     """Weights as given on valid tokens, zero on the others."""
-    valid = (step.zones >= 0).float()
+    valid = step.valid.float()
     return TokenWeights(valid * forward, valid * reverse)
 
 
-def _sead(step: PolicyInput, zone_c: str, scale: float) -> TokenWeights:
+def _sead(step: PolicyInput) -> TokenWeights:
+    options = step.options
     in_b, in_c = (step.zones == ZONE_B).float(), (step.zones == ZONE_C).float()
-    mixed = 1 - step.alpha if zone_c == "mix" else 0.0
-    return TokenWeights(step.alpha * scale * in_c, in_b + mixed * in_c)
+    mixed = 1 - step.alpha if options.zone_c == "mix" else 0.0
+    # |B u C|, even where alpha = 0 leaves zone C of eq. 4 without weight
+    return TokenWeights(step.alpha * options.zone_c_scale * in_c, in_b + mixed * in_c, active=step.zones > 0)
 
 
-def _sampled(step: PolicyInput, weight: torch.Tensor, share: float) -> torch.Tensor:
-    """[n] bool: of each rollout's valid tokens `share`, drawn without replacement in proportion to `weight`.
-
-    Gumbel top-k: the k greatest of log weight + Gumbel noise are such a draw (Kool et al. 2019). Tokens without
-    weight come last, in random order.
-    """
-    kept = torch.zeros_like(step.zones, dtype=torch.bool)
-    valid = (step.zones >= 0).nonzero().squeeze(1)
-    rollout = step.rollout_index[valid]
-    uniform = uniform_noise(step.seed, rollout, step.position[valid])
-    score = weight[valid].double().log() - (-uniform.log()).log()
-    order = uniform.argsort(descending=True, stable=True)
-    order = order[score[order].argsort(descending=True, stable=True)]
-    order = order[rollout[order].argsort(stable=True)]
-    _, sizes = rollout[order].unique_consecutive(return_counts=True)
-    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    quota = (share * sizes + 0.5).floor().repeat_interleave(sizes)  # half a token is one: short rollouts teach too
-    kept[valid[order]] = torch.arange(len(order), device=order.device) - starts < quota
-    return kept
+def _opd(step: PolicyInput) -> TokenWeights:
+    return _weights(step, forward=0.0, reverse=1.0)
 
 
-def _soft_or(step: PolicyInput, share: float, groups: Sequence[ProcessGroup]) -> torch.Tensor:
-    """[n] bool: of all ranks' valid tokens the top `share` by h + d - h*d.
-
-    h and d are student entropy and reverse KL, cut at zero from below and scaled to [0, 1] by their least and greatest
-    over all ranks' valid tokens. Of equal scores the lower (rollout, position) is kept.
-    """
-    chosen = step.zones >= 0
-    values = torch.stack([step.statistics.student_entropy[chosen], step.statistics.reverse_kl[chosen]], dim=-1)
-    h, d = _scaled(values.clamp(min=0), groups).unbind(-1)
-    score = (h + d - h * d).double().view(torch.int64)  # bits of numbers >= 0 sort as integers
-    rows = torch.stack([score, step.rollout_index[chosen], step.position[chosen]], dim=-1)
-    everyone, place = gather_tokens(rows, groups)
-    order = everyone[:, 2].argsort(stable=True)
-    order = order[everyone[order, 1].argsort(stable=True)]
-    order = order[everyone[order, 0].argsort(descending=True, stable=True)]
-    kept = torch.zeros(len(everyone), dtype=torch.bool, device=everyone.device)
-    kept[order[: round(share * len(everyone))]] = True
-    result = torch.zeros_like(chosen)
-    result[chosen] = kept[place]
-    return result
+def _forward_kl(step: PolicyInput) -> TokenWeights:
+    return _weights(step, forward=1.0, reverse=0.0)
 
 
-def _scaled(values: torch.Tensor, groups: Sequence[ProcessGroup]) -> torch.Tensor:
-    """[n, k] scaled so that the least of all ranks is 0 and the greatest 1; 0 where all are the same."""
-    limits = values.new_full((2, values.shape[1]), -torch.inf)  # greatest of -values, greatest of values
-    if len(values):
-        limits = torch.stack([(-values).amax(0), values.amax(0)])
-    for group in groups:
-        dist.all_reduce(limits, dist.ReduceOp.MAX, group=group)
-    least, greatest = -limits[0], limits[1]
-    span = greatest - least
-    return torch.where(span > 0, (values - least) / span, 0.0)
+def _annealing(step: PolicyInput) -> TokenWeights:
+    return _weights(step, forward=step.alpha, reverse=1 - step.alpha)
 
 
-def uniform_noise(seed: int, rollout_index: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """[n] fp64 in (0, 1): a hash of (seed, rollout, position) alone, whatever rank or micro-batch asks."""
-    state = torch.full_like(rollout_index, seed % 2**63)
-    for value in (rollout_index, position):
-        state = _mix(state) ^ value
-    bits = _logical_shift(_mix(state), 11)  # 53 of them, as many as fp64 holds
-    return (bits.double() + 0.5) * 2.0**-53
+def _zones(step: PolicyInput) -> TokenWeights:
+    in_b, in_c = (step.zones == ZONE_B).float(), (step.zones == ZONE_C).float()
+    return TokenWeights(step.options.zone_c_scale * in_c, in_b, active=step.zones > 0)
 
 
-def _mix(state: torch.Tensor) -> torch.Tensor:
-    """SplitMix64 (Steele et al. 2014): one increment and its finalizer; int64 products wrap."""
-    state = state - 0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
-    state = (state ^ _logical_shift(state, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-    state = (state ^ _logical_shift(state, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-    return state ^ _logical_shift(state, 31)
+def _eopd(step: PolicyInput) -> TokenWeights:
+    return _weights(step, forward=step.statistics.teacher_entropy >= step.options.entropy_gate, reverse=1.0)
 
 
-def _logical_shift(state: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unsigned shift to the right; torch's own keeps the sign."""
-    return (state >> bits) & ((1 << (64 - bits)) - 1)
+def _tip_entropy(step: PolicyInput) -> TokenWeights:
+    from megatron_sead.distillation.token_selection import sampled_share
+
+    return _weights(
+        step, forward=0.0, reverse=sampled_share(step, step.statistics.student_entropy, step.options.keep_share)
+    )
+
+
+def _tip_soft_or(step: PolicyInput) -> TokenWeights:
+    from megatron_sead.distillation.token_selection import top_share_by_soft_or
+
+    kept = top_share_by_soft_or(step, step.options.keep_share, step.options.groups)
+    return _weights(step, forward=0.0, reverse=kept)
+
+
+def _random_half(step: PolicyInput) -> TokenWeights:
+    from megatron_sead.distillation.token_selection import sampled_share
+
+    alike = step.statistics.reverse_kl.new_ones(len(step.zones))
+    return _weights(step, forward=0.0, reverse=sampled_share(step, alike, step.options.keep_share))
+
+
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        Policy("sead", _sead, "B: RKL; C: alpha*lambda*FKL + (1-alpha)*RKL; A: nothing", reads_zones=True),
+        Policy("opd", _opd, "RKL on every token: on-policy distillation"),
+        Policy("forward_kl", _forward_kl, "FKL on every token"),
+        Policy("annealing", _annealing, "alpha*FKL + (1-alpha)*RKL on every token"),
+        Policy("zones", _zones, "B: RKL; C: lambda*FKL; A: nothing", reads_zones=True),
+        Policy("eopd", _eopd, "RKL on every token, FKL beside it where the teacher's entropy reaches entropy_gate"),
+        Policy("tip_entropy", _tip_entropy, "RKL on a share of each rollout, drawn in proportion to student entropy"),
+        Policy(
+            "tip_soft_or",
+            _tip_soft_or,
+            "RKL on the share of the step that is highest in student entropy or RKL",
+            needs_whole_step=True,
+        ),
+        Policy("random_half", _random_half, "RKL on a random share of each rollout: the control for skipping"),
+    )
+}

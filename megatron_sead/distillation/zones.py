@@ -16,12 +16,17 @@ from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation.checks import require_tensors
 from megatron_sead.distillation.gather import gather_tokens
+from megatron_sead.distillation.zone_shares import (
+    DEFAULT_SHARES,
+    NOT_VALID,
+    ZONE_A,
+    ZONE_B,
+    ZONE_C,
+    Shares,
+    shares_problem,
+)
 
 # Shapes: [...] any, the same for all tensors of a call; n valid tokens of this rank, N of all ranks
-
-NOT_VALID, ZONE_A, ZONE_B, ZONE_C = -1, 0, 1, 2
-
-Shares = tuple[float, float, float]  # percent of the tokens in A, B, C
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ def assign_zones(
     teacher_entropy: torch.Tensor,
     valid: torch.Tensor,
     *,
-    shares: Shares = (50, 40, 10),
+    shares: Shares = DEFAULT_SHARES,
     groups: Sequence[ProcessGroup] = (),
     token_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -62,34 +67,27 @@ def assign_zones(
         ValueError: shapes differ, shares are negative or do not sum to 100, or a valid token's entropy is not finite,
             on every rank, whichever holds it. What stands at other positions does not matter.
     """
-    _check(student_entropy, teacher_entropy, valid, token_index=token_index)
-    _check_shares(shares)
-    chosen = valid.bool()
-    _, selected, place = _quantile_zones(student_entropy, teacher_entropy, chosen, shares, groups, token_index)
-    zones = torch.full(student_entropy.shape, NOT_VALID, dtype=torch.int8, device=student_entropy.device)
-    zones[chosen] = selected[place]
+    zones, _, _ = _assigned(student_entropy, teacher_entropy, valid, shares, groups, token_index)
     return zones
 
 
-def zone_thresholds(
+def zones_and_thresholds(
     student_entropy: torch.Tensor,
     teacher_entropy: torch.Tensor,
     valid: torch.Tensor,
     *,
-    shares: Shares = (50, 40, 10),
+    shares: Shares = DEFAULT_SHARES,
     groups: Sequence[ProcessGroup] = (),
     token_index: torch.Tensor | None = None,
-) -> Thresholds:
-    """The thresholds that `assign_zones` amounts to: the least H_t of zone C and the greatest H_s of zone A.
+) -> tuple[torch.Tensor, Thresholds]:
+    """What `assign_zones` gives, and the thresholds that it amounts to: the least H_t of C and the greatest H_s of A.
 
-    Arguments and errors as there.
+    Arguments and errors as there; the entropies are gathered once.
     """
-    _check(student_entropy, teacher_entropy, valid, token_index=token_index)
-    _check_shares(shares)
-    entropies, zones, _ = _quantile_zones(student_entropy, teacher_entropy, valid.bool(), shares, groups, token_index)
+    zones, entropies, every = _assigned(student_entropy, teacher_entropy, valid, shares, groups, token_index)
     student, teacher = entropies.unbind(-1)
-    in_c, in_a = teacher[zones == ZONE_C], student[zones == ZONE_A]
-    return Thresholds(
+    in_c, in_a = teacher[every == ZONE_C], student[every == ZONE_A]
+    return zones, Thresholds(
         float(in_c.min()) if len(in_c) else float("inf"), float(in_a.max()) if len(in_a) else float("-inf")
     )
 
@@ -118,7 +116,7 @@ def assign_zones_per_sequence(
     valid: torch.Tensor,
     rollout_index: torch.Tensor,
     *,
-    shares: Shares = (50, 40, 10),
+    shares: Shares = DEFAULT_SHARES,
 ) -> torch.Tensor:
     """Zones [...] int8 by the quantiles of each rollout's own tokens, all of which are on this rank."""
     _check(student_entropy, teacher_entropy, valid, rollout_index=rollout_index)
@@ -172,6 +170,25 @@ class RunningThresholds:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue an average."""
         self.value = None if state["value"] is None else Thresholds(**state["value"])
+
+
+def _assigned(
+    student_entropy: torch.Tensor,
+    teacher_entropy: torch.Tensor,
+    valid: torch.Tensor,
+    shares: Shares,
+    groups: Sequence[ProcessGroup],
+    token_index: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Zones [...] of this rank's tokens; entropies [N, 2] and zones [N] of all ranks' valid ones."""
+    _check(student_entropy, teacher_entropy, valid, token_index=token_index)
+    if problem := shares_problem(shares):
+        raise ValueError(f"shares={list(shares)}: {problem}")
+    chosen = valid.bool()
+    entropies, every, place = _quantile_zones(student_entropy, teacher_entropy, chosen, shares, groups, token_index)
+    zones = torch.full(student_entropy.shape, NOT_VALID, dtype=torch.int8, device=student_entropy.device)
+    zones[chosen] = every[place]
+    return zones, entropies, every
 
 
 def _quantile_zones(
@@ -233,8 +250,3 @@ def _check(student_entropy: torch.Tensor, teacher_entropy: torch.Tensor, valid: 
             raise ValueError(
                 f"{name} has shape {list(value.shape)}, student_entropy {list(student_entropy.shape)}: must be equal"
             )
-
-
-def _check_shares(shares: Shares) -> None:
-    if len(shares) != 3 or not min(shares) >= 0 or not abs(sum(shares) - 100) <= 1e-6:
-        raise ValueError(f"shares={list(shares)}: must be three percentages that are not negative and sum to 100")

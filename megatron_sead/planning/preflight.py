@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +35,18 @@ def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> 
     problems += prompt_problems
     if config.rollouts.recorded is not None and not config.rollouts.recorded.is_dir():
         problems.append(f"rollouts.path={config.rollouts.recorded}: no such directory")
+    problems += _policy_problems(config.policy.name)
     if problems:
         raise UserError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
     return missing + notes
+
+
+def _policy_problems(name: str) -> list[str]:
+    """A policy of one's own is in a module that can be found. It is not imported: that may bring torch."""
+    package = name.partition(":")[0].partition(".")[0]
+    if ":" not in name or PathFinder.find_spec(package, [os.getcwd(), *sys.path]) is not None:
+        return []
+    return [f"policy.name={name}: there is no module {package} here or in PYTHONPATH"]
 
 
 def _missing_weights(model: ModelSettings, role: str) -> list[str]:

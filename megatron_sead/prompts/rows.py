@@ -60,9 +60,11 @@ def read_rows(settings: PromptSettings, setting: str = "prompts.path") -> list[R
     Raises:
         UserError: a missing, unreadable or empty file, one that is something else (says what), a line that is not a
             JSON object (with its number), a name given twice in an object, a lone surrogate in any field, a hub data
-            set that cannot be loaded.
+            set that cannot be loaded, a subset of a file.
     """
     source = f"{setting}={settings.path}"
+    if setting == "prompts.path" and settings.subset is not None and not is_hub_name(settings.path):
+        raise UserError(f"prompts.subset={settings.subset}: only a hub data set has subsets, and {source} is a file")
     rows = _from_hub(settings, source) if is_hub_name(settings.path) else _from_file(Path(settings.path), source)
     if not rows:
         raise UserError(f"{source}: holds no prompts")

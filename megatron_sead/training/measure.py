@@ -7,12 +7,13 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation import TokenScores
+from megatron_sead.distillation.zone_shares import LETTERS, NOT_VALID
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.supervision import StepTokens
 
 # Shapes: n response tokens on this rank
 
-ZONES = ("a", "b", "c")
+ZONES = {zone: letter.lower() for zone, letter in LETTERS.items() if zone != NOT_VALID}
 QUARTERS = 4
 
 
@@ -47,7 +48,7 @@ def _zone_sums(tokens: StepTokens, zones: torch.Tensor) -> dict[str, torch.Tenso
     lengths = torch.zeros(int(tokens.rollout_index.max()) + 1, device=zones.device)
     lengths.index_add_(0, tokens.rollout_index, torch.ones_like(tokens.rollout_index, dtype=lengths.dtype))
     quarter = (QUARTERS * tokens.position / lengths[tokens.rollout_index]).long()
-    for zone, name in enumerate(ZONES):
+    for zone, name in ZONES.items():
         inside = zones == zone
         sums[f"zone_{name}_tokens"] = inside.sum()
         for field in ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl"):
@@ -73,21 +74,21 @@ def _stop_sums(scores: list[TokenScores], micro_batches: list[MicroBatch]) -> di
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
-    tokens = max(1.0, sum(sums[f"zone_{zone}_tokens"] for zone in ZONES))
+    tokens = max(1.0, sum(sums[f"zone_{zone}_tokens"] for zone in ZONES.values()))
     metrics: dict[str, float] = {"response_tokens": int(sums["response_tokens"])}
     totals = {}
     for field in ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl"):
-        totals[field] = sum(sums[f"zone_{zone}_{field}"] for zone in ZONES)
+        totals[field] = sum(sums[f"zone_{zone}_{field}"] for zone in ZONES.values())
         metrics[field] = totals[field] / tokens
-    for zone in ZONES:
+    for zone in ZONES.values():
         count = sums[f"zone_{zone}_tokens"]
         metrics[f"zone_{zone}_share"] = count / tokens
         metrics[f"zone_{zone}_student_entropy"] = sums[f"zone_{zone}_student_entropy"] / max(1.0, count)
         for field in ("forward_kl", "reverse_kl"):
             metrics[f"zone_{zone}_{field}_share"] = sums[f"zone_{zone}_{field}"] / max(1e-12, totals[field])
     for q in range(1, QUARTERS + 1):
-        here = max(1.0, sum(sums[f"zone_{zone}_quarter_{q}"] for zone in ZONES))
-        for zone in ZONES:
+        here = max(1.0, sum(sums[f"zone_{zone}_quarter_{q}"] for zone in ZONES.values()))
+        for zone in ZONES.values():
             metrics[f"zone_{zone}_share_quarter_{q}"] = sums[f"zone_{zone}_quarter_{q}"] / here
     # both models confident, but of different tokens: zone A skips these (failure mode 1)
     metrics["confident_mismatch_rate"] = sums["zone_a_mismatches"] / max(1.0, sums["zone_a_tokens"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_sead.distillation.zone_shares import LETTERS
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.rollouts.engine import Rollout
 from megatron_sead.rollouts.records import record_path, write_records
@@ -91,7 +92,7 @@ def _record_rollouts(run: Run, step: int, rollouts: list[Rollout], correct: list
     """rollouts/step-N.jsonl by the first rank; zones come from the ranks that saw the tokens."""
     mine: dict[int, str] = {}
     if run.parallel.tp_rank == 0:
-        letters = "".join("ABC-"[zone] for zone in result.zones.tolist())  # -1, not valid, is the last
+        letters = [LETTERS[zone] for zone in result.zones.tolist()]
         for index, letter in zip(result.rollout_index.tolist(), letters, strict=True):
             mine[index] = mine.get(index, "") + letter
     parts: list[dict[int, str]] | None = [{}] * run.parallel.world_size if run.parallel.rank == 0 else None

@@ -44,7 +44,7 @@ from megatron_sead.training.optimizer import build_optimizer
 from megatron_sead.training.run import Progress, Run
 from megatron_sead.training.scoring import Heads
 from megatron_sead.training.step import Learner
-from megatron_sead.training.supervision import Supervisor
+from megatron_sead.training.supervision import Supervisor, policy_of
 from megatron_sead.training.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ def prepare(config: RunConfig) -> Iterator[Run]:
     """
     started = time.perf_counter()
     require_available(config.rollouts)
+    policy_of(config)
     check_output(config)
     with ExitStack() as stack:
         parallel = stack.enter_context(parallel_groups(config.parallel, config.device, config.seed))

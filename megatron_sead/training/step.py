@@ -97,13 +97,15 @@ def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, 
     reports = gather_reports(learner.parallel, learner.student, _first(problems), loss=loss, grad_norm=norm)
     if reports is not None:
         return _skipped(learner, reports)
-    result = StepResult()
+    result, thresholds = StepResult(), None
     if learner.parallel.is_last_stage:
-        result = _measure(learner, micro_batches, outcomes)
+        result, thresholds = _measure(learner, micro_batches, outcomes)
     result.metrics |= {"loss": loss, "active_tokens": count} | _update(learner, count, step)
     result.metrics |= {"score_seconds": scored - started, "train_seconds": time.perf_counter() - scored}
-    result.metrics = _from_last_stage(result.metrics, learner.parallel)
-    learner.supervisor.remember(Thresholds(result.metrics["tau_teacher"], result.metrics["tau_student"]))
+    result.metrics, thresholds = _from_last_stage((result.metrics, thresholds), learner.parallel)
+    learner.supervisor.remember(thresholds)
+    if learner.parallel.rank == 0:
+        learner.supervisor.warn_of_floor(thresholds, step)
     return result
 
 
@@ -150,10 +152,10 @@ def _skipped(learner: Learner, reports: list[Report]) -> StepResult:
     return StepResult({"learning_rate": learning_rate}, reports=reports)
 
 
-def _from_last_stage(metrics: dict[str, float], parallel: ParallelContext) -> dict[str, float]:
-    """The metrics of the last pipeline stage, which alone saw the tokens, on every rank."""
+def _from_last_stage(found: Any, parallel: ParallelContext) -> Any:
+    """What the last pipeline stage has, which alone saw the tokens, on every rank."""
     first_of_last_stage = parallel.world_size - parallel.world_size // parallel.pp_size
-    box = [metrics]
+    box = [found]
     torch.distributed.broadcast_object_list(box, src=first_of_last_stage, group=parallel.control)
     return box[0]
 
@@ -182,14 +184,15 @@ def _update(learner: Learner, count: int, step: int) -> dict[str, float]:
     return {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
 
-def _measure(learner: Learner, micro_batches: list[MicroBatch], outcomes: list[Any]) -> StepResult:
-    """Metrics of the tokens that were just trained on."""
+def _measure(learner: Learner, micro_batches: list[MicroBatch], outcomes: list[Any]) -> tuple[StepResult, Thresholds]:
+    """Metrics of the tokens that were just trained on, and where the step's quantile zones begin."""
     scores = [score for _, score, _ in outcomes]
     tokens = gather_tokens(scores, micro_batches)
     zones = torch.cat([supervision.zones for _, _, supervision in outcomes])
-    if not learner.supervisor.uses_zones:
-        zones = learner.supervisor.global_zones(tokens)
-    thresholds = learner.supervisor.thresholds(tokens)
+    thresholds = outcomes[0][2].thresholds
+    if thresholds is None:
+        by_quantiles, thresholds = learner.supervisor.quantile_zones(tokens)
+        zones = zones if learner.supervisor.reads_zones else by_quantiles
     metrics = measure_tokens(tokens, zones, scores, micro_batches, learner.parallel.dp)
     metrics |= {"tau_teacher": thresholds.teacher, "tau_student": thresholds.student}
-    return StepResult(metrics, zones, tokens.rollout_index)
+    return StepResult(metrics, zones, tokens.rollout_index), thresholds

@@ -6,28 +6,34 @@ extra forward pass. Everything else is decided a micro-batch at a time, inside t
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron_sead.config.run import ZONE_POLICIES, RunConfig
+from megatron_sead.config.run import RunConfig
 from megatron_sead.distillation import (
+    Policy,
     PolicyInput,
     RunningThresholds,
     Thresholds,
     TokenScores,
     TokenStatistics,
     TokenWeights,
-    assign_zones,
     assign_zones_by_threshold,
     assign_zones_per_sequence,
+    find_policy,
     make_policy,
     rescue_confident_errors,
-    zone_thresholds,
+    zones_and_thresholds,
 )
+from megatron_sead.distillation.policies import WrongWeightsError
+from megatron_sead.errors import UserError
 from megatron_sead.prompts.packing import MicroBatch
+
+log = logging.getLogger(__name__)
 
 # Shapes: n response tokens, of a micro-batch or of all of this rank's micro-batches
 
@@ -39,6 +45,7 @@ class Supervision:
     weights: TokenWeights  # [n], divided by what the normaliser wants besides `count`
     zones: torch.Tensor  # [n] int8
     count: torch.Tensor  # int: this micro-batch's part of what the summed loss is divided by
+    thresholds: Thresholds | None = None  # of the whole step's quantiles, where the zones are by them
 
 
 @dataclass
@@ -72,6 +79,18 @@ def gather_tokens(scores: list[TokenScores], micro_batches: list[MicroBatch]) ->
     )
 
 
+def policy_of(config: RunConfig) -> Policy:
+    """The record of the run's policy.
+
+    Raises:
+        UserError: policy.name is that of a function, and there is none.
+    """
+    try:
+        return find_policy(config.policy.name)
+    except ValueError as error:
+        raise UserError(f"policy.name={config.policy.name}: {str(error).partition(': ')[2]}") from None
+
+
 class Supervisor:
     """Turns statistics into weights, as the config's policy, zones and normaliser say.
 
@@ -80,58 +99,47 @@ class Supervisor:
         group: data-parallel ranks, over which the tokens of a step are spread.
     """
 
-    _POLICIES_OVER_THE_STEP = ("tip_soft_or",)
-
     def __init__(self, config: RunConfig, group: ProcessGroup | None) -> None:
-        policy = config.policy
         self._groups = () if group is None else (group,)
-        self._policy = make_policy(
-            policy.name,
-            zone_c=policy.zone_c,
-            zone_c_scale=policy.zone_c_scale,
-            entropy_gate=policy.entropy_gate,
-            keep_share=policy.keep_share,
-            groups=self._groups,
-        )
-        self._policy_name = policy.name
+        self._name, self._policy = config.policy.name, policy_of(config)
+        self._weigh = make_policy(**config.policy.model_dump(), groups=self._groups)
         self._zones = config.zones
         self._normalizer = config.training.normalizer
         self._seed = config.seed
         self._running = RunningThresholds(decay=config.zones.running_decay)
+        self._told_of_floor = False
 
     @property
-    def uses_zones(self) -> bool:
+    def reads_zones(self) -> bool:
         """Does the policy look at zones? If not, they are computed for the metrics alone."""
-        return self._policy_name in ZONE_POLICIES
+        return self._policy.reads_zones
 
     def needs_whole_step(self) -> bool:
         """Must both entropies of every token of the step be known before the first backward pass?"""
-        if self._policy_name in self._POLICIES_OVER_THE_STEP:
-            return True
-        if not self.uses_zones or self._zones.scope == "sequence":
-            return False
+        return self._policy.needs_whole_step or (self.reads_zones and self._by_quantiles_of_the_step())
+
+    def _by_quantiles_of_the_step(self) -> bool:
         if self._zones.thresholds == "running":
             return self._running.value is None
-        return self._zones.thresholds == "global_step"
+        return self._zones.scope == "global" and self._zones.thresholds == "global_step"
 
     def supervise_step(
         self, scores: list[TokenScores], micro_batches: list[MicroBatch], alpha: float, step: int
     ) -> list[Supervision]:
         """Weights of a whole step. Collective over the data-parallel group."""
         tokens = gather_tokens(scores, micro_batches)
-        zones = self.global_zones(tokens)
+        thresholds = None
+        if not self.reads_zones or self._by_quantiles_of_the_step():
+            zones, thresholds = self.quantile_zones(tokens)
+        else:
+            zones = self._local_zones(tokens)
         weights = self._weights(tokens, zones, alpha, step)
-        sizes = [len(m.targets) for m in micro_batches]
-        return [
-            self._normalized(TokenWeights(f, r), z, m)
-            for f, r, z, m in zip(
-                weights.forward.split(sizes),
-                weights.reverse.split(sizes),
-                zones.split(sizes),
-                micro_batches,
-                strict=True,
-            )
-        ]
+        parts, start = [], 0
+        for micro_batch in micro_batches:
+            place = slice(start, start + len(micro_batch.targets))
+            parts.append(self._normalized(weights, zones, micro_batch, thresholds, place))
+            start = place.stop
+        return parts
 
     def supervise_micro_batch(
         self, scores: TokenScores, micro_batch: MicroBatch, alpha: float, step: int
@@ -141,10 +149,11 @@ class Supervisor:
         zones = self._local_zones(tokens)
         return self._normalized(self._weights(tokens, zones, alpha, step), zones, micro_batch)
 
-    def global_zones(self, tokens: StepTokens) -> torch.Tensor:
-        """[n] int8 by the quantiles of all tokens of the step, confident errors rescued where asked for."""
+    def quantile_zones(self, tokens: StepTokens) -> tuple[torch.Tensor, Thresholds]:
+        """By the quantiles of all tokens of the step: zones [n] int8, confident errors rescued where asked for, and
+        tau_t and tau_s in nats. Collective over the data-parallel group."""
         statistics = tokens.statistics
-        zones = assign_zones(
+        zones, thresholds = zones_and_thresholds(
             statistics.student_entropy,
             statistics.teacher_entropy,
             tokens.valid,
@@ -152,23 +161,24 @@ class Supervisor:
             groups=self._groups,
             token_index=tokens.token_index,
         )
-        return self._rescued(zones, statistics)
-
-    def thresholds(self, tokens: StepTokens) -> Thresholds:
-        """The step's own tau_t and tau_s in nats, by global quantiles. Collective over the data-parallel group."""
-        statistics = tokens.statistics
-        return zone_thresholds(
-            statistics.student_entropy,
-            statistics.teacher_entropy,
-            tokens.valid,
-            shares=self._zones.shares,
-            groups=self._groups,
-            token_index=tokens.token_index,
-        )
+        return self._rescued(zones, statistics), thresholds
 
     def remember(self, thresholds: Thresholds) -> None:
         """Let the running average follow the step just done."""
         self._running.update(thresholds)
+
+    def warn_of_floor(self, thresholds: Thresholds, step: int) -> None:
+        """Say, once, when the teacher is so sure everywhere that what is in zone C is arbitrary."""
+        floor = self._zones.teacher_entropy_floor
+        if self.reads_zones and thresholds.teacher < floor and not self._told_of_floor:
+            self._told_of_floor = True
+            log.warning(
+                "step %d: zone C begins at %.2g nats of teacher entropy, under zones.teacher_entropy_floor=%g: the "
+                "teacher is about as sure of its tokens as of the others (told once)",
+                step,
+                thresholds.teacher,
+                floor,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step needs from the earlier ones."""
@@ -181,15 +191,15 @@ class Supervisor:
     def _local_zones(self, tokens: StepTokens) -> torch.Tensor:
         statistics = tokens.statistics
         entropies = (statistics.student_entropy, statistics.teacher_entropy, tokens.valid)
+        if not self.reads_zones:
+            return tokens.valid.to(torch.int8) - 1
         if self._zones.scope == "sequence":
             zones = assign_zones_per_sequence(*entropies, tokens.rollout_index, shares=self._zones.shares)
-        elif self._zones.thresholds == "absolute":
-            limits = Thresholds(self._zones.teacher_threshold, self._zones.student_threshold)
+        else:
+            absolute = Thresholds(self._zones.teacher_threshold, self._zones.student_threshold)
+            limits = absolute if self._zones.thresholds == "absolute" else self._running.value
+            assert limits is not None  # needs_whole_step says True until there is a running average
             zones = assign_zones_by_threshold(*entropies, limits)
-        elif self._zones.thresholds == "running" and self._running.value is not None:
-            zones = assign_zones_by_threshold(*entropies, self._running.value)
-        else:  # a policy that does not look at zones
-            zones = tokens.valid.to(torch.int8) - 1
         return self._rescued(zones, statistics)
 
     def _rescued(self, zones: torch.Tensor, statistics: TokenStatistics) -> torch.Tensor:
@@ -199,19 +209,28 @@ class Supervisor:
 
     def _weights(self, tokens: StepTokens, zones: torch.Tensor, alpha: float, step: int) -> TokenWeights:
         seed = self._seed * 1_000_003 + step
-        return self._policy(PolicyInput(tokens.statistics, zones, tokens.rollout_index, tokens.position, alpha, seed))
+        try:
+            return self._weigh(
+                PolicyInput(tokens.statistics, zones, tokens.rollout_index, tokens.position, alpha, seed)
+            )
+        except WrongWeightsError as error:
+            raise UserError(f"policy.name={self._policy.name}: {error}") from None
 
-    def _normalized(self, weights: TokenWeights, zones: torch.Tensor, micro_batch: MicroBatch) -> Supervision:
-        if self.uses_zones:
-            active = zones > 0  # |B u C|, even where alpha = 0 leaves zone C of eq. 4 without weight
-        else:
-            active = (weights.forward != 0) | (weights.reverse != 0)
-        if self._normalizer == "active":
-            return Supervision(weights, zones, active.sum())
-        if self._normalizer == "valid":
-            return Supervision(weights, zones, micro_batch.valid.sum())
-        # each rollout's active tokens count as one
-        rollouts, where = micro_batch.rollout_index.unique(return_inverse=True)
-        size = torch.zeros(len(rollouts), device=active.device).index_add_(0, where, active.float())
-        share = 1.0 / size.clamp(min=1)[where]
-        return Supervision(TokenWeights(weights.forward * share, weights.reverse * share), zones, (size > 0).sum())
+    def _normalized(
+        self,
+        weights: TokenWeights,
+        zones: torch.Tensor,
+        micro_batch: MicroBatch,
+        thresholds: Thresholds | None = None,
+        place: slice = slice(None),
+    ) -> Supervision:
+        """Of the tokens at `place`, which are the micro-batch's."""
+        forward, reverse, zones = weights.forward[place], weights.reverse[place], zones[place]
+        active = (forward != 0) | (reverse != 0) if weights.active is None else weights.active[place]
+        count = micro_batch.valid.sum() if self._normalizer == "valid" else active.sum()
+        if self._normalizer == "sequence":  # each rollout's active tokens count as one
+            rollouts, where = micro_batch.rollout_index.unique(return_inverse=True)
+            size = torch.zeros(len(rollouts), device=active.device).index_add_(0, where, active.float())
+            share = 1.0 / size.clamp(min=1)[where]
+            forward, reverse, count = forward * share, reverse * share, (size > 0).sum()
+        return Supervision(TokenWeights(forward, reverse), zones, count, thresholds)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from megatron_sead.distillation import POLICIES, PolicyInput, TokenStatistics, TokenWeights, make_policy
-from megatron_sead.distillation.policies import uniform_noise
+from megatron_sead.distillation import POLICIES, PolicyInput, TokenStatistics, TokenWeights, find_policy, make_policy
+from megatron_sead.distillation.token_selection import uniform_noise
 from tests.distillation.ranks import Groups, Ranks
 
 
@@ -103,7 +107,7 @@ def test_no_layout_changes_a_weight(name: str) -> None:
     """Micro-batches of whole rollouts in another order give what the whole step gives; and so does a second call."""
     whole, policy = step(), make_policy(name)
     expected = policy(whole)
-    if name == "tip_soft_or":  # of the whole step by definition: its ranks are tested below
+    if POLICIES[name].needs_whole_step:  # its ranks are tested below
         parts = [torch.randperm(400, generator=torch.Generator().manual_seed(1))]
     else:
         parts = [torch.isin(whole.rollout_index, torch.tensor(r)).nonzero().squeeze(1) for r in ([7, 2], [1], [0, 3])]
@@ -217,7 +221,7 @@ def test_a_step_without_tokens(name: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "seed"}, "policy 'seed': must be one of sead, opd"),
+        ({"name": "seed"}, "policy 'seed': must be one of 'sead', 'opd'"),
         ({"name": "sead", "zone_c": "eq5"}, "zone_c='eq5': must be one of mix, eq4"),
         ({"name": "tip_entropy", "keep_share": 0}, "keep_share=0"),
     ],
@@ -225,3 +229,30 @@ def test_a_step_without_tokens(name: str) -> None:
 def test_bad_values_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_policy(**values)  # type: ignore[arg-type]
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
+
+
+def test_every_policy_is_documented() -> None:
+    assert sorted(re.findall(r"^\| `(\w+)` \|", DOCUMENT, re.MULTILINE)) == sorted(POLICIES)
+    assert all(policy.summary for policy in POLICIES.values())
+
+
+def test_the_documented_examples_are_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("my_policies")
+    for code in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL):
+        exec(code, module.__dict__)
+    monkeypatch.setitem(sys.modules, "my_policies", module)
+    tokens = one_of_each_zone()
+    tokens.statistics.teacher_entropy = torch.tensor([0.5, 1.5, 0.5, 0.5])
+    assert weights_by_zone(make_policy("my_policies:cautious")(tokens)) == [(0, 0), (0.5, 0), (0, 1), (0, 0)]
+    assert find_policy("my_policies:cautious").reads_zones and not find_policy("my_policies:BY_ENTROPY").reads_zones
+    weights = make_policy("my_policies:BY_ENTROPY")(tokens)
+    assert torch.equal(weights.reverse[:3], tokens.statistics.student_entropy[:3]) and not weights.reverse[3]
+
+
+@pytest.mark.parametrize("name", ["", "my policies:f", "a.b", "a:b:c", ":f", "a:", "a..b:f", "./a.py:f"])
+def test_what_names_no_function_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"must be one of 'sead', .* or package.module:function for one of your own"):
+        find_policy(name)

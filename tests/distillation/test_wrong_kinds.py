@@ -26,7 +26,7 @@ from megatron_sead.distillation import (
     token_statistics,
     vocab_parallel_entropy,
     weighted_divergence,
-    zone_thresholds,
+    zones_and_thresholds,
 )
 from megatron_sead.distillation.baselines import top_k_divergence
 
@@ -77,7 +77,7 @@ def test_what_is_no_tensor_is_named(call: Callable[[], Any]) -> None:
 
 ZONES: dict[str, Callable[..., Any]] = {
     "assign_zones": assign_zones,
-    "zone_thresholds": zone_thresholds,
+    "zones_and_thresholds": lambda *columns: zones_and_thresholds(*columns)[0],
     "assign_zones_by_threshold": lambda s, t, v: assign_zones_by_threshold(s, t, v, Thresholds(0.5, 0.5)),
     "assign_zones_per_sequence": lambda s, t, v: assign_zones_per_sequence(s, t, v, torch.zeros(len(s)).long()),
 }
@@ -94,7 +94,7 @@ def test_an_entropy_that_is_no_number_has_no_zone(function: str, value: float, m
     valid = torch.arange(10) != 3
     clean = entropies.nan_to_num(0.0, 0.0, 0.0)
     found, expected = (ZONES[function](*rows, valid) for rows in (entropies, clean))
-    assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
+    assert torch.equal(found, expected)
 
 
 STATISTICS = [torch.rand(3) for _ in range(4)]

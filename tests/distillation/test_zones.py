@@ -14,7 +14,7 @@ from megatron_sead.distillation import (
     assign_zones_by_threshold,
     assign_zones_per_sequence,
     rescue_confident_errors,
-    zone_thresholds,
+    zones_and_thresholds,
 )
 from tests.distillation.ranks import Groups, Ranks
 
@@ -81,7 +81,7 @@ def zones_on_rank(groups: Groups, names: list[str], split: list[int], levels: in
     columns = [part.split(split)[torch.distributed.get_rank()] for part in tokens(0, 100, levels)]
     over = [groups[name] for name in names]
     zones = assign_zones(*columns[:3], groups=over, token_index=columns[3])
-    found = zone_thresholds(*columns[:3], groups=over, token_index=columns[3])
+    found = zones_and_thresholds(*columns[:3], groups=over, token_index=columns[3])[1]
     return zones.tolist(), [found.teacher, found.student]
 
 
@@ -91,7 +91,7 @@ def test_ranks_agree_with_one_process(ranks: Ranks, names: list[str], split: lis
     for levels in (3, 1000):
         student, teacher, valid, index = tokens(0, 100, levels)
         zones = assign_zones(student, teacher, valid, token_index=index).tolist()
-        limits = zone_thresholds(student, teacher, valid, token_index=index)
+        limits = zones_and_thresholds(student, teacher, valid, token_index=index)[1]
         found = ranks.run(zones_on_rank, names, split, levels)
         assert [zone for rank in found for zone in rank[0]] == zones
         assert all(rank[1] == [limits.teacher, limits.student] for rank in found)
@@ -107,7 +107,7 @@ def test_thresholds_give_the_zones_where_nothing_ties(seed: int, shares: tuple[f
     generator = torch.Generator().manual_seed(seed)
     student, teacher = torch.randperm(90, generator=generator) / 90, torch.randperm(90, generator=generator) / 90
     valid = torch.rand(90, generator=generator) < 0.8
-    limits = zone_thresholds(student, teacher, valid, shares=shares)
+    limits = zones_and_thresholds(student, teacher, valid, shares=shares)[1]
     zones = assign_zones(student, teacher, valid, shares=shares)
     assert torch.equal(assign_zones_by_threshold(student, teacher, valid, limits), zones)
 
@@ -155,7 +155,7 @@ def test_running_thresholds_follow_and_resume() -> None:
 
 def test_thresholds_of_no_tokens() -> None:
     nothing = torch.zeros(3)
-    assert zone_thresholds(nothing, nothing, nothing.bool()) == Thresholds(float("inf"), float("-inf"))
+    assert zones_and_thresholds(nothing, nothing, nothing.bool())[1] == Thresholds(float("inf"), float("-inf"))
 
 
 @pytest.mark.parametrize("shares", [(50, 40, 11), (-10, 100, 10), (50, 50), (0.5, 0.4, 0.1)])

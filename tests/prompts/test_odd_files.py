@@ -312,10 +312,25 @@ def test_a_hub_data_set_is_read_like_parquet(monkeypatch: pytest.MonkeyPatch) ->
     from datasets import Dataset, Features, Value
 
     features = Features({"prompt": Value("string"), "answer": Value("float32")})
-    data = Dataset.from_list([{"prompt": "1", "answer": 0.1}], features=features)
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: data)
+    sets = {("org/name", None): [0.1], ("org/name", "hard"): [0.2]}
+
+    def load_dataset(path: str, subset: str | None, *, split: str) -> Dataset:
+        assert split == "test"
+        return Dataset.from_list([{"prompt": "1", "answer": a} for a in sets[path, subset]], features=features)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     (only,) = read_problems(PromptSettings(path="org/name", split="test"))
     assert (only.place, only.answers) == ("org/name, test row 1", ("0.1",))
+    (only,) = read_problems(PromptSettings(path="org/name", subset="hard", split="test"))
+    assert only.answers == ("0.2",)
+
+
+def test_a_file_has_no_subsets(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1", "answer": "1"}\n')
+    with pytest.raises(
+        UserError, match=r"^prompts.subset=hard: only a hub data set has subsets, and prompts.path=.* is a file"
+    ):
+        read_problems(PromptSettings(path=str(tmp_path / "p.jsonl"), subset="hard"))
 
 
 def test_json_is_written_as_it_was_read() -> None:

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_sead.config.run import load_config
+from tests.distillation.test_policies import splitmix64
 from tests.training.launching import ROOT, SHORT, TINY, Pools, metrics_of, zones_of
 
 STEP = ["training.steps=1", "training.lr_warmup_steps=0"]
@@ -32,13 +33,27 @@ class Tokens:
     student_entropy: torch.Tensor
     teacher_entropy: torch.Tensor
     rollout: torch.Tensor
+    position: torch.Tensor
+    valid: torch.Tensor  # bool
+
+    def of(self, chosen: torch.Tensor) -> Tokens:
+        return Tokens(**{name: values[chosen] for name, values in vars(self).items()})
 
 
 @pytest.fixture(scope="module")
 def recorded(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("recorded") / "run"
     assert pools.train(1, output, STEP) == [True]
+    _cut_every_fourth(output / "rollouts" / "step-0.jsonl")
     return output
+
+
+def _cut_every_fourth(file: Path) -> None:
+    """As if these had reached max_new_tokens."""
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for record in records[::4]:
+        record["finished"] = False
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +83,9 @@ def reference_tokens(run: Path, student: Any, overrides: list[str]) -> Tokens:
     p, q = log_p.exp(), log_q.exp()
     values = (q * (log_q - log_p), p * (log_p - log_q), -p * log_p, -q * log_q)
     rollout = torch.tensor([index for index, response in enumerate(responses) for _ in response])
-    return Tokens(*(value.sum(-1) for value in values), rollout)
+    position = torch.tensor([place for response in responses for place in range(len(response))])
+    masked = [not record["finished"] and "training.mask_truncated=true" in overrides for record in records]
+    return Tokens(*(value.sum(-1) for value in values), rollout, position, ~torch.tensor(masked)[rollout])
 
 
 def logits_at(model: Any, prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
@@ -79,8 +96,26 @@ def logits_at(model: Any, prompts: list[list[int]], responses: list[list[int]]) 
     return torch.cat([logits[i, len(p) - 1 : len(p) - 1 + len(r)] for i, (p, r) in pairs])
 
 
-def reference_zones(tokens: Tokens) -> torch.Tensor:
-    """0 A, 1 B, 2 C: the tenth with the highest teacher entropy, then 4/9 of the rest by the student's."""
+def reference_zones(tokens: Tokens, overrides: list[str]) -> torch.Tensor:
+    """0 A, 1 B, 2 C, -1 not valid."""
+    zones = torch.full((len(tokens.rollout),), -1)
+    if "zones.scope=sequence" in overrides:
+        for rollout in tokens.rollout.unique():
+            own = tokens.rollout == rollout
+            zones[own] = quantile_zones(tokens.of(own))
+    elif "zones.thresholds=absolute" in overrides:
+        zones = (tokens.student_entropy > 0.3).long()
+        zones[tokens.teacher_entropy >= 0.5] = 2
+    else:
+        zones[tokens.valid] = quantile_zones(tokens.of(tokens.valid))
+    if "zones.rescue_threshold=0.05" in overrides:
+        zones[(zones == 0) & (tokens.reverse_kl > 0.05)] = 1
+    return zones
+
+
+def quantile_zones(tokens: Tokens) -> torch.Tensor:
+    """The tenth with the highest teacher entropy is in C, 4/10 of all, those of the rest with the highest student
+    entropy, in B."""
     count = len(tokens.rollout)
     zones = torch.zeros(count, dtype=torch.long)
     order = tokens.teacher_entropy.detach().argsort(descending=True)
@@ -92,20 +127,48 @@ def reference_zones(tokens: Tokens) -> torch.Tensor:
     return zones
 
 
+def kept_of_each_rollout(tokens: Tokens, weight: torch.Tensor) -> torch.Tensor:
+    """[n] half of each rollout's tokens, those with the greatest log weight + Gumbel noise of (seed 0, the token)."""
+    places = zip(tokens.rollout.tolist(), tokens.position.tolist(), strict=True)
+    noise = torch.tensor([splitmix64(0, *place) for place in places], dtype=torch.float64)
+    score, kept = weight.detach().log() - (-noise.log()).log(), torch.zeros(len(noise), dtype=torch.float64)
+    for rollout in tokens.rollout.unique():
+        own = (tokens.rollout == rollout).nonzero().squeeze(1)
+        kept[own[score[own].argsort(descending=True)[: (len(own) + 1) // 2]]] = 1
+    return kept
+
+
+def kept_of_the_step(tokens: Tokens) -> torch.Tensor:
+    """[n] the half with the highest h + d - h*d."""
+    h, d = (
+        (values - values.min()) / (values.max() - values.min())
+        for values in (tokens.student_entropy.detach(), tokens.reverse_kl.detach())
+    )
+    kept = torch.zeros_like(h)
+    kept[(h + d - h * d).argsort(descending=True)[: round(len(h) / 2)]] = 1
+    return kept
+
+
 def weights_of(policy: str, tokens: Tokens, zones: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Section 3's table of presets."""
-    one = torch.ones(len(zones), dtype=torch.float64)
+    one = tokens.valid.double()
     b, c = (zones == 1).double(), (zones == 2).double()
     gate = (tokens.teacher_entropy.detach() >= 0.8).double()
+    entropy = tokens.student_entropy.detach()
     return {
-        "sead": (alpha * c, b + (1 - alpha) * c),
-        "sead eq4": (alpha * c, b),
-        "opd": (0 * one, one),
-        "forward_kl": (one, 0 * one),
-        "annealing": (alpha * one, (1 - alpha) * one),
-        "zones": (c, b),
-        "eopd": (gate, one),
-    }[policy]
+        "sead": lambda: (alpha * c, b + (1 - alpha) * c),
+        "sead eq4": lambda: (alpha * c, b),
+        "opd": lambda: (0 * one, one),
+        "forward_kl": lambda: (one, 0 * one),
+        "annealing": lambda: (alpha * one, (1 - alpha) * one),
+        "zones": lambda: (c, b),
+        "eopd": lambda: (gate, one),
+        "tip_entropy": lambda: (0 * one, kept_of_each_rollout(tokens, entropy)),
+        "random_half": lambda: (0 * one, kept_of_each_rollout(tokens, one)),
+        "tip_soft_or": lambda: (0 * one, kept_of_the_step(tokens)),
+        "own function": lambda: (c, 0.5 * (1 - c)),
+        "own record": lambda: (0 * one, entropy),
+    }[policy]()
 
 
 CASES: dict[str, tuple[str, int, list[str]]] = {
@@ -121,6 +184,19 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "annealing": ("annealing", 1, ["policy.name=annealing"]),
     "zones": ("zones", 1, ["policy.name=zones"]),
     "eopd": ("eopd", 1, ["policy.name=eopd"]),
+    "tip_entropy": ("tip_entropy", 1, ["policy.name=tip_entropy"]),
+    "random_half": ("random_half", 1, ["policy.name=random_half"]),
+    "tip_soft_or": ("tip_soft_or", 1, ["policy.name=tip_soft_or"]),
+    "a function of one's own": ("own function", 1, ["policy.name=tests.training.own_policy:gentle"]),
+    "a record of one's own": ("own record", 1, ["policy.name=tests.training.own_policy:BY_ENTROPY"]),
+    "sead by each sequence's quantiles": ("sead", 1, ["zones.scope=sequence"]),
+    "sead by given nats": (
+        "sead",
+        1,
+        ["zones.thresholds=absolute", "zones.teacher_threshold=0.5", "zones.student_threshold=0.3"],
+    ),
+    "sead with confident errors rescued": ("sead", 1, ["zones.rescue_threshold=0.05"]),
+    "sead without truncated rollouts": ("sead", 1, ["training.mask_truncated=true"]),
 }
 
 
@@ -133,10 +209,10 @@ def test_a_step_is_the_formula(case: str, pools: Pools, recorded: Path, student:
 
     student.zero_grad()
     tokens = reference_tokens(recorded, student, overrides)
-    zones = reference_zones(tokens)
+    zones = reference_zones(tokens, overrides)
     forward, reverse = weights_of(policy, tokens, zones, alpha=0.8)
     terms = forward * tokens.forward_kl + reverse * tokens.reverse_kl
-    active = (zones > 0) if policy in ("sead", "sead eq4", "zones") else torch.ones_like(zones).bool()
+    active = (zones > 0) if policy in ("sead", "sead eq4", "zones") else (forward != 0) | (reverse != 0)
     if "training.normalizer=valid" in overrides:
         loss = terms.sum() / len(terms)
     elif "training.normalizer=sequence" in overrides:
@@ -147,10 +223,10 @@ def test_a_step_is_the_formula(case: str, pools: Pools, recorded: Path, student:
     loss.backward()
     norm = torch.stack([parameter.grad.norm() for parameter in student.parameters()]).norm()
 
-    assert "".join(zones_of(tmp_path / "run", 0)) == "".join("ABC"[zone] for zone in zones)
+    assert "".join(zones_of(tmp_path / "run", 0)) == "".join("ABC-"[zone] for zone in zones)
     assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert found["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     for key in ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy"):
-        assert found[key] == pytest.approx(getattr(tokens, key).mean().item(), rel=1e-5), key
-    share = tokens.forward_kl[zones == 0].sum() / tokens.forward_kl.sum()
+        assert found[key] == pytest.approx(getattr(tokens, key)[tokens.valid].mean().item(), rel=1e-5), key
+    share = tokens.forward_kl[zones == 0].sum() / tokens.forward_kl[tokens.valid].sum()
     assert found["zone_a_forward_kl_share"] == pytest.approx(share.item(), abs=1e-6)

@@ -1,0 +1,61 @@
+"""What `megatron_sead.distillation` exports."""
+
+from megatron_sead.distillation.annealing import CompetenceTracker, annealing_coefficient
+from megatron_sead.distillation.checks import NotFiniteError
+from megatron_sead.distillation.curriculum import Curriculum
+from megatron_sead.distillation.divergence import weighted_divergence
+from megatron_sead.distillation.linear_divergence import linear_weighted_divergence
+from megatron_sead.distillation.linear_scores import TokenScores, linear_token_scores
+from megatron_sead.distillation.policies import (
+    POLICIES,
+    Policy,
+    PolicyInput,
+    PolicyOptions,
+    TokenWeights,
+    Weigh,
+    find_policy,
+    make_policy,
+)
+from megatron_sead.distillation.statistics import (
+    TokenStatistics,
+    token_statistics,
+    vocab_parallel_entropy,
+)
+from megatron_sead.distillation.zones import (
+    RunningThresholds,
+    Thresholds,
+    assign_zones,
+    assign_zones_by_threshold,
+    assign_zones_per_sequence,
+    rescue_confident_errors,
+    zones_and_thresholds,
+)
+
+__all__ = [
+    "POLICIES",
+    "CompetenceTracker",
+    "Curriculum",
+    "NotFiniteError",
+    "Policy",
+    "PolicyInput",
+    "PolicyOptions",
+    "RunningThresholds",
+    "Thresholds",
+    "TokenScores",
+    "TokenStatistics",
+    "TokenWeights",
+    "Weigh",
+    "annealing_coefficient",
+    "assign_zones",
+    "assign_zones_by_threshold",
+    "assign_zones_per_sequence",
+    "find_policy",
+    "linear_token_scores",
+    "linear_weighted_divergence",
+    "make_policy",
+    "rescue_confident_errors",
+    "token_statistics",
+    "vocab_parallel_entropy",
+    "weighted_divergence",
+    "zones_and_thresholds",
+]
