@@ -17,7 +17,7 @@ from megatron_sead.config.settings import LocalPath, PathOrHubName, Settings
 from megatron_sead.config.settings_file import dump_settings, load_settings
 from megatron_sead.distillation.annealing import CompetenceTracker, Shape, annealing_coefficient
 from megatron_sead.distillation.curriculum import Curriculum, Mode, gate_problem
-from megatron_sead.distillation.policies import POLICIES, PolicyOptions, ZoneCLoss, name_problem
+from megatron_sead.distillation.policies import POLICIES, PolicyOptions, Tail, ZoneCLoss, name_problem
 from megatron_sead.distillation.zone_shares import DEFAULT_SHARES, Shares, shares_problem
 
 # What a checkpoint keeps a fingerprint of; all but the prompts' and rollouts' files are of both models
@@ -154,6 +154,15 @@ class PolicySettings(Settings):
     )
     keep_share: float = Field(
         PolicyOptions.keep_share, gt=0, le=1, description="tip_*, random_half: share of tokens that teach"
+    )
+    beta: float = Field(PolicyOptions.beta, gt=0, lt=1, description="gkd: the teacher's share of the mixture")
+    clip: float = Field(
+        PolicyOptions.clip, gt=0, lt=1, description="opd_sampled: how far from 1 the importance ratio may count"
+    )
+    top_k: int = Field(PolicyOptions.top_k, ge=1, description="top_k: tokens of the teacher that the KL is taken over")
+    top_k_tail: Tail = Field(
+        PolicyOptions.top_k_tail,
+        description="top_k: bucket: all other tokens count as one more; renormalize: they count as nothing",
     )
 
 

@@ -1,6 +1,7 @@
 """What `megatron_sead.distillation` exports."""
 
 from megatron_sead.distillation.annealing import CompetenceTracker, annealing_coefficient
+from megatron_sead.distillation.baselines.linear_token_loss import linear_token_loss
 from megatron_sead.distillation.checks import NotFiniteError
 from megatron_sead.distillation.curriculum import Curriculum
 from megatron_sead.distillation.divergence import weighted_divergence
@@ -8,9 +9,11 @@ from megatron_sead.distillation.linear_divergence import linear_weighted_diverge
 from megatron_sead.distillation.linear_scores import TokenScores, linear_token_scores
 from megatron_sead.distillation.policies import (
     POLICIES,
+    LossInput,
     Policy,
     PolicyInput,
     PolicyOptions,
+    TokenLoss,
     TokenWeights,
     Weigh,
     find_policy,
@@ -35,12 +38,14 @@ __all__ = [
     "POLICIES",
     "CompetenceTracker",
     "Curriculum",
+    "LossInput",
     "NotFiniteError",
     "Policy",
     "PolicyInput",
     "PolicyOptions",
     "RunningThresholds",
     "Thresholds",
+    "TokenLoss",
     "TokenScores",
     "TokenStatistics",
     "TokenWeights",
@@ -50,6 +55,7 @@ __all__ = [
     "assign_zones_by_threshold",
     "assign_zones_per_sequence",
     "find_policy",
+    "linear_token_loss",
     "linear_token_scores",
     "linear_weighted_divergence",
     "make_policy",

@@ -86,6 +86,29 @@ def linear_weighted_divergence(
         ValueError: sizes, types or devices do not fit, vocab_size is beyond the shards, ranks have other weights, or
             the logits of a token with a weight are NaN; on every rank of the group, whichever of them is at fault.
     """
+    return linear_loss(
+        fused_pass,
+        (student_hidden, student_head, teacher_hidden, teacher_head),
+        (forward_weight, reverse_weight),
+        group=group,
+        vocab_size=vocab_size,
+        scratch_bytes=scratch_bytes,
+        sequence_parallel=sequence_parallel,
+    )
+
+
+def linear_loss(
+    make: Make,
+    models: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    both_weights: tuple[torch.Tensor | float, torch.Tensor | float],
+    *,
+    group: ProcessGroup | None,
+    vocab_size: int | None,
+    scratch_bytes: int | None,
+    sequence_parallel: bool,
+) -> torch.Tensor:
+    """What `make` computes, differentiable; arguments, errors and result as in `linear_weighted_divergence`."""
+    student_hidden, student_head, teacher_hidden, teacher_head = models
     require_tensors(
         student_hidden=student_hidden,
         student_head=student_head,
@@ -97,27 +120,30 @@ def linear_weighted_divergence(
         shard = vocabulary_shard(len(student_head), group, vocab_size)
         spread = shard.group if sequence_parallel else None
         device, shape = student_hidden.device, whole_shape(student_hidden, spread)
-        weights = weights_per_token(shape, device, forward_weight=forward_weight, reverse_weight=reverse_weight)
+        weights = weights_per_token(shape, device, forward_weight=both_weights[0], reverse_weight=both_weights[1])
         if scratch_bytes is not None and scratch_bytes < 1:
             raise ValueError(f"scratch_bytes={scratch_bytes}: must be positive")
     needs_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
-    setting = _Setting(shard, spread, scratch_bytes, needs_gradient)
-    loss: torch.Tensor = _LinearWeightedDivergence.apply(
-        student_hidden, student_head, teacher_hidden, teacher_head, *weights, setting
-    )
+    setting = LinearSetting(shard, spread, scratch_bytes, needs_gradient, make)
+    loss: torch.Tensor = _LinearLoss.apply(*models, *weights, setting)
     return loss
 
 
 @dataclass(frozen=True)
-class _Setting:
+class LinearSetting:
+    """Of one call."""
+
     shard: VocabularyShard
     spread: ProcessGroup | None  # ranks over which the hidden states' tokens are split
     scratch_bytes: int | None
     needs_gradient: bool
+    make: Make
 
 
 @dataclass
-class _Outcome:
+class LinearOutcome:
+    """Of one call: its loss, and the gradients of the loss's sum that are wanted."""
+
     loss: torch.Tensor  # [n]
     hidden: torch.Tensor | None  # [n or n/tp, h] gradient, summed over the group
     head: torch.Tensor | None  # [V, h] gradient of this rank's rows
@@ -131,7 +157,11 @@ class _Outcome:
                 gradient.mul_(upstream)
 
 
-class _LinearWeightedDivergence(torch.autograd.Function):
+# Six tensors as of `fused_pass`, the setting, and which gradients are wanted
+Make = Callable[[Sequence[torch.Tensor], LinearSetting, tuple[bool, ...]], LinearOutcome]
+
+
+class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
         *inputs, setting = arguments
@@ -139,7 +169,7 @@ class _LinearWeightedDivergence(torch.autograd.Function):
         ctx.wanted = tuple(setting.needs_gradient and needed for needed in ctx.needs_input_grad[:2])
         ctx.head = inputs[1]  # itself, for the attributes that Megatron gave the parameter
         ctx.save_for_backward(*inputs)
-        ctx.outcome = fused_pass(inputs, setting, ctx.wanted)
+        ctx.outcome = setting.make(inputs, setting, ctx.wanted)
         return ctx.outcome.loss.float().view(inputs[4].shape)
 
     @staticmethod
@@ -151,7 +181,7 @@ class _LinearWeightedDivergence(torch.autograd.Function):
         scale = _common_scale(upstream, forward_weight, reverse_weight)
         if outcome is None or scale is None:
             scaled = (*models, forward_weight * upstream, reverse_weight * upstream)
-            outcome = fused_pass(scaled, ctx.setting, ctx.wanted)
+            outcome = ctx.setting.make(scaled, ctx.setting, ctx.wanted)
         else:
             outcome.scale(scale)
         hidden = None if outcome.hidden is None else outcome.hidden.to(models[0].dtype).view(models[0].shape)
@@ -196,7 +226,7 @@ class _InFlight:
     sums: Callable[[], PartialSums]
 
 
-def fused_pass(inputs: Sequence[torch.Tensor], setting: _Setting, wanted: tuple[bool, ...]) -> _Outcome:
+def fused_pass(inputs: Sequence[torch.Tensor], setting: LinearSetting, wanted: tuple[bool, ...]) -> LinearOutcome:
     """Loss of all tokens, and the gradients of its sum with respect to the student's hidden states and head.
 
     Args:
@@ -214,7 +244,7 @@ def fused_pass(inputs: Sequence[torch.Tensor], setting: _Setting, wanted: tuple[
     weights = torch.stack([forward_weight.reshape(-1), reverse_weight.reshape(-1)]).to(dtype)
     tokens = weights.any(0).nonzero().squeeze(1)
     agree(group, hidden.device, tokens=len(tokens))
-    outcome = _Outcome(
+    outcome = LinearOutcome(
         weights.new_zeros(weights.shape[1]),
         hidden.new_zeros(hidden.shape, dtype=dtype) if wanted[0] else None,
         large_empty_like(student_head, dtype) if wanted[1] else None,
@@ -261,7 +291,9 @@ def _overlaps(group: ProcessGroup | None, device: torch.device) -> bool:
 class _ChunkBackward:
     """A chunk's gradients, into the outcome."""
 
-    def __init__(self, head: torch.Tensor, weights: torch.Tensor, shard: VocabularyShard, outcome: _Outcome) -> None:
+    def __init__(
+        self, head: torch.Tensor, weights: torch.Tensor, shard: VocabularyShard, outcome: LinearOutcome
+    ) -> None:
         self._head, self._weights, self._shard, self._outcome = head, weights, shard, outcome
         self._first = True
         self._returning: Callable[[], None] = lambda: None  # the last chunk's hidden gradient, on its way

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from megatron_sead.distillation.zone_shares import ZONE_B, ZONE_C
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatron_sead.distillation.statistics import TokenStatistics
 
 ZoneCLoss = Literal["mix", "eq4"]
+Tail = Literal["renormalize", "bucket"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class PolicyOptions:
     # tip_entropy, random_half: share of each rollout's tokens that teach, all of which must be in one call;
     # tip_soft_or: share of the step's tokens. Exact to one token
     keep_share: float = 0.5
+    beta: float = 0.5  # gkd: the teacher's share of the mixture
+    clip: float = 0.2  # opd_sampled: how far from 1 the importance ratio may count
+    top_k: int = 64  # top_k: tokens of the teacher that the divergence is taken over
+    top_k_tail: Tail = "bucket"  # top_k: all other tokens as one more, or both models renormalized over the k
     groups: Sequence[ProcessGroup] = ()  # over which the step's tokens are distributed
 
     def __post_init__(self) -> None:
@@ -41,6 +46,11 @@ class PolicyOptions:
             raise ValueError(f"zone_c={self.zone_c!r}: must be one of {', '.join(get_args(ZoneCLoss))}")
         if not 0 < self.keep_share <= 1:
             raise ValueError(f"keep_share={self.keep_share}: must be over 0 and at most 1")
+        for name in ("beta", "clip"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be between 0 and 1")
+        if self.top_k < 1 or self.top_k_tail not in get_args(Tail):
+            raise ValueError(f"top_k={self.top_k}, top_k_tail={self.top_k_tail!r}: must be at least 1, and a tail")
         for name in ("zone_c_scale", "entropy_gate"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)}: must be a finite number")
@@ -82,6 +92,24 @@ class WrongWeightsError(ValueError):
 Weigh = Callable[[PolicyInput], TokenWeights]
 
 
+@dataclass
+class LossInput:
+    """Tokens [r] whose loss is not a weighted sum of the exact divergences."""
+
+    student_logits: torch.Tensor  # [r, V/tp] of this rank's columns, padding included; so are the teacher's
+    teacher_logits: torch.Tensor
+    forward_weight: torch.Tensor  # [r]
+    reverse_weight: torch.Tensor
+    targets: torch.Tensor  # [r] the sampled tokens
+    old_log_probs: torch.Tensor  # [r] the student's, of the targets, in nats
+    group: ProcessGroup | None  # over which the vocabulary is split
+    vocab_size: int | None
+    options: PolicyOptions = field(default_factory=PolicyOptions)
+
+
+TokenLoss = Callable[[LossInput], "torch.Tensor"]  # [r], differentiable in the student's logits, weights included
+
+
 @dataclass(frozen=True)
 class Policy:
     """A method, and what a run must do for it."""
@@ -91,26 +119,23 @@ class Policy:
     summary: str
     reads_zones: bool = False  # else they are computed for the metrics alone
     needs_whole_step: bool = False  # all tokens of the step in one call; else micro-batches, of whole rollouts
+    loss: TokenLoss | None = None  # of tokens with a weight; None: w_forward * FKL + w_reverse * RKL, exact
 
 
-def make_policy(
-    name: str,
-    *,
-    zone_c: ZoneCLoss = PolicyOptions.zone_c,
-    zone_c_scale: float = PolicyOptions.zone_c_scale,
-    entropy_gate: float = PolicyOptions.entropy_gate,
-    keep_share: float = PolicyOptions.keep_share,
-    groups: Sequence[ProcessGroup] = (),
-) -> Weigh:
-    """The function of the policy `name`, with the options of `PolicyOptions`.
+def make_policy(name: str, **options: Any) -> Weigh:
+    """The function of the policy `name`, with options that are fields of `PolicyOptions`.
 
     Raises:
         ValueError: what `find_policy` raises, or a value out of range. The policy raises it too, for alpha or
             statistics of a valid token that are NaN, and WrongWeightsError for what a function of one's own returns.
     """
-    weigh = find_policy(name).weigh
-    options = PolicyOptions(zone_c, zone_c_scale, entropy_gate, keep_share, groups)
-    return lambda step: _checked(weigh(replace(_require_numbers(step), options=options)), step)
+    weigh, chosen = find_policy(name).weigh, PolicyOptions(**options)
+    return lambda step: _checked(weigh(replace(_require_numbers(step), options=chosen)), step)
+
+
+def with_options(loss: TokenLoss | None, options: PolicyOptions) -> TokenLoss | None:
+    """A policy's loss as a run's options have it."""
+    return None if loss is None else lambda given: loss(replace(given, options=options))
 
 
 def find_policy(name: str) -> Policy:
@@ -228,6 +253,47 @@ def _random_half(step: PolicyInput) -> TokenWeights:
     return _weights(step, forward=0.0, reverse=sampled_share(step, alike, step.options.keep_share))
 
 
+def _gkd_loss(given: LossInput) -> torch.Tensor:
+    from megatron_sead.distillation.baselines import generalized_jsd
+
+    return given.reverse_weight * generalized_jsd(
+        given.student_logits,
+        given.teacher_logits,
+        beta=given.options.beta,
+        group=given.group,
+        vocab_size=given.vocab_size,
+    )
+
+
+def _sampled_loss(given: LossInput) -> torch.Tensor:
+    from megatron_sead.distillation.baselines import sampled_token_loss
+
+    return given.reverse_weight * sampled_token_loss(
+        given.student_logits,
+        given.teacher_logits,
+        given.targets,
+        given.old_log_probs,
+        clip=given.options.clip,
+        group=given.group,
+        vocab_size=given.vocab_size,
+    )
+
+
+def _top_k_loss(given: LossInput) -> torch.Tensor:
+    from megatron_sead.distillation.baselines import top_k_divergence
+
+    return top_k_divergence(
+        given.student_logits,
+        given.teacher_logits,
+        given.forward_weight,
+        given.reverse_weight,
+        k=given.options.top_k,
+        tail=given.options.top_k_tail,
+        group=given.group,
+        vocab_size=given.vocab_size,
+    )
+
+
 POLICIES = {
     policy.name: policy
     for policy in (
@@ -244,6 +310,14 @@ POLICIES = {
             "RKL on the share of the step that is highest in student entropy or RKL",
             needs_whole_step=True,
         ),
+        Policy(
+            "opd_sampled",
+            _opd,
+            "the sampled token's log-ratio as advantage, with a clipped importance ratio: RKL of one sample",
+            loss=_sampled_loss,
+        ),
+        Policy("gkd", _opd, "the generalized Jensen-Shannon divergence with beta, on every token", loss=_gkd_loss),
+        Policy("top_k", _opd, "RKL over the teacher's top_k tokens, on every token", loss=_top_k_loss),
         Policy("random_half", _random_half, "RKL on a random share of each rollout: the control for skipping"),
     )
 }

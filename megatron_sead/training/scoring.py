@@ -9,8 +9,10 @@ from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation import (
     NotFiniteError,
+    TokenLoss,
     TokenScores,
     TokenWeights,
+    linear_token_loss,
     linear_token_scores,
     linear_weighted_divergence,
 )
@@ -62,26 +64,40 @@ class Heads:
         teacher_hidden: torch.Tensor,
         weights: TokenWeights,
         micro_batch: MicroBatch,
+        token_loss: TokenLoss | None,
+        student_log_prob: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum of the weighted divergences of the response tokens, differentiable in the student's states and head."""
+        """Sum of the response tokens' losses, differentiable in the student's states and head.
+
+        Args:
+            token_loss: None: the weighted divergences.
+            student_log_prob: [n] of the response tokens, before this update.
+        """
         assert self.student is not None and self.teacher is not None
-        forward, reverse = weights.forward, weights.reverse
+        forward, reverse, targets = weights.forward, weights.reverse, micro_batch.targets
         places = self._places(micro_batch)
         if places is not None:
             forward, reverse = places.spread(forward, 0), places.spread(reverse, 0)
+            targets, student_log_prob = places.spread(targets, 0), places.spread(student_log_prob, 0)
             teacher_hidden = places.own_rows(teacher_hidden)
-        return linear_weighted_divergence(
-            student_hidden,
-            self.student,
-            teacher_hidden,
-            self.teacher,
-            forward,
-            reverse,
-            group=self.group,
-            vocab_size=self.vocab_size,
-            scratch_bytes=self.scratch_bytes,
-            sequence_parallel=self.spread,
-        ).sum()
+        models = (student_hidden, self.student, teacher_hidden, self.teacher)
+        where = {"vocab_size": self.vocab_size, "scratch_bytes": self.scratch_bytes}
+        if token_loss is None:
+            losses = linear_weighted_divergence(
+                *models, forward, reverse, group=self.group, sequence_parallel=self.spread, **where
+            )
+        else:
+            losses = linear_token_loss(
+                token_loss,
+                models,
+                (forward, reverse),
+                targets,
+                student_log_prob,
+                group=self.group,
+                sequence_parallel=self.spread,
+                **where,
+            )
+        return losses.sum()
 
     def _places(self, micro_batch: MicroBatch) -> SequencePlaces | None:
         return SequencePlaces.of(micro_batch.student, self.group) if self.spread and self.group is not None else None

@@ -180,6 +180,7 @@ def _build_learner(
     teacher_chunks = _build_model(config, config.teacher, parallel, spread_hidden_states=False)
     frozen = Teacher(teacher_chunks, offload=config.teacher.offload)
     student_chunks = _build_model(config, config.student, parallel, spread_hidden_states=True)  # the loss gathers
+    _check_top_k(config, student_chunks[0].config.vocab_size)
     ddp_chunks, optimizer, scheduler = build_optimizer(student_chunks, config.training, parallel)
     heads = Heads(
         student=student_chunks[-1].head_weight,
@@ -193,6 +194,11 @@ def _build_learner(
     )
     supervisor = Supervisor(config, parallel.dp if parallel.dp_size > 1 else None)
     return Learner(ddp_chunks, frozen, optimizer, scheduler, heads, supervisor, parallel), student_chunks
+
+
+def _check_top_k(config: RunConfig, vocab_size: int) -> None:
+    if config.policy.name == "top_k" and config.policy.top_k > vocab_size:
+        raise UserError(f"policy.top_k={config.policy.top_k}: must be at most {vocab_size}, the tokens there are")
 
 
 def _build_curriculum(config: RunConfig, prompts: list[Prompt]) -> Curriculum:

@@ -17,6 +17,7 @@ from megatron_sead.config.run import RunConfig
 from megatron_sead.distillation import (
     Policy,
     PolicyInput,
+    PolicyOptions,
     RunningThresholds,
     Thresholds,
     TokenScores,
@@ -29,7 +30,7 @@ from megatron_sead.distillation import (
     rescue_confident_errors,
     zones_and_thresholds,
 )
-from megatron_sead.distillation.policies import WrongWeightsError
+from megatron_sead.distillation.policies import WrongWeightsError, with_options
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.packing import MicroBatch
 
@@ -102,7 +103,9 @@ class Supervisor:
     def __init__(self, config: RunConfig, group: ProcessGroup | None) -> None:
         self._groups = () if group is None else (group,)
         self._name, self._policy = config.policy.name, policy_of(config)
-        self._weigh = make_policy(**config.policy.model_dump(), groups=self._groups)
+        options = config.policy.model_dump(exclude={"name"}) | {"groups": self._groups}
+        self._weigh = make_policy(self._name, **options)
+        self.token_loss = with_options(self._policy.loss, PolicyOptions(**options))
         self._zones = config.zones
         self._normalizer = config.training.normalizer
         self._seed = config.seed

@@ -94,6 +94,9 @@ REFUSALS = [
     (["training.steps=0"], ["training.steps=0", "greater than or equal to 1"]),
     (["training.steps=1.5"], ["training.steps=1.5", "integer"]),
     (["training.precision=fp16"], ["training.precision='fp16'", "'fp32' or 'bf16'"]),
+    (["policy.name=my policies:f"], ["policy.name='my policies:f'", "package.module:function"]),
+    (["policy.beta=1", "policy.name=gkd"], ["policy.beta=1", "less than 1"]),
+    (["curriculum.smoothing=1"], ["curriculum.smoothing=1", "less than 1"]),
     (["policy.name=saed"], ["policy.name='saed'", "'sead'"]),
     (["parallel=5"], ["parallel=5", "tensor_model_parallel_size"]),
     (["zones.shares=50"], ["zones.shares=50", "[50, 40, 10]"]),
@@ -149,6 +152,7 @@ def test_a_wrong_value_or_combination_is_refused(overrides: list[str], parts: li
         ["rollouts.engine=replay", "rollouts.path=runs/other"],
         ["rollouts={engine: replay, path: runs/other}"],
         ["rollouts.path=null"],
+        ["policy.name=a.b:c", "zones.thresholds=running"],
     ],
     ids=lambda value: value[0],
 )

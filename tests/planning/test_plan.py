@@ -235,6 +235,17 @@ def test_a_missing_or_damaged_file_is_told(what: str, part: str, run_inputs: Pat
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "found"), [("tests.training.own_policy:gentle", True), ("no_such_file:mine", False)])
+def test_the_module_of_a_policy_of_ones_own_is_looked_for(name: str, found: bool, run_inputs: Path) -> None:
+    config = inputs_config(run_inputs)
+    config.policy.name = name
+    if found:
+        assert check_inputs(config) == []
+        return
+    with pytest.raises(UserError, match=r"^policy.name=no_such_file:mine: there is no module no_such_file here or in"):
+        check_inputs(config)
+
+
 def test_a_plan_may_come_before_the_weights(run_inputs: Path) -> None:
     damage(run_inputs, "missing weights")
     assert len(check_inputs(inputs_config(run_inputs), weights_may_come_later=True)) == 1

@@ -117,3 +117,10 @@ def test_a_policy_of_ones_own_whose_weights_do_not_fit_is_told(pools: Pools, rec
     told = r"UserError: policy\.name=tests\S+crooked: forward weights must be a tensor of shape \[\d+\], one a token"
     with pytest.raises(AssertionError, match=told):
         run(pools, tmp_path / "run", *replay(recorded), "policy.name=tests.training.own_policy:crooked")
+
+
+def test_more_tokens_than_there_are_is_told(pools: Pools, tmp_path: Path) -> None:
+    with pytest.raises(
+        AssertionError, match=r"UserError: policy\.top_k=400: must be at most 307, the tokens there are"
+    ):
+        run(pools, tmp_path / "run", "policy.name=top_k", "policy.top_k=400")

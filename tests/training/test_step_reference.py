@@ -22,6 +22,7 @@ from tests.training.launching import ROOT, SHORT, TINY, Pools, metrics_of, zones
 
 STEP = ["training.steps=1", "training.lr_warmup_steps=0"]
 TP2 = ["parallel.tensor_model_parallel_size=2"]
+SP = ["parallel.sequence_parallel=true"]
 
 
 @dataclass
@@ -34,6 +35,9 @@ class Tokens:
     teacher_entropy: torch.Tensor
     rollout: torch.Tensor
     position: torch.Tensor
+    log_p: torch.Tensor  # [n, V]
+    log_q: torch.Tensor
+    target: torch.Tensor
     valid: torch.Tensor  # bool
 
     def of(self, chosen: torch.Tensor) -> Tokens:
@@ -85,7 +89,9 @@ def reference_tokens(run: Path, student: Any, overrides: list[str]) -> Tokens:
     rollout = torch.tensor([index for index, response in enumerate(responses) for _ in response])
     position = torch.tensor([place for response in responses for place in range(len(response))])
     masked = [not record["finished"] and "training.mask_truncated=true" in overrides for record in records]
-    return Tokens(*(value.sum(-1) for value in values), rollout, position, ~torch.tensor(masked)[rollout])
+    target = torch.tensor([token for response in responses for token in response])
+    sums = [value.sum(-1) for value in values]
+    return Tokens(*sums, rollout, position, log_p, log_q, target, ~torch.tensor(masked)[rollout])
 
 
 def logits_at(model: Any, prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
@@ -168,7 +174,25 @@ def weights_of(policy: str, tokens: Tokens, zones: torch.Tensor, alpha: float) -
         "tip_soft_or": lambda: (0 * one, kept_of_the_step(tokens)),
         "own function": lambda: (c, 0.5 * (1 - c)),
         "own record": lambda: (0 * one, entropy),
+        "opd_sampled": lambda: (0 * one, one),
+        "gkd": lambda: (0 * one, one),
+        "top_k": lambda: (0 * one, one),
     }[policy]()
+
+
+def baseline_terms(policy: str, tokens: Tokens) -> torch.Tensor:
+    """[n] losses that are no weighted sum of the divergences, whose gradient autograd finds."""
+    log_p, log_q = tokens.log_p, tokens.log_q
+    if policy == "gkd":
+        mixture = (0.3 * log_q.exp() + 0.7 * log_p.exp()).log()
+        of_teacher = (log_q.exp() * (log_q - mixture)).sum(-1)
+        return 0.3 * of_teacher + 0.7 * (log_p.exp() * (log_p - mixture)).sum(-1)
+    if policy == "opd_sampled":
+        sampled, of_teacher = (log.gather(-1, tokens.target[:, None]).squeeze(-1) for log in (log_p, log_q))
+        return -(sampled - sampled.detach()).exp() * (of_teacher - sampled).detach()
+    best = log_q.topk(20).indices
+    log_p, log_q = (log.gather(-1, best).log_softmax(-1) for log in (log_p, log_q))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 CASES: dict[str, tuple[str, int, list[str]]] = {
@@ -187,6 +211,16 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "tip_entropy": ("tip_entropy", 1, ["policy.name=tip_entropy"]),
     "random_half": ("random_half", 1, ["policy.name=random_half"]),
     "tip_soft_or": ("tip_soft_or", 1, ["policy.name=tip_soft_or"]),
+    "opd_sampled": ("opd_sampled", 1, ["policy.name=opd_sampled"]),
+    "opd_sampled at tp2, sequence parallel": ("opd_sampled", 2, ["policy.name=opd_sampled", *TP2, *SP]),
+    "gkd": ("gkd", 1, ["policy.name=gkd", "policy.beta=0.3"]),
+    "gkd at tp2, a few tokens at a time": (
+        "gkd",
+        2,
+        ["policy.name=gkd", "policy.beta=0.3", "training.scratch_bytes=1048576", *TP2],
+    ),
+    "top_k": ("top_k", 1, ["policy.name=top_k", "policy.top_k=20", "policy.top_k_tail=renormalize"]),
+    "top_k at tp2": ("top_k", 2, ["policy.name=top_k", "policy.top_k=20", "policy.top_k_tail=renormalize", *TP2]),
     "a function of one's own": ("own function", 1, ["policy.name=tests.training.own_policy:gentle"]),
     "a record of one's own": ("own record", 1, ["policy.name=tests.training.own_policy:BY_ENTROPY"]),
     "sead by each sequence's quantiles": ("sead", 1, ["zones.scope=sequence"]),
@@ -211,7 +245,10 @@ def test_a_step_is_the_formula(case: str, pools: Pools, recorded: Path, student:
     tokens = reference_tokens(recorded, student, overrides)
     zones = reference_zones(tokens, overrides)
     forward, reverse = weights_of(policy, tokens, zones, alpha=0.8)
-    terms = forward * tokens.forward_kl + reverse * tokens.reverse_kl
+    if policy in ("opd_sampled", "gkd", "top_k"):
+        terms = baseline_terms(policy, tokens)
+    else:
+        terms = forward * tokens.forward_kl + reverse * tokens.reverse_kl
     active = (zones > 0) if policy in ("sead", "sead eq4", "zones") else (forward != 0) | (reverse != 0)
     if "training.normalizer=valid" in overrides:
         loss = terms.sum() / len(terms)

@@ -7,7 +7,6 @@ that were sent, and what was sent but not chosen belongs to the rest, so each ra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -20,10 +19,9 @@ from megatron_sead.distillation.baselines.normalizers import (
 )
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.partial_sums import VocabularyShard
+from megatron_sead.distillation.policies import Tail
 
 # Shapes: n tokens; V columns of this rank, padding included; c real ones; r rows of a block; s = min(k, V), sent
-
-Tail = Literal["renormalize", "bucket"]
 
 
 @dataclass
