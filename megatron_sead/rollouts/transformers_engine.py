@@ -58,6 +58,9 @@ class TransformersEngine:
     ) -> None:
         self.device = device or torch.device("cpu")
         self.model = _load_model(directory, dtype).to(self.device).eval().requires_grad_(False)
+        self._shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        for parameter in self.model.parameters():  # from a mapped file to where they are after a sleep, too: the last
+            parameter.data = parameter.data.clone()  # bits of a product depend on how memory is aligned
         self.sampling = sampling
         self.pad_token_id = pad_token_id
         self.seed = seed
@@ -131,13 +134,15 @@ class TransformersEngine:
         return torch.cat(rows).cpu()
 
     def sleep(self) -> None:
-        """The weights wait in host memory."""
-        if self.device.type != "cpu":
-            self.model.to("cpu")
+        """Let the weights go: new ones follow, and a copy in host memory would cost as much time as they do."""
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.new_empty(0)
 
     def wake(self) -> None:
-        """The weights, as they were, are on the device again."""
-        self.model.to(self.device)
+        """Memory for the weights, with nothing in it yet. Nothing happens to an engine that is awake."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.shape != self._shapes[name]:
+                parameter.data = parameter.data.new_empty(self._shapes[name])
 
     def close(self) -> None:
         """Let the model go."""

@@ -176,3 +176,17 @@ def test_logits_that_are_not_finite_are_told(tiny_olmo3: Path, temperature: floa
     engine.model.get_output_embeddings().weight[5, 3] = float("nan")
     with pytest.raises(NotFiniteNumbers, match=r"prompt 'p\d': the model's logits of token 0 are not finite"):
         engine.generate(make_requests(3), step=0)
+
+
+def test_an_engine_that_has_slept_writes_as_before_once_it_has_weights(
+    tiny_olmo3: Path, reference: Olmo3ForCausalLM, rollouts: list[Rollout]
+) -> None:
+    engine = make_engine(tiny_olmo3)
+    engine.sleep()
+    assert sum(parameter.numel() for parameter in engine.model.parameters()) == 0
+    for _ in range(2):  # waking twice is waking once
+        engine.wake()
+    for parameter in engine.model.parameters():
+        parameter.fill_(torch.nan)  # as memory may hold anything
+    engine.load_weights(reference.named_parameters())
+    assert engine.generate(make_requests(24), step=2) == rollouts
