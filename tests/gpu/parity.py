@@ -48,7 +48,8 @@ def _ours(
     folder: Path, parallel: Any, tokens: torch.Tensor, labels: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Logits and gradients, and the weights, by Hugging Face's names, in host memory."""
-    from megatron_sead.models.huggingface import iterate_huggingface_weights, placed_weights, whole_tensors
+    from megatron_sead.models.huggingface import iterate_huggingface_weights, whole_tensors
+    from megatron_sead.models.weights import placed_weights
 
     model = random_model(folder, parallel)
     weights = {name: tensor.cpu() for name, tensor in iterate_huggingface_weights([model], parallel)}
@@ -58,7 +59,7 @@ def _ours(
     F.cross_entropy(logits[0].float(), labels[0]).backward()
     found = {LOGITS: logits[0].detach().cpu()}
     parameters = dict(model.named_parameters())
-    for placed in placed_weights(model.config, parallel):
+    for placed in placed_weights(model.config, 1, 1):
         gradient = parameters[placed.parameter].grad
         parts = whole_tensors(placed, gradient, torch.bfloat16, parallel)
         found |= {name: part.cpu() for name, part in zip(placed.names, parts, strict=True)}
