@@ -8,6 +8,7 @@ setup(
     description="SEAD, competence-aware on-policy distillation, for large models on Megatron-Core",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
+    entry_points={"console_scripts": ["sead = megatron_sead.commands.sead:main"]},
     packages=find_packages(include=["megatron_sead", "megatron_sead.*"]),
     package_data={"megatron_sead": ["py.typed", "distillation/kernels/rows.cpp"]},
     install_requires=[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +29,8 @@ ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS | LEAVES} | {
     "training": PARTS | {"evaluation", "launch"},
     "planning": {"models", "prompts"},
     "launch": set(),
-    "commands": {"launch"},
-    "train": {"training", "planning", "parallel", "commands", "launch"},
+    "commands": PARTS - {"distillation"} | {"evaluation", "training", "planning", "launch"},
+    "train": {"commands"},
 }
 # Modules that start at once: neither they nor what they import at the top brings torch, Megatron or transformers
 INSTANT = (
@@ -117,6 +118,7 @@ def test_arrows_go_downward_only(path: Path) -> None:
         ("files", "from megatron_sead.models.token_ids import NAMED_TOKENS"),
         ("checkpoints", "from megatron_sead.rollouts.engine import Rollout"),
         ("prompts", "from tools import plan"),
+        ("training", "from megatron_sead.commands.cli import told"),
     ],
 )
 def test_a_wrong_arrow_is_seen(part: str, code: str) -> None:
@@ -177,6 +179,21 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
         and node.end_lineno - node.lineno + 1 >= MOST_LINES_OF_A_FUNCTION
     }
     assert not long
+
+
+def options_named(path: Path) -> list[str]:
+    """Texts of a file, docstrings left out, that name an option of a command."""
+    tree = ast.parse(path.read_text())
+    parts = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    docstrings = {id(n.body[0].value) for n in parts if n.body and isinstance(n.body[0], ast.Expr)}
+    texts = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return [str(n.value) for n in texts if id(n) not in docstrings and re.search(r"(?<!\w)--[a-z]", str(n.value))]
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_options_are_named_where_they_are_parsed(path: Path) -> None:
+    if part_of(path) != "commands" and path != PACKAGE / "launch" / "torchrun.py":
+        assert not options_named(path)
 
 
 def test_nothing_is_kept_in_a_utils_file() -> None:

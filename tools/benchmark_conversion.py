@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from conversion_console import prepare_megatron
 from rich.console import Console
 
 from megatron_sead.commands.cli import App, one_line_errors
+from megatron_sead.commands.conversion_console import prepare_megatron
+from megatron_sead.files.durable import flush_file
 
 ROOT = Path(__file__).parents[1]
 COMMAND = Path(__file__).with_name("convert_checkpoint.py")
@@ -110,12 +111,8 @@ def measure(direction: str, source: Path, output: Path) -> Measured:
 
 
 def flush(directory: Path, *, forget: bool = False) -> None:
-    """As `checkpoints.durable.flush_file`, which brings torch along: this process stays small, for `peak`'s sake."""
     for path in directory.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            if forget and hasattr(os, "posix_fadvise"):  # what one reader left in memory must not help the next
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        flush_file(path, forget=forget)  # what one reader left in memory must not help the next
 
 
 def peak(usage: resource.struct_rusage) -> float:

@@ -11,6 +11,7 @@ import torch
 from megatron_sead.checkpoints.manifest import STEP
 from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel, open_model
 from megatron_sead.errors import UserError
+from megatron_sead.files.names import no_directory
 from megatron_sead.models.builder import divided_by_tensor_parallelism, tensor_parallel_sizes
 from megatron_sead.models.config import ModelConfig
 from megatron_sead.models.family import config_fields, family_of, read_hf_config
@@ -46,7 +47,7 @@ def inspect_directory(directory: Path) -> Inspection:
         UserError: none of these; another architecture; damaged or foreign files.
     """
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory")
+        raise UserError(f"{directory}: {no_directory(directory)}")
     with open_model(directory) as model:
         hf = read_hf_config(model.source)
         fields = config_fields(hf, model.source / "config.json")

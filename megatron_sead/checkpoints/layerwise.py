@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import build_module
 
 from megatron_sead.checkpoints.conversion import Advance
 from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel, megatron_key
-from megatron_sead.errors import UserError
+from megatron_sead.errors import ArgumentError, UserError
 from megatron_sead.models.builder import model_config
 from megatron_sead.models.config import ModelConfig
 from megatron_sead.models.norms import RMSNorm
@@ -80,13 +80,15 @@ def read_tokens(model: HuggingFaceModel, tokens: int | None, text: Path | None) 
     """
     least = least_tokens(model.config)
     if tokens is not None and tokens <= least:
-        raise UserError(f"--tokens {tokens}: must be more than {least}{_reasons(model.config)}")
+        raise ArgumentError("tokens", tokens, f"must be more than {least}{_reasons(model.config)}")
     wanted = least + BEYOND if tokens is None else tokens
     ids = _encode(model.source, _python_documentation() if text is None else _read_text(text, wanted))
     if len(ids) < wanted:
-        raise UserError(
-            f"--text {text or '(the documentation of Python)'}: has {len(ids):,} tokens of the {wanted:,} wanted; "
-            "give a longer file with --text (join several: cat *.txt > long.txt)"
+        raise ArgumentError(
+            "text",
+            text or "(the documentation of Python)",
+            f"has {len(ids):,} tokens of the {wanted:,} wanted; "
+            "give a longer file (join several: cat *.txt > long.txt)",
         )
     if max(ids) >= model.config.vocab_size:
         raise UserError(
@@ -123,9 +125,9 @@ def _read_text(path: Path, tokens: int) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read(64 * tokens)  # characters: no text has that many in a token
     except FileNotFoundError:
-        raise UserError(f"--text {path}: no such file") from None
+        raise ArgumentError("text", path, "no such file") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"--text {path}: not a UTF-8 text ({error})") from None
+        raise ArgumentError("text", path, f"not a UTF-8 text ({error})") from None
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ import yaml
 from megatron_sead.checkpoints.manifest import FILE_NAME, STEP, Damage, Manifest, read_manifest
 from megatron_sead.checkpoints.torch_dist_reader import SavedTensor, TorchDistCheckpoint
 from megatron_sead.config.run import ModelSettings
-from megatron_sead.errors import UserError
+from megatron_sead.errors import ArgumentError, UserError
+from megatron_sead.files.names import no_directory
 from megatron_sead.models.config import ModelConfig
 from megatron_sead.models.family import family_of, read_config_fields
 from megatron_sead.models.tensor_files import TensorFiles
@@ -45,10 +46,10 @@ class ModelFiles(ABC):
         source: directory with config.json and tokenizer files.
         config: the architecture.
         weights: in Hugging Face's order.
-        remedy: what to do about weights of several types, for a message.
+        remedy: of the error about weights of several types.
     """
 
-    remedy = ""
+    remedy: str | None = None
 
     def __init__(self, directory: Path, source: Path) -> None:
         self.directory = directory
@@ -107,7 +108,7 @@ class ModelFiles(ABC):
         if len(found) == 1 and found <= {torch.float32, torch.bfloat16}:
             return found.pop()
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
-        raise UserError(f"{self.directory}: holds {names}; must be all bfloat16 or all float32{self.remedy}")
+        raise UserError(f"{self.directory}: holds {names}; must be all bfloat16 or all float32", remedy=self.remedy)
 
 
 class HuggingFaceModel(ModelFiles):
@@ -117,7 +118,7 @@ class HuggingFaceModel(ModelFiles):
         UserError: damaged files; tensors that are missing, unknown or misshapen.
     """
 
-    remedy = " (hf-to-megatron --dtype makes it so)"
+    remedy = "dtype"
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, directory)
@@ -239,11 +240,13 @@ def find_checkpoint(directory: Path, iteration: int | None = None) -> Path:
         UserError: there is none, or not at that step, or none is whole.
     """
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory")
+        raise UserError(f"{directory}: {no_directory(directory)}")
     if (directory / "metadata.json").exists():
         match = STEP.fullmatch(directory.absolute().name)
         if iteration is not None and iteration != (int(match[1]) if match else 0):
-            raise UserError(f"--iteration {iteration}: {directory} is one checkpoint; give its run's directory instead")
+            raise ArgumentError(
+                "iteration", iteration, f"{directory} is one checkpoint; give its run's directory instead"
+            )
         if (directory / FILE_NAME).exists() and (problem := _incomplete(directory)):
             raise UserError(f"{directory}: not a whole checkpoint: {problem}")
         return directory
@@ -256,7 +259,7 @@ def find_checkpoint(directory: Path, iteration: int | None = None) -> Path:
         )
     if iteration is not None and iteration not in steps:
         there = ", ".join(map(str, sorted(steps)))
-        raise UserError(f"--iteration {iteration}: {folder} holds none of that step; there are {there}")
+        raise ArgumentError("iteration", iteration, f"{folder} holds none of that step; there are {there}")
     wanted = sorted(steps, reverse=True) if iteration is None else [iteration]
     problems = []
     for step in wanted:

@@ -11,7 +11,7 @@ from megatron_sead.checkpoints.huggingface import copy_companions
 from megatron_sead.checkpoints.model_files import HuggingFaceModel
 from megatron_sead.checkpoints.read_ahead import read_ahead
 from megatron_sead.checkpoints.shard_writer import SHARD_BYTES, ShardWriter
-from megatron_sead.errors import UserError
+from megatron_sead.errors import ArgumentError, UserError
 from megatron_sead.files.durable import write_json
 from megatron_sead.files.outputs import whole_directory
 from megatron_sead.models.family import read_hf_config
@@ -43,7 +43,9 @@ def truncate(
     """
     with HuggingFaceModel(source) as model:
         if not 1 <= layers <= model.config.num_layers:
-            raise UserError(f"--layers {layers}: must be from 1 to {model.config.num_layers}, the layers of {source}")
+            raise ArgumentError(
+                "layers", layers, f"must be from 1 to {model.config.num_layers}, the layers of {source}"
+            )
         names = [name for w in model.weights if w.layer is None or w.layer < layers for name in w.names]
         dtypes = {model.files.dtype(name) for name in names}
         if len(dtypes) > 1:

@@ -19,8 +19,8 @@ from megatron_sead.checkpoints.conversion import Advance, Conversion, huggingfac
 from megatron_sead.checkpoints.huggingface import COMPANIONS
 from megatron_sead.checkpoints.model_files import HuggingFaceModel, ModelFiles
 from megatron_sead.checkpoints.read_ahead import read_ahead
-from megatron_sead.errors import UserError
-from megatron_sead.files.names import TOKENIZER_SETTINGS
+from megatron_sead.errors import ArgumentError
+from megatron_sead.files.names import TOKENIZER_SETTINGS, no_directory
 from megatron_sead.models.family import read_config_fields, read_hf_config
 from megatron_sead.models.token_ids import portable_tokenizer
 
@@ -183,19 +183,18 @@ def _thirds(advance: Advance | None) -> list[Advance | None]:
 @contextmanager
 def _folder(workdir: Path, model: ModelFiles) -> Iterator[Path]:
     if not workdir.is_dir():
-        raise UserError(f"--workdir {workdir}: no such directory")
+        raise ArgumentError("workdir", workdir, no_directory(workdir))
     needed, free = 2 * model.parameters * model.single_dtype().itemsize, shutil.disk_usage(workdir).free
     if free < needed:
-        raise UserError(
-            f"{workdir}: there and back takes {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free there; "
-            "choose another disk with --workdir"
+        raise ArgumentError(
+            "workdir",
+            workdir,
+            f"there and back takes {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free there; choose another disk",
         )
     try:
         folder = Path(tempfile.mkdtemp(prefix=".roundtrip-", dir=workdir))
     except OSError as error:
-        raise UserError(
-            f"{workdir}: cannot be written ({error.strerror}); choose another place with --workdir"
-        ) from None
+        raise ArgumentError("workdir", workdir, f"cannot be written ({error.strerror}); choose another place") from None
     try:
         yield folder
     finally:

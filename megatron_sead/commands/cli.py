@@ -1,9 +1,13 @@
-"""What every command shares: a user's mistake ends in one line on stderr and exit code 2, never in a traceback."""
+"""What every command shares: a user's mistake ends in one line on stderr and exit code 2, never in a traceback.
+
+What the package calls arguments are options here, and here alone they are named so.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,14 +18,22 @@ from typing import Any
 import typer
 
 from megatron_sead.config.environment import expand_path
-from megatron_sead.errors import UserError
+from megatron_sead.errors import ArgumentError, UserError
 from megatron_sead.launch.processes import end_with_parent
 from megatron_sead.launch.rank_failures import fail, leave
 from megatron_sead.launch.streams import forgive_streams
 
+ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # Typer exports it under no name
+REMEDIES = {  # arguments that let a command go on, in its user's words
+    "overwrite": "--overwrite replaces it, if all in it is ours",
+    "dtype": "sead convert hf-to-megatron --dtype makes it so",
+}
+SETTING_AS_OPTION = re.compile(r"--([a-z_]+(?:\.\w+)*)")
+
 
 class App(typer.Typer):
-    """Typer, whose commands expand ``~`` and ``$NAME`` in paths, and can say anything on any terminal."""
+    """Typer, whose commands expand ``~`` and ``$NAME`` in paths, can say anything on any terminal, and tell a wrong
+    option in one line."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(add_completion=False, pretty_exceptions_enable=False, **settings)
@@ -37,7 +49,26 @@ class App(typer.Typer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forgive_streams()
-        return super().__call__(*args, **kwargs)
+        try:
+            sys.exit(super().__call__(*args, standalone_mode=False, **kwargs))
+        except ClickException as error:
+            _tell_usage(error)
+            sys.exit(2)
+
+
+def _tell_usage(error: Any) -> None:
+    """One line; all of the help where nothing was given."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return
+    context = getattr(error, "ctx", None)
+    text = " ".join(error.format_message().split()).rstrip(".")
+    option = SETTING_AS_OPTION.fullmatch(getattr(error, "option_name", None) or "")
+    if option is not None and context is not None and any(p.name == "overrides" for p in context.command.params):
+        setting = option[1]
+        if "." in setting or not getattr(error, "possibilities", None):
+            text = f"{option[0]}: settings are written without dashes: {setting}=..."
+    print(f"error: {text}" + (f"; see {context.command_path} --help" if context else ""), file=sys.stderr)
 
 
 def _expanding_paths(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,8 +105,17 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(told(error), file=sys.stderr)
         sys.exit(2)
+
+
+def told(error: UserError) -> str:
+    """An error as a command tells it: arguments as options, a line a mistake."""
+    text = str(error)
+    if isinstance(error, ArgumentError):
+        text = f"--{error.name.replace('_', '-')} {error.value}: {error.reason}"
+    lines = [f"error: {line}" for line in text.splitlines()] or ["error"]
+    return "\n".join(lines) + (f" ({REMEDIES[error.remedy]})" if error.remedy in REMEDIES else "")
 
 
 @contextmanager
@@ -91,7 +131,7 @@ def one_line_errors_on_ranks() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except UserError as error:
-        fail(2, f"error: {error}", error)
+        fail(2, told(error), error)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             leave(1)  # whoever read it has seen enough

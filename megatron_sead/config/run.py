@@ -339,8 +339,8 @@ def load_config(path: Path | None, overrides: list[str]) -> RunConfig:
     """Read a YAML file, apply dotted ``key=value`` overrides (values are YAML: ``a.b=null``), validate.
 
     Raises:
-        UserError: one line; names the key, its value and what would be valid (the nearest key for a misspelt one).
-            Of several mistakes it tells the first, and how many more there are.
+        UserError: a line a mistake, all of them; each names the key, its value and what would be valid (the nearest key
+            for a misspelt one).
     """
     return load_settings(RunConfig, path, overrides)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -22,17 +22,31 @@ def load_settings(schema: type[SettingsT], path: Path | None, overrides: list[st
     """Read a YAML file, apply overrides such as ``training.lr=1e-5`` (values are YAML), validate.
 
     Raises:
-        UserError: unreadable file, unknown key (names the nearest valid one), wrong value (names what is valid).
+        UserError: unreadable file, unknown key (names the nearest valid one), wrong value (names what is valid). Of
+            several mistakes all, a line each.
     """
-    values = read_yaml(path) if path is not None else {}
-    for override in overrides:
-        _apply_override(schema, values, override)
     try:
-        return schema.model_validate(_meanings([schema], values))
+        return settings_from(schema, read_yaml(path) if path is not None else {}, overrides)
     except RecursionError:
         raise UserError(f"{path}: a list or group holds itself") from None
+
+
+def settings_from(schema: type[SettingsT], values: dict[str, Any], overrides: list[str]) -> SettingsT:
+    """As `load_settings`, from values instead of a file. The overrides are written into them."""
+    mistakes: dict[str, str] = {}  # by key: a setting is told once
+    for override in overrides:
+        try:
+            _apply_override(schema, values, override)
+        except UserError as error:
+            mistakes[override.partition("=")[0].strip()] = str(error)
+    known = _meanings([schema], values, mistakes)
+    try:
+        settings = schema.model_validate(known)
     except ValidationError as error:
-        raise UserError(_first_of(schema, error)) from None
+        raise UserError("\n".join(_told(schema, error, mistakes))) from None
+    if mistakes:
+        raise UserError("\n".join(mistakes.values()))
+    return settings
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -138,19 +152,28 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[leaf] = value
 
 
-def _meanings(groups: list[type[BaseModel]], values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values that the words of a file or an override mean, by the types of their settings."""
+def _meanings(
+    groups: list[type[BaseModel]], values: dict[str, Any], mistakes: dict[str, str], prefix: str = ""
+) -> dict[str, Any]:
+    """The values that the words of a file or an override mean, by the types of their settings.
+
+    Args:
+        mistakes: gets those that mean nothing, which are left out, by key.
+    """
     fields = {name: field for group in reversed(groups) for name, field in group.model_fields.items()}
     known: dict[str, Any] = {}
     for name, value in values.items():
         field = fields.get(name)
         inner = groups_of(field) if field else []
         if inner and isinstance(value, dict):
-            known[name] = _meanings(inner, value, f"{prefix}{name}.")
+            known[name] = _meanings(inner, value, mistakes, f"{prefix}{name}.")
         elif inner and (value is None or value in NULLS):  # all its lines are comments
             known[name] = {}
         else:
-            known[name] = meaning(f"{prefix}{name}", value, field.annotation if field else Any)
+            try:
+                known[name] = meaning(f"{prefix}{name}", value, field.annotation if field else Any)
+            except UserError as error:
+                mistakes.setdefault(f"{prefix}{name}", str(error))
     return known
 
 
@@ -160,15 +183,20 @@ def groups_of(field: FieldInfo) -> list[type[BaseModel]]:
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
-def _first_of(schema: type[BaseModel], error: ValidationError) -> str:
-    """The first mistake, and how many more there are."""
-    lines = [line for details in error.errors() for line in _describe(schema, details)]
-    return lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
+def _told(schema: type[BaseModel], error: ValidationError, mistakes: dict[str, str]) -> list[str]:
+    """All mistakes, a line each: those known before, and the others that validation has found."""
+    lines = list(mistakes.values())
+    for details in error.errors():
+        lines += _describe(schema, details, mistakes)
+    return list(dict.fromkeys(lines))
 
 
-def _describe(schema: type[BaseModel], details: ErrorDetails) -> list[str]:
+def _describe(schema: type[BaseModel], details: ErrorDetails, known: Container[str]) -> list[str]:
+    """What pydantic has found, in lines; none for a setting of `known` mistakes."""
     fields = dict(_fields(schema))
     key, choice = _key_and_choice(fields, details["loc"])
+    if key in known:
+        return []
     field = fields.get(key)
     kind, given = details["type"], details["input"]
     if kind == "extra_forbidden" and choice and key in fields:
@@ -189,6 +217,7 @@ def _describe(schema: type[BaseModel], details: ErrorDetails) -> list[str]:
         return [
             f"{k}: missing; set it in the file or as {k}=... ({fields[k].description or 'no default'})"
             for k in required or [key]
+            if k not in known
         ]
     if kind == "value_error":  # raised by a validator of ours: of a setting, or of a group, a line a mistake
         told = str(details["ctx"]["error"]).splitlines()

@@ -224,7 +224,7 @@ def _easiest_first(difficulties: Sequence[float | None], seed: int, mode: str, d
     if missing and (mode != "none" or drop_unsolved):
         raise ValueError(
             f"{len(missing)} of {len(difficulties)} prompts have no difficulty (the first is number {missing[0]}), "
-            f"which curriculum mode {mode!r} needs: run tools/estimate_difficulty.py, or use mode 'none'"
+            f"which curriculum mode {mode!r} needs: measure it with `sead difficulty`, or use mode 'none'"
         )
     known = {index: difficulty for index, difficulty in enumerate(difficulties) if difficulty is not None}
     wrong = [index for index, difficulty in known.items() if not 0 <= difficulty <= 1]

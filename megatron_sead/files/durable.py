@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+# errno of an OSError that is the disk's or its owner's doing, not a fault of the program
+DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
+DISK_REFUSES |= {errno.EEXIST, errno.ENAMETOOLONG}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

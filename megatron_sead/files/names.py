@@ -1,5 +1,7 @@
 """Names of the files of a model in Hugging Face's layout."""
 
+from pathlib import Path
+
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 # What a tokenizer may consist of
 TOKENIZER_FILES = (
@@ -15,3 +17,8 @@ TOKENIZER_FILES = (
     "additional_chat_templates",
 )
 INDEX = "model.safetensors.index.json"
+
+
+def no_directory(place: Path) -> str:
+    """What a path is that should be a directory and is none, in words."""
+    return "is a file; must be a directory" if place.exists() else "no such directory"

@@ -123,7 +123,7 @@ class Output:
         if not self.place.exists() or _is_empty(self.place):
             return
         if self.place.is_dir() and not self.overwrite:
-            raise UserError(f"{self.place}: exists; give --overwrite to replace it, or choose another directory")
+            raise UserError(f"{self.place}: exists; choose another directory", remedy="overwrite")
         require_written_here(self.place)
 
     def _clear_aside(self) -> None:

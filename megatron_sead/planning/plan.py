@@ -17,6 +17,7 @@ from rich.table import Table
 from megatron_sead.config.checks import check_world_size, config_warnings
 from megatron_sead.config.run import ModelSettings, ParallelSettings, RunConfig
 from megatron_sead.errors import UserError
+from megatron_sead.files.names import no_directory
 from megatron_sead.models.family import read_config_fields
 from megatron_sead.models.hf_config import padded_vocabulary
 from megatron_sead.models.weights import named_weights, placed_weights
@@ -185,7 +186,9 @@ def read_shape(model: ModelSettings, role: str) -> ModelShape:
         UserError: no such directory, no readable config.json, or what `config_fields` refuses.
     """
     if not model.path.is_dir():
-        raise UserError(f"{role}.path={model.path}: no such directory; must be a model in Hugging Face format")
+        raise UserError(
+            f"{role}.path={model.path}: {no_directory(model.path)}; it is to hold a model in Hugging Face format"
+        )
     fields = read_config_fields(model.path)
     return ModelShape(
         layers=fields["num_layers"],

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_sead.config.run import ModelSettings, RunConfig
 from megatron_sead.errors import UserError
+from megatron_sead.files.names import no_directory
 from megatron_sead.models.token_ids import embedding_rows
 from megatron_sead.models.weight_files import has_weights, locate_tensors, read_header, weight_files
 from megatron_sead.planning.tokenizer_files import tokenizer_problems
@@ -24,7 +25,7 @@ def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> 
     The run itself reads files whole and checks more: every tensor, chat templates and prompts' lengths.
 
     Raises:
-        UserError: the first problem, and how many more there are.
+        UserError: all problems, a line each.
     """
     missing = _missing_weights(config.student, "student") + _missing_weights(config.teacher, "teacher")
     problems = [] if weights_may_come_later else list(missing)
@@ -33,11 +34,12 @@ def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> 
     problems += tokenizer_problems(config)
     prompt_problems, notes = _prompt_problems(config)
     problems += prompt_problems
-    if config.rollouts.recorded is not None and not config.rollouts.recorded.is_dir():
-        problems.append(f"rollouts.path={config.rollouts.recorded}: no such directory")
+    recorded = config.rollouts.recorded
+    if recorded is not None and not recorded.is_dir():
+        problems.append(f"rollouts.path={recorded}: {no_directory(recorded)}")
     problems += _policy_problems(config.policy.name)
     if problems:
-        raise UserError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+        raise UserError("\n".join(dict.fromkeys(problems)))
     return missing + notes
 
 

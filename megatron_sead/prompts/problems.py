@@ -82,7 +82,7 @@ def check_rows(
         if needs_difficulty and problem.difficulty is None:
             raise UserError(
                 f"{row.place}: has no {settings.difficulty_field!r}, which the curriculum needs; "
-                "add it with tools/estimate_difficulty.py, or set curriculum.mode=none"
+                "measure it with `sead difficulty`, or set curriculum.mode=none"
             )
         places[problem.id] = row.place
         problems.append(problem)

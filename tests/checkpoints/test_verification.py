@@ -273,7 +273,7 @@ def test_the_first_layers_are_the_models(model: Path, tmp_path: Path, max_shard_
 
 @pytest.mark.parametrize("layers", [-1, 0, 5])
 def test_so_many_layers_it_has_not(model: Path, tmp_path: Path, layers: int) -> None:
-    with pytest.raises(UserError, match=rf"--layers {layers}: must be from 1 to 4"):
+    with pytest.raises(UserError, match=rf"layers={layers}: must be from 1 to 4"):
         truncate(model, tmp_path / "short", layers=layers)
     assert list(tmp_path.iterdir()) == []
 

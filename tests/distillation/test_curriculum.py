@@ -167,7 +167,7 @@ def test_unknown_difficulties() -> None:
     unknown = [*LADDER, None]
     assert curriculum(unknown, mode="none").eligible_count(0) == 101
     for changes in ({"mode": mode} for mode in MODES if mode != "none"):
-        with pytest.raises(ValueError, match=r"1 of 101 prompts .* number 100.*tools/estimate_difficulty.py"):
+        with pytest.raises(ValueError, match=r"1 of 101 prompts .* number 100.*sead difficulty"):
             curriculum(unknown, **changes)
     with pytest.raises(ValueError, match="no difficulty"):
         curriculum(unknown, mode="none", drop_unsolved=True)

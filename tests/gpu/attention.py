@@ -57,9 +57,7 @@ def _ours(
         adapt_to_cpu()
     from megatron_sead.models.attention import TorchCoreAttention
 
-    config: Any = SimpleNamespace(
-        window=lambda _: window, attention_scale=lambda _: HEAD_DIM**-0.5
-    )
+    config: Any = SimpleNamespace(window=lambda _: window, attention_scale=lambda _: HEAD_DIM**-0.5)
     core = TorchCoreAttention(config, 1)
     with context():
         try:

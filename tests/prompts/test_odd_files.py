@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_sead.commands.difficulty import main as estimate_difficulty
 from megatron_sead.config.run import ModelSettings, PromptSettings, RunConfig, load_config
 from megatron_sead.errors import UserError
 from megatron_sead.planning.preflight import check_inputs
@@ -25,10 +26,6 @@ from megatron_sead.prompts.rows import is_hub_name
 from megatron_sead.prompts.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-from estimate_difficulty import main as estimate_difficulty  # noqa: E402  (the tools are commands, not a package)
-
 GOOD = {"prompt": "1+1=", "answer": "2"}
 LINE = json.dumps(GOOD).encode()
 

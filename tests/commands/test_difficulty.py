@@ -15,16 +15,14 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from megatron_sead.commands.difficulty import main
 from megatron_sead.config.run import PromptSettings
+from megatron_sead.evaluation.difficulty import Tally
 from megatron_sead.launch.ownership import sole_owner
 from megatron_sead.prompts.dataset import Prompt
 from megatron_sead.prompts.problems import read_problems
 
 TOOL = Path(__file__).parents[2] / "tools" / "estimate_difficulty.py"
-sys.path.insert(0, str(TOOL.parent))
-
-from estimate_difficulty import Tally, main  # noqa: E402  (the tools are commands, not a package)
-
 PROMPTS = 12
 
 
@@ -144,7 +142,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             measured.append(prompt.id)
             tally.add(prompt.id, 8)
 
-    monkeypatch.setattr("estimate_difficulty.measure", measure)
+    monkeypatch.setattr("megatron_sead.evaluation.difficulty.measure", measure)
     return measured
 
 

@@ -14,15 +14,13 @@ import pytest
 from tests.checkpoints import faults
 from tests.conftest import make_olmo3
 
-TOOLS = Path(__file__).parents[2] / "tools"
 # One process for all commands: starting one takes longer than any of them
-DRIVER = f"""
+DRIVER = """
 import json, sys
-sys.path.insert(0, {str(TOOLS)!r})
-from convert_checkpoint import app
+from megatron_sead.commands.convert import app
 from typer.testing import CliRunner
 
-answers = {{}}
+answers = {}
 for name, arguments in json.loads(sys.argv[1]).items():
     result = CliRunner().invoke(app, arguments)
     answers[name] = (result.exit_code, result.stdout, result.stderr)

@@ -1,4 +1,4 @@
-"""Commands of tools/convert_checkpoint.py that look at models: verify, roundtrip, inspect, truncate."""
+"""Commands of ``sead convert`` that look at models: verify, roundtrip, inspect, truncate."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from conversion_console import prepare_megatron, progress
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from megatron_sead.commands.cli import App, one_line_errors
+from megatron_sead.commands.conversion_console import prepare_megatron, progress
 
 if TYPE_CHECKING:
     from megatron_sead.checkpoints.inspection import Inspection

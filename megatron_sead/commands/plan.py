@@ -1,0 +1,26 @@
+"""What a run would need, without a GPU: ``sead plan --config FILE [--world-size N] [key=value ...]``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_sead.commands.cli import App, one_line_errors
+from megatron_sead.config.run import load_config
+from megatron_sead.planning.plan import make_plan, print_plan
+
+app = App()
+
+
+@app.command()
+def main(
+    config: Annotated[Path, typer.Option(help="YAML file with the run's settings")],
+    world_size: Annotated[int, typer.Option(min=1, help="ranks of the run, over all nodes")] = 32,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value ...")] = None,
+) -> None:
+    """Print layout, parameters and bytes per rank. Needs both models' config.json and nothing else of them."""
+    with one_line_errors():
+        settings = load_config(config, overrides or [])
+        print_plan(make_plan(settings, world_size), settings)

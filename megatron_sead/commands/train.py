@@ -1,0 +1,146 @@
+"""``sead train --config FILE [key=value ...]``: one training run; as a process of its own, as ranks that it starts, or
+as one of those that torchrun has started (``torchrun -m megatron_sead.train``).
+
+``--check`` and ``--dry-run`` need neither ranks nor torch: they tell what is wrong, and what a run would need.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from megatron_sead.commands.cli import App, one_line_errors_on_ranks
+from megatron_sead.config.checks import OWNER_FILE, check_output
+from megatron_sead.config.environment import environment_number
+from megatron_sead.config.run import RunConfig, load_config
+from megatron_sead.config.settings_file import repeated_overrides
+from megatron_sead.errors import UserError
+from megatron_sead.files.durable import DISK_REFUSES
+from megatron_sead.launch.ownership import refuse_if_owned
+from megatron_sead.launch.rank_failures import ending_together
+
+app = App()
+log = logging.getLogger("megatron_sead.train")
+
+
+@app.command()
+def main(
+    config: Annotated[Path, typer.Option(help="YAML file with the run's settings")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value ...", help="settings that win, as training.lr=1e-5")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="only check settings, layout and files; silent if fine")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check, and print parameters and bytes per rank")] = False,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="ranks for --check and --dry-run; default: NNODES x NPROC, if set")
+    ] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(min=1, help="start so many ranks on this machine; default: this process is the rank")
+    ] = None,
+) -> None:
+    """Distil the teacher into the student, or with --dry-run print what that would take."""
+    with one_line_errors_on_ranks():
+        settings = load_config(config, overrides or [])
+        repeated = repeated_overrides(overrides or [])
+        if check or dry_run:
+            _examine(settings, world_size or nproc_per_node or _planned_world_size(settings), show=dry_run)
+            for line in repeated:
+                print(f"note: {line}")
+        elif nproc_per_node is not None:
+            _start_ranks(nproc_per_node, config, overrides or [])
+        else:
+            _configure_logging(settings.device)
+            for line in repeated:
+                log.info("%s", line)
+            _train(settings)
+
+
+def _examine(config: RunConfig, world_size: int, *, show: bool) -> None:
+    """Look at everything, whatever is found on the way; then tell all that is wrong."""
+    from megatron_sead.planning.plan import make_plan, print_plan
+    from megatron_sead.planning.preflight import check_inputs
+
+    mistakes: list[str] = []
+    with _kept(mistakes):
+        plan = make_plan(config, world_size)
+        if show:
+            print_plan(plan, config)
+    with _kept(mistakes):
+        for line in check_inputs(config, weights_may_come_later=show):
+            print(f"note: {line}")
+    with _kept(mistakes):
+        check_output(config)
+        refuse_if_owned(config.output / OWNER_FILE, f"output={config.output}")
+    if mistakes:
+        raise UserError("\n".join(dict.fromkeys(mistakes)))
+
+
+@contextmanager
+def _kept(mistakes: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        mistakes += str(error).splitlines()
+
+
+def _start_ranks(count: int, config: Path, overrides: list[str]) -> NoReturn:
+    from megatron_sead.launch.torchrun import main as launch
+
+    if "RANK" in os.environ:
+        raise UserError(f"--nproc-per-node {count}: this process is a rank already (RANK is set); leave the option out")
+    where = ["--standalone", "--nproc-per-node", str(count), "-m", "megatron_sead.train"]
+    sys.exit(launch([*where, "--config", str(config), *overrides]))
+
+
+def _planned_world_size(config: RunConfig) -> int:
+    parallel = config.parallel
+    fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    per_node = environment_number("NPROC")
+    planned = None if per_node is None else per_node * (environment_number("NNODES") or 1)
+    return environment_number("WORLD_SIZE") or planned or fewest
+
+
+def _train(config: RunConfig) -> None:
+    # Here, not at the top: torch and Megatron take seconds to import, and mistakes are told before
+    if config.device == "cpu":
+        from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
+
+        adapt_to_cpu()  # before anything imports Megatron
+    from megatron_sead.training.loop import run
+
+    try:
+        with ending_together():
+            run(config)
+    except OSError as error:
+        if error.errno not in DISK_REFUSES:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        raise UserError(
+            f"output={config.output}: cannot be written{place}: {error.strerror}; whole checkpoints are as they were, "
+            "and once this is mended the same command continues"
+        ) from error
+
+
+def _configure_logging(device: str) -> None:
+    """This package speaks, on the first rank at least; the libraries only when something is wrong."""
+    rank = environment_number("RANK", 0, least=0)
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    logging.getLogger("megatron_sead").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if device == "cpu":  # that Apex, Transformer Engine and CUDA settings are missing is no news there
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
