@@ -62,8 +62,8 @@ class PromptSettings(Settings):
     path: PathOrHubName = Field(description="JSONL or parquet file, or a hub name for datasets.load_dataset")
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set")
-    prompt_field: str = Field("prompt", min_length=1)
-    answer_field: str = Field("answer", min_length=1)
+    prompt_field: str = Field("prompt", min_length=1, description="field with the problem")
+    answer_field: str = Field("answer", min_length=1, description="field with the right answer, or a list of them")
     id_field: str = Field("id", description="field with a unique id; rows without one are numbered")
     difficulty_field: str = Field("difficulty", description="1 - pass rate of the initial student, in [0, 1]")
     level_field: str = Field("level", description="group under which accuracy is reported")
@@ -77,11 +77,15 @@ class PromptSettings(Settings):
 class ParallelSettings(Settings):
     """Megatron-Core layout. Data-parallel size is what is left of the ranks."""
 
-    tensor_model_parallel_size: int = Field(1, ge=1)
-    pipeline_model_parallel_size: int = Field(1, ge=1)
-    virtual_pipeline_model_parallel_size: int | None = Field(None, ge=2)
-    context_parallel_size: int = Field(1, ge=1)
-    sequence_parallel: bool = False
+    tensor_model_parallel_size: int = Field(1, ge=1, description="ranks that share every matrix of a layer")
+    pipeline_model_parallel_size: int = Field(1, ge=1, description="stages that share the layers")
+    virtual_pipeline_model_parallel_size: int | None = Field(
+        None, ge=2, description="chunks of layers on each stage, interleaved; null: one"
+    )
+    context_parallel_size: int = Field(1, ge=1, description="ranks that share a sequence; only 1 works so far")
+    sequence_parallel: bool = Field(
+        False, description="split norms and residuals over the sequence on the tensor-parallel ranks"
+    )
 
     def problems(self) -> Iterator[str]:
         if self.context_parallel_size > 1:
@@ -107,19 +111,27 @@ class TrainingSettings(Settings):
     steps: int = Field(ge=1, description="optimizer steps; one update a step, on fresh rollouts")
     global_batch_size: int = Field(ge=1, description="rollouts a step: prompts x samples_per_prompt")
     micro_batch_size: int = Field(1, ge=1, description="rollouts in one forward pass")
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="of weights and activations; gradients and optimizer state are fp32"
+    )
     lr: float = Field(1e-6, gt=0, le=LARGEST, description="peak learning rate")
-    min_lr: float = Field(0.0, ge=0)
-    lr_warmup_steps: int = Field(0, ge=0)
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "linear"
-    weight_decay: float = Field(0.0, ge=0, le=LARGEST)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, ge=SMALLEST, le=LARGEST)
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the last step")
+    lr_warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises to lr")
+    lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="how the learning rate falls from lr to min_lr"
+    )
+    weight_decay: float = Field(0.0, ge=0, le=LARGEST, description="of AdamW, decoupled from the gradient")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="weight of the past in the first moment")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="weight of the past in the second moment")
+    adam_eps: float = Field(1e-8, ge=SMALLEST, le=LARGEST, description="added to the root of the second moment")
     clip_grad: float = Field(1.0, ge=0, description="gradient norm above which gradients are scaled down; 0: never")
-    use_distributed_optimizer: bool = True
-    recompute_granularity: Literal["full", "selective"] | None = None
-    attention_backend: Literal["torch", "transformer_engine"] = "torch"
+    use_distributed_optimizer: bool = Field(True, description="split optimizer state over the data-parallel ranks")
+    recompute_granularity: Literal["full", "selective"] | None = Field(
+        None, description="computed again in the backward pass: whole layers, attention alone, or nothing"
+    )
+    attention_backend: Literal["torch", "transformer_engine"] = Field(
+        "torch", description="whose attention; transformer_engine must be installed, and needs a GPU"
+    )
     normalizer: Literal["active", "valid", "sequence"] = Field(
         "active", description="what the summed loss is divided by: tokens with a weight, response tokens, sequences"
     )
@@ -272,7 +284,7 @@ class EvaluationSettings(Settings):
     path: PathOrHubName | None = Field(None, description="prompt file with answers; fields are named as in prompts")
     limit: int | None = Field(None, ge=1, description="evaluate on the first so many prompts")
     samples: int = Field(4, ge=0, description="sampled answers a prompt, beside the greedy one")
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="of the sampled answers")
     max_new_tokens: int | None = Field(None, ge=1, description="default: rollouts.max_new_tokens")
     teacher: bool = Field(True, description="also report the teacher's own accuracy")
 
@@ -288,7 +300,7 @@ class GradingSettings(Settings):
 class ReportingSettings(Settings):
     """What is written beside checkpoints."""
 
-    tensorboard: bool = True
+    tensorboard: bool = Field(True, description="also write the metrics as event files, under tensorboard/")
     rollouts_interval: int = Field(1, ge=0, description="steps between rollouts/step-N.jsonl files; 0: none")
 
 
@@ -296,8 +308,8 @@ class RunConfig(Settings):
     """One run, whole."""
 
     output: LocalPath = Field(description="run directory")
-    device: Literal["cuda", "cpu"] = "cuda"
-    seed: int = Field(0, ge=0)
+    device: Literal["cuda", "cpu"] = Field("cuda", description="cpu: ranks over gloo, for tests and small models")
+    seed: int = Field(0, ge=0, description="of prompts' order, sampling and every other draw")
     student: ModelSettings
     teacher: TeacherSettings
     prompts: PromptSettings

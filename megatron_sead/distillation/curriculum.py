@@ -110,9 +110,18 @@ class Curriculum:
 
     def eligible_count(self, step: int) -> int:
         """Prompts that step `step` may draw from; sorted: those left in its pass."""
+        return len(self._eligible(step))
+
+    def eligible_difficulty(self, step: int) -> float | None:
+        """Mean difficulty of these prompts; None where one was never measured."""
+        found = [self._difficulties[index] for index in self._eligible(step)]
+        known = [difficulty for difficulty in found if difficulty is not None]
+        return sum(known) / len(known) if len(known) == len(found) else None
+
+    def _eligible(self, step: int) -> list[int]:
         if self._mode == "sorted":
-            return len(self._order) - step * self._batch_size % len(self._order)
-        return len(self._admitted(step))
+            return self._order[step * self._batch_size % len(self._order) :]
+        return self._admitted(step)
 
     def update(self, results: Sequence[tuple[int, bool]]) -> None:
         """Observe a step's grades: (prompt index, correct) of each rollout. Only mastery learns from them."""

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SHOWN = (
     ("loss", "loss {:.4f}"),
     ("pass_rate", "pass rate {:.2f}"),
+    ("eligible_difficulty", "open difficulty {:.2f}"),  # a gate that opens to harder prompts lowers the pass rate
     ("alpha", "alpha {:.2f}"),
     ("student_entropy", "entropy {:.2f}"),
     ("tokens_per_second", "{:.0f} tok/s"),
@@ -18,7 +19,8 @@ SHOWN = (
 
 
 class StepProgress:
-    """Shows steps as they are done. Use as a context manager; only one rank is `enabled`.
+    """Shows steps as they are done, by the numbers that metrics.jsonl has, from 0, and how many are done. Use as a
+    context manager; only one rank is `enabled`.
 
     Args:
         total: steps of the whole run.
@@ -35,8 +37,8 @@ class StepProgress:
         self._enabled = enabled
         if enabled and console.is_terminal:
             self._bar = Progress(
-                TextColumn("step"),
                 MofNCompleteColumn(),
+                TextColumn("done"),
                 BarColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.description}"),
@@ -58,9 +60,9 @@ class StepProgress:
     def advance(self, metrics: dict[str, Any]) -> None:
         """One step is done."""
         self._done += 1
-        text = "skipped, " if metrics.get("skipped") else ""
+        text = f"step {metrics['step']}" + (" (skipped): " if metrics.get("skipped") else ": ")
         text += ", ".join(form.format(metrics[key]) for key, form in SHOWN if metrics.get(key) is not None)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=text)
         elif self._enabled and (self._done % max(1, self._total // self.LOG_LINES) == 0 or self._done == self._total):
-            self._console.print(f"step {self._done}/{self._total}: {text}", highlight=False)
+            self._console.print(f"{self._done}/{self._total} done, {text}", highlight=False)

@@ -45,6 +45,7 @@ def record_step(
     metrics |= {
         "rollout_seconds": generated - began,
         "sync_seconds": synchronized - trained,
+        "step_seconds": synchronized - began,
         "tokens_per_second": metrics["response_tokens"] / (synchronized - began),
         "seconds": run.seconds(),
     }

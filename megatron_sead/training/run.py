@@ -154,6 +154,7 @@ class Run:
         return {
             "competence": self.competence.value,
             "eligible_prompts": self.curriculum.eligible_count(step),
+            "eligible_difficulty": self.curriculum.eligible_difficulty(step),
             "pass_rate": sum(correct) / len(correct),
             "finished_share": sum(finished) / len(finished),
             "truncated_share": 1 - sum(finished) / len(finished),

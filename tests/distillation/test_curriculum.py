@@ -85,6 +85,7 @@ def test_sorted_is_one_pass_from_easy_to_hard(caplog: pytest.LogCaptureFixture) 
     assert curriculum(mode="sorted", noise=0.0).next_batch(1) == list(range(8, 16))
     assert asked.next_batch(12)[4:] == batches[0][:4]
     assert [asked.eligible_count(step) for step in (0, 1, 12, 13)] == [100, 92, 4, 96]
+    assert asked.eligible_difficulty(12) > asked.eligible_difficulty(0) == pytest.approx(sum(LADDER) / 100)
 
 
 def test_sorted_tells_of_a_pass_that_begins_with_a_step(caplog: pytest.LogCaptureFixture) -> None:

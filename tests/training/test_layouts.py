@@ -7,10 +7,12 @@ or padded columns in a softmax are off by 1e-2 and more.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from megatron_sead.reporting.metrics import NAMES
 from tests.training.launching import Pools, metrics_of, zones_of
 
 STEPS = 10
@@ -68,6 +70,16 @@ def test_two_layouts_generate_and_train_alike(pools: Pools, tmp_path: Path) -> N
     for theirs, ours in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "tp2"), strict=True):
         for key in ("loss", "grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=BOUND), key
+
+
+def test_a_step_writes_every_metric_of_the_registry_and_no_other(recorded: Path) -> None:
+    lines = [json.loads(line) for line in (recorded / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line.keys() == NAMES
+        parts = (line[f"{part}_seconds"] for part in ("rollout", "score", "train", "sync"))
+        assert sum(parts) <= line["step_seconds"] <= line["seconds"]
+        assert 0 < line["eligible_difficulty"] < 1
+    assert [line["step"] for line in lines] == list(range(STEPS))
 
 
 def test_shares_hold_to_one_token(recorded: Path) -> None:
