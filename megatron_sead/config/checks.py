@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sead.config.run import ParallelSettings, RunConfig, load_config
@@ -61,12 +62,19 @@ def check_output(config: RunConfig) -> None:
     may_change = MAY_CHANGE_ON_RESUME + tuple(f"rollouts.{name}" for name in config.rollouts.MAY_CHANGE_ON_RESUME)
     fixed = [key for key in config_differences(old, config) if not key.startswith(may_change)]
     if fixed:
-        there, here = (flatten(c.model_dump(mode="json")).get(fixed[0]) for c in (old, config))
-        more = f" (and {len(fixed) - 1} more differ)" if len(fixed) > 1 else ""
-        raise UserError(
-            f"output={config.output}: holds another run: {fixed[0]} is {there!r} there and {here!r} here{more}; "
-            "choose another output, or the same settings to resume it"
+        raise UserError(f"output={config.output}: holds another run: {_told_differences(old, config, fixed)}")
+
+
+def _told_differences(old: RunConfig, new: RunConfig, keys: list[str]) -> str:
+    there, here = (flatten(config.model_dump(mode="json")) for config in (old, new))
+    told = ", ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in keys)
+    student = old.output / "student-hf"
+    if keys == ["training.steps"] and (new.output / "student-hf").is_dir():
+        return (
+            f"{told}: it is finished, and its learning rate, alpha and curriculum ran over so many steps; to train its "
+            f"student further, start a new run from it: student.path={student} output=ANOTHER"
         )
+    return f"{told}; choose another output, or the same settings to resume it"
 
 
 def _require_apart_from_inputs(config: RunConfig) -> None:
@@ -129,6 +137,27 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
             + (f" x {pp} pipeline stages, since virtual stages need whole groups" if virtual is not None else "")
         )
     return replicas
+
+
+def check_batch(config: RunConfig, difficulties: Sequence[float | None]) -> None:
+    """That there are prompts enough for a step, which asks different ones.
+
+    Args:
+        difficulties: one a prompt of prompts.path.
+
+    Raises:
+        UserError: names both settings.
+    """
+    batch, samples = config.training.global_batch_size, config.rollouts.samples_per_prompt
+    dropped = sum(difficulty == 1 for difficulty in difficulties) if config.curriculum.drop_unsolved else 0
+    usable, needed = len(difficulties) - dropped, batch // samples
+    if needed > usable:
+        without = f", {dropped} more never solved (curriculum.drop_unsolved)" if dropped else ""
+        raise UserError(
+            f"training.global_batch_size={batch}: a step asks {needed} different prompts "
+            f"(rollouts.samples_per_prompt={samples}), and prompts.path={config.prompts.path} has {usable}{without}; "
+            f"must be at most {usable * samples}"
+        )
 
 
 def config_warnings(config: RunConfig) -> list[str]:

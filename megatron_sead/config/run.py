@@ -281,12 +281,24 @@ class CheckpointSettings(Settings):
 class EvaluationSettings(Settings):
     """Accuracy on held-out prompts, before and after."""
 
-    path: PathOrHubName | None = Field(None, description="prompt file with answers; fields are named as in prompts")
+    path: PathOrHubName | None = Field(None, description="prompt file with answers, or a hub name")
+    split: str | None = Field(None, description="split of a hub data set; default: prompts.split")
+    prompt_field: str | None = Field(None, min_length=1, description="field with the problem; default: as in prompts")
+    answer_field: str | None = Field(None, min_length=1, description="field with the answer; default: as in prompts")
+    level_field: str | None = Field(None, min_length=1, description="field with the level; default: as in prompts")
     limit: int | None = Field(None, ge=1, description="evaluate on the first so many prompts")
     samples: int = Field(4, ge=0, description="sampled answers a prompt, beside the greedy one")
     temperature: float = Field(1.0, gt=0, description="of the sampled answers")
     max_new_tokens: int | None = Field(None, ge=1, description="default: rollouts.max_new_tokens")
     teacher: bool = Field(True, description="also report the teacher's own accuracy")
+
+    def prompts(self, training: PromptSettings) -> PromptSettings | None:
+        """How held-out prompts are read: as those of training, but for what is said here. None: there are none."""
+        if self.path is None:
+            return None
+        own = {name: getattr(self, name) for name in ("split", "prompt_field", "answer_field", "level_field")}
+        given = {name: value for name, value in own.items() if value is not None}
+        return training.model_copy(update={"path": self.path, **given})
 
 
 class GradingSettings(Settings):

@@ -168,6 +168,9 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
                 f"rollouts.max_new_tokens={config.rollouts.max_new_tokens}: with prompts of up to {prompt_tokens} "
                 f"tokens a sequence has {length}, more than the {role}'s context of {shape.context}"
             )
+    own = config.evaluation.max_new_tokens if config.evaluation.path is not None else None
+    if own is not None and own > (context := min(student.context, teacher.context)):
+        raise UserError(f"evaluation.max_new_tokens={own}: more than the models' context of {context}")
     micro_batches = config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
     if config.rollouts.UNAVAILABLE is not None:
         notes.append(f"rollouts.engine={config.rollouts.engine}: {config.rollouts.UNAVAILABLE}; the run does not start")

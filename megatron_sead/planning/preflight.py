@@ -8,13 +8,14 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from megatron_sead.config.run import ModelSettings, RunConfig
+from megatron_sead.config.checks import check_batch
+from megatron_sead.config.run import ModelSettings, PromptSettings, RunConfig
 from megatron_sead.errors import UserError
 from megatron_sead.files.names import no_directory
 from megatron_sead.models.token_ids import embedding_rows
 from megatron_sead.models.weight_files import has_weights, locate_tensors, read_header, weight_files
 from megatron_sead.planning.tokenizer_files import tokenizer_problems
-from megatron_sead.prompts.problems import read_problems, repeats
+from megatron_sead.prompts.problems import Problem, read_problems, repeats, seen_in_training
 from megatron_sead.prompts.rows import is_hub_name
 
 
@@ -102,17 +103,22 @@ def _prompt_problems(config: RunConfig) -> tuple[list[str], list[str]]:
         "teacher_prompt_field": config.teacher.prompt_field,
         "needs_difficulty": config.curriculum.mode != "none",
     }
-    asked: list[tuple[str, str, dict[str, Any]]] = [("prompts.path", config.prompts.path, needed)]
-    if config.evaluation.path is not None:
-        asked.append(("evaluation.path", config.evaluation.path, {"limit": config.evaluation.limit}))
-    for setting, path, rest in asked:
-        if is_hub_name(path):
-            notes.append(f"{setting}={path}: no such file here; the run will load the hub data set of this name")
+    asked: list[tuple[str, PromptSettings, dict[str, Any]]] = [("prompts.path", config.prompts, needed)]
+    if (heldout := config.evaluation.prompts(config.prompts)) is not None:
+        asked.append(("evaluation.path", heldout, {"limit": config.evaluation.limit}))
+    found: dict[str, list[Problem]] = {}
+    for setting, settings, rest in asked:
+        source = f"{setting}={settings.path}"
+        if is_hub_name(settings.path):
+            notes.append(f"{source}: no such file here; the run will load the hub data set of this name")
             continue
         try:
-            rows = read_problems(config.prompts.model_copy(update={"path": path}), setting, **rest)
+            found[setting] = read_problems(settings, setting, **rest)
+            notes += repeats(found[setting], source)
+            if setting == "prompts.path":
+                check_batch(config, [problem.difficulty for problem in found[setting]])
+            else:
+                notes += seen_in_training(found[setting], found.get("prompts.path", []), source)
         except UserError as error:
             problems.append(str(error))
-        else:
-            notes += repeats(rows, f"{setting}={path}")
     return problems, notes

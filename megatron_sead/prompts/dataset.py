@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
@@ -36,6 +37,7 @@ def load_prompts(
     teacher_prompt_field: str | None = None,
     needs_difficulty: bool = False,
     max_new_tokens: int = 0,
+    room_setting: str = "rollouts.max_new_tokens",
     limit: int | None = None,
 ) -> list[Prompt]:
     """Read, check and tokenize a prompt set. Prompts that stand there more than once are counted in the log.
@@ -46,6 +48,7 @@ def load_prompts(
         teacher_prompt_field: field with the teacher's own prompt; None: the student's text, in the teacher's template.
         needs_difficulty: a row without one is refused.
         max_new_tokens: room that a response must find in the context after the prompt.
+        room_setting: the setting that says so, for messages.
         limit: read the first so many rows only.
 
     Raises:
@@ -60,7 +63,7 @@ def load_prompts(
     )
     for line in repeats(problems, f"{setting}={settings.path}"):
         log.info("%s", line)  # the first rank alone logs at this level
-    return tokenize(problems, settings, student, teacher, max_new_tokens=max_new_tokens)
+    return tokenize(problems, settings, student, teacher, max_new_tokens=max_new_tokens, room_setting=room_setting)
 
 
 def tokenize(
@@ -70,23 +73,28 @@ def tokenize(
     teacher: ModelTokenizer | None = None,
     *,
     max_new_tokens: int = 0,
+    room_setting: str = "rollouts.max_new_tokens",
 ) -> list[Prompt]:
     """Problems with their tokens, as `load_prompts` says.
 
     Raises:
         UserError: a prompt without tokens, or one that is too long.
     """
-    return [_tokenize_one(problem, settings, student, teacher, max_new_tokens) for problem in problems]
+    room = _Room(max_new_tokens, room_setting)
+    return [_tokenize_one(problem, settings, student, teacher, room) for problem in problems]
+
+
+class _Room(NamedTuple):
+    """For a response."""
+
+    tokens: int
+    setting: str
 
 
 def _tokenize_one(
-    problem: Problem,
-    settings: PromptSettings,
-    student: ModelTokenizer,
-    teacher: ModelTokenizer | None,
-    max_new_tokens: int,
+    problem: Problem, settings: PromptSettings, student: ModelTokenizer, teacher: ModelTokenizer | None, room: _Room
 ) -> Prompt:
-    tokens = _tokens(problem.text, problem, settings, student, max_new_tokens)
+    tokens = _tokens(problem.text, problem, settings, student, room)
     return Prompt(
         id=problem.id,
         text=problem.text,
@@ -95,13 +103,13 @@ def _tokenize_one(
         level=problem.level,
         student_token_ids=tokens,
         teacher_token_ids=(
-            tokens if teacher is None else _tokens(problem.teacher_text, problem, settings, teacher, max_new_tokens)
+            tokens if teacher is None else _tokens(problem.teacher_text, problem, settings, teacher, room)
         ),
     )
 
 
 def _tokens(
-    text: str, problem: Problem, settings: PromptSettings, tokenizer: ModelTokenizer, max_new_tokens: int
+    text: str, problem: Problem, settings: PromptSettings, tokenizer: ModelTokenizer, room: _Room
 ) -> tuple[int, ...]:
     tokens = tokenizer.encode(tokenizer.render(text) if settings.template == "chat" else text)
     if not tokens:
@@ -110,7 +118,9 @@ def _tokens(
     if settings.max_prompt_tokens is not None and len(tokens) > settings.max_prompt_tokens:
         raise UserError(f"{where}, more than prompts.max_prompt_tokens={settings.max_prompt_tokens}")
     context = tokenizer.context_length
-    if context is not None and len(tokens) + max_new_tokens > context:
-        room = f", which leaves no room for {max_new_tokens} new ones" if max_new_tokens else ", more than fit"
-        raise UserError(f"{where}{room} in the {tokenizer.role}'s context of {context}")
+    if context is not None and len(tokens) + room.tokens > context:
+        reason = (
+            f", which leaves no room for {room.tokens} new ones ({room.setting})" if room.tokens else ", more than fit"
+        )
+        raise UserError(f"{where}{reason} in the {tokenizer.role}'s context of {context}")
     return tokens

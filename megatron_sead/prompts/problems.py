@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
@@ -19,6 +19,16 @@ from megatron_sead.prompts.exact_json import fault
 from megatron_sead.prompts.rows import Row, read_rows
 
 SAME_ANSWER, OTHER_ANSWER = "the same answer; each counts as often as it stands there", "another answer"
+
+
+class Asked(Protocol):
+    """A problem, or a prompt made of it."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -47,13 +57,19 @@ def read_problems(
     Raises:
         UserError: whatever these refuse.
     """
-    rows = read_rows(settings, setting)[:limit]
-    return check_rows(rows, settings, teacher_prompt_field=teacher_prompt_field, needs_difficulty=needs_difficulty)
+    return check_rows(
+        read_rows(settings, setting)[:limit],
+        settings,
+        setting.partition(".")[0],
+        teacher_prompt_field=teacher_prompt_field,
+        needs_difficulty=needs_difficulty,
+    )
 
 
 def check_rows(
     rows: Sequence[Row],
     settings: PromptSettings,
+    group: str = "prompts",
     *,
     teacher_prompt_field: str | None = None,
     needs_difficulty: bool = False,
@@ -61,6 +77,7 @@ def check_rows(
     """Every row as a problem.
 
     Args:
+        group: of the settings that name the fields, for messages: prompts or evaluation.
         teacher_prompt_field: field with the teacher's own prompt; None: the student's text.
         needs_difficulty: a row without one is refused.
 
@@ -73,7 +90,7 @@ def check_rows(
         raise UserError(f"prompts.instruction={settings.instruction!a}: {found}")
     problems, places = [], dict[str, str]()
     for number, row in enumerate(rows):
-        problem = _problem(row, number, settings, teacher_prompt_field)
+        problem = _problem(row, number, settings, group, teacher_prompt_field)
         if problem.id in places:
             first = places[problem.id]
             if row.fields.get(settings.id_field) is None:
@@ -109,8 +126,24 @@ def repeats(problems: Sequence[Problem], source: str) -> list[str]:
     ]
 
 
-def _problem(row: Row, number: int, settings: PromptSettings, teacher_prompt_field: str | None) -> Problem:
-    text = teacher_text = _text(row, settings.prompt_field, "prompts.prompt_field") + settings.instruction
+def seen_in_training(heldout: Sequence[Asked], training: Sequence[Asked], source: str) -> list[str]:
+    """A warning where problems that accuracy is measured on are also trained on; else nothing.
+
+    Args:
+        source: the setting that names the held-out prompts, and its value.
+    """
+    trained = {" ".join(problem.text.split()) for problem in training}
+    shared = [problem for problem in heldout if " ".join(problem.text.split()) in trained]
+    if not shared:
+        return []
+    return [
+        f"{source}: {len(shared)} of {len(heldout)} prompts are trained on too (the first is {shared[0].id!r}): "
+        "accuracy on them is not that on held-out problems"
+    ]
+
+
+def _problem(row: Row, number: int, settings: PromptSettings, group: str, teacher_prompt_field: str | None) -> Problem:
+    text = teacher_text = _text(row, settings.prompt_field, f"{group}.prompt_field") + settings.instruction
     if teacher_prompt_field is not None:
         teacher_text = _text(row, teacher_prompt_field, "teacher.prompt_field") + settings.instruction
     given_id = _name(row, settings.id_field, "prompts.id_field")
@@ -119,9 +152,9 @@ def _problem(row: Row, number: int, settings: PromptSettings, teacher_prompt_fie
         id=str(number) if given_id is None else given_id,
         text=text,
         teacher_text=teacher_text,
-        answers=_answers(row, settings.answer_field),
+        answers=_answers(row, settings.answer_field, f"{group}.answer_field"),
         difficulty=_difficulty(row, settings.difficulty_field),
-        level=_name(row, settings.level_field, "prompts.level_field"),
+        level=_name(row, settings.level_field, f"{group}.level_field"),
     )
 
 
@@ -150,9 +183,9 @@ def _text(row: Row, name: str, setting: str) -> str:
     return value
 
 
-def _answers(row: Row, name: str) -> tuple[str, ...]:
+def _answers(row: Row, name: str, setting: str) -> tuple[str, ...]:
     try:
-        answers = reference_answers(_field(row, name, "prompts.answer_field"))
+        answers = reference_answers(_field(row, name, setting))
     except ValueError as error:
         raise UserError(f"{row.place}: {name!r} holds no answer but {error}") from None
     if not answers:

@@ -159,10 +159,11 @@ def require_same(what: str, found: torch.Tensor, reference: torch.Tensor, config
         UserError: their mean absolute difference is over the tolerance of the precision.
     """
     precision = config.training.precision
-    difference = largest_difference(found, reference)
-    log.info("%s: log-probabilities differ by %.1e nats over %d tokens", what, difference, len(reference))
-    if not difference <= TOLERANCE[precision]:
+    difference, bound = largest_difference(found, reference), TOLERANCE[precision]
+    told = "%s: log-probabilities differ by %.1e nats over %d tokens (at most %.0e with %s)"
+    log.info(told, what, difference, len(reference), bound, precision)
+    if not difference <= bound:
         raise UserError(
             f"{what} do not agree: log-probabilities differ by {difference:.2e} nats a token, "
-            f"at most {TOLERANCE[precision]:.0e} are allowed with training.precision={precision}"
+            f"at most {bound:.0e} are allowed with training.precision={precision}"
         )

@@ -14,6 +14,7 @@ from megatron_sead.checkpoints.manifest import from_first_rank
 from megatron_sead.checkpoints.store import CheckpointStore
 from megatron_sead.config.checks import (
     OWNER_FILE,
+    check_batch,
     check_output,
     check_world_size,
     config_warnings,
@@ -31,6 +32,7 @@ from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.parallel.groups import parallel_groups
 from megatron_sead.prompts.dataset import Prompt, load_prompts
 from megatron_sead.prompts.pair import check_pair
+from megatron_sead.prompts.problems import seen_in_training
 from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
 from megatron_sead.reporting.metrics import MetricsWriter
 from megatron_sead.rollouts.engine import EngineContext
@@ -38,7 +40,7 @@ from megatron_sead.rollouts.registry import make_engine, require_available
 from megatron_sead.training.engines import start_engine
 from megatron_sead.training.heldout import evaluate_directory, evaluate_student
 from megatron_sead.training.identity import check_models, probe_tokens
-from megatron_sead.training.inputs import settle_inputs
+from megatron_sead.training.inputs import Inputs, settle_inputs
 from megatron_sead.training.interrupt import InterruptFlag
 from megatron_sead.training.optimizer import build_optimizer
 from megatron_sead.training.run import Progress, Run
@@ -74,9 +76,16 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             for line in config_warnings(config):
                 log.warning("%s", line)
         prompts = _load_prompts(config, student, teacher)
+        check_batch(config, [prompt.difficulty for prompt in prompts])
         heldout = _load_heldout(config, student, teacher)
         store = CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel)
         inputs = settle_inputs(config, (student, teacher), prompts, heldout, store, parallel.control)
+        if parallel.rank == 0:
+            for line in [
+                *seen_in_training(heldout, prompts, f"evaluation.path={config.evaluation.path}"),
+                *_nothing_to_learn(config, inputs, prompts),
+            ]:
+                log.warning("%s", line)
         learner, chunks = _build_learner(config, student, teacher, parallel)
         context = EngineContext(
             config.student.path,
@@ -134,6 +143,17 @@ def _own_output(config: RunConfig, parallel: ParallelContext, stack: ExitStack) 
         raise refusal
 
 
+def _nothing_to_learn(config: RunConfig, inputs: Inputs, prompts: list[Prompt]) -> list[str]:
+    """A warning where the teacher is the student; else nothing. Another prompt of the teacher's makes a difference."""
+    student, teacher = (inputs.record[role]["weights"] for role in ("student", "teacher"))
+    if student != teacher or any(prompt.student_token_ids != prompt.teacher_token_ids for prompt in prompts):
+        return []
+    return [
+        f"student.path={config.student.path} and teacher.path={config.teacher.path} hold the same weights, and see the "
+        "same prompts: every loss is 0, and nothing is learnt"
+    ]
+
+
 def _load_prompts(config: RunConfig, student: ModelTokenizer, teacher: ModelTokenizer) -> list[Prompt]:
     return load_prompts(
         config.prompts,
@@ -147,15 +167,16 @@ def _load_prompts(config: RunConfig, student: ModelTokenizer, teacher: ModelToke
 
 def _load_heldout(config: RunConfig, student: ModelTokenizer, teacher: ModelTokenizer) -> list[Prompt]:
     """The teacher answers the problem itself here, whatever its prompt in training."""
-    evaluation = config.evaluation
-    if evaluation.path is None:
+    evaluation, settings = config.evaluation, config.evaluation.prompts(config.prompts)
+    if settings is None:
         return []
     return load_prompts(
-        config.prompts.model_copy(update={"path": evaluation.path}),
+        settings,
         student,
         teacher,
         setting="evaluation.path",
         max_new_tokens=evaluation.max_new_tokens or config.rollouts.max_new_tokens,
+        room_setting=f"{'evaluation' if evaluation.max_new_tokens else 'rollouts'}.max_new_tokens",
         limit=evaluation.limit,
     )
 

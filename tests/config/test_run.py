@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sead.config.checks import (
+    check_batch,
     check_output,
     check_world_size,
     config_differences,
@@ -19,6 +20,7 @@ from megatron_sead.config.checks import (
 )
 from megatron_sead.config.run import CurriculumSettings, RunConfig, dump_config, load_config
 from megatron_sead.errors import UserError
+from megatron_sead.files.outputs import whole_directory
 
 CONFIGS = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
 BASE = (
@@ -256,8 +258,49 @@ def test_an_output_directory_takes_the_same_run_in_another_layout_and_no_other_r
     check_output(config(here))  # empty
     (tmp_path / "config.yaml").write_text(dump_config(config(here)))
     check_output(config(here, "parallel.tensor_model_parallel_size=2", "training.micro_batch_size=4", "device=cpu"))
-    with pytest.raises(UserError, match=r"another run: seed is 0 there and 1 here \(and 1 more differ\)"):
+    both = "another run: seed is 0 there and 1 here, training.steps is 10 there and 11 here; choose another output"
+    with pytest.raises(UserError, match=both):
         check_output(config(here, "seed=1", "training.steps=11"))
+
+
+def test_a_finished_run_is_continued_as_a_new_one_from_its_student(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(config(f"output={tmp_path}")))
+    with whole_directory(tmp_path / "student-hf", inputs=[], overwrite=False) as folder:
+        (folder / "config.json").write_text("{}")
+    longer = config(f"output={tmp_path}", "training.steps=30")
+    with pytest.raises(UserError, match=rf"training.steps is 10 .* 30 here: it is finished.*={tmp_path}/student-hf"):
+        check_output(longer)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "prompts", "told"),
+    [
+        ([], [0.5] * 8, ""),
+        (
+            [],
+            [None] * 7,
+            r"global_batch_size=8: a step asks 8 .*samples_per_prompt=1.*has 7; must be at most 7",
+        ),
+        (["rollouts.samples_per_prompt=2"], [0.5] * 4, ""),
+        (["rollouts.samples_per_prompt=2"], [0.5] * 3, "a step asks 4 different prompts .* has 3; must be at most 6"),
+        (["curriculum.drop_unsolved=true"], [0.5] * 6 + [1.0] * 4, r"has 6, 4 more never solved \(curriculum.drop"),
+    ],
+)
+def test_a_step_needs_as_many_prompts_as_it_asks(overrides: list[str], prompts: list[float | None], told: str) -> None:
+    if not told:
+        check_batch(config(*overrides), prompts)
+        return
+    with pytest.raises(UserError, match=told):
+        check_batch(config(*overrides), prompts)
+
+
+def test_held_out_prompts_have_the_fields_of_prompts_unless_they_have_their_own() -> None:
+    assert config().evaluation.prompts(config().prompts) is None
+    named = config("evaluation.path=held.jsonl", "evaluation.answer_field=solution", "prompts.prompt_field=question")
+    heldout = named.evaluation.prompts(named.prompts)
+    assert heldout is not None
+    assert (heldout.path, heldout.prompt_field, heldout.answer_field) == ("held.jsonl", "question", "solution")
+    assert named.prompts.answer_field == "answer"
 
 
 @pytest.mark.parametrize(

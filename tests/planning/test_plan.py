@@ -145,7 +145,7 @@ def run_inputs(tmp_path: Path) -> Path:
         (tmp_path / role / "config.json").write_text((SHAPES / "olmo3-7b" / "config.json").read_text())
         (tmp_path / role / "tokenizer.json").write_text(json.dumps(tokenizer))
         save_file({"weight": torch.zeros(4, 4)}, tmp_path / role / "model.safetensors")
-    rows = [{"prompt": f"{i}+1=", "answer": f"{i + 1}", "difficulty": 0.5} for i in range(2)]
+    rows = [{"prompt": f"{i}+1=", "answer": f"{i + 1}", "difficulty": 0.5} for i in range(96)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
@@ -221,7 +221,7 @@ def damage(folder: Path, what: str) -> None:
         ("other tokenizer", "different tokenizers"),
         ("other merges", "different tokenizers"),
         ("empty prompts", "prompts.jsonl: holds no prompts"),
-        ("malformed prompt", "prompts.jsonl, line 3: not valid JSON"),
+        ("malformed prompt", "prompts.jsonl, line 97: not valid JSON"),
         ("binary prompts", "prompts.jsonl: not UTF-8 text at byte 0"),
         ("no answer", "line 1: has no 'answer', which prompts.answer_field names; it has 'prompt'"),
         ("no difficulty", "line 1: has no 'difficulty'.*curriculum.mode=none"),
@@ -244,6 +244,31 @@ def test_the_module_of_a_policy_of_ones_own_is_looked_for(name: str, found: bool
         return
     with pytest.raises(UserError, match=r"^policy.name=no_such_file:mine: there is no module no_such_file here or in"):
         check_inputs(config)
+
+
+def test_everything_that_is_wrong_is_told_together(run_inputs: Path) -> None:
+    for what in ("truncated weights", "malformed prompt"):
+        damage(run_inputs, what)
+    with pytest.raises(UserError) as caught:
+        check_inputs(
+            inputs_config(run_inputs, "rollouts.engine=replay", f"rollouts.path={run_inputs / 'prompts.jsonl'}")
+        )
+    lines = str(caught.value).splitlines()
+    assert [part in line for part, line in zip(("truncated", "line 97", "is a file"), lines, strict=True)] == [True] * 3
+
+
+def test_prompts_too_few_for_a_step_are_told_before_it(run_inputs: Path) -> None:
+    (run_inputs / "prompts.jsonl").write_text((run_inputs / "prompts.jsonl").read_text().splitlines()[0])
+    with pytest.raises(UserError, match=r"training.global_batch_size=96: .*rollouts.samples_per_prompt=1.* has 1;"):
+        check_inputs(inputs_config(run_inputs))
+
+
+def test_problems_that_are_trained_on_are_no_held_out_ones(run_inputs: Path) -> None:
+    heldout = run_inputs / "heldout.jsonl"
+    heldout.write_text('{"question": "1+1= ", "answer": 2}\n{"question": "7-1=", "answer": 6}\n')
+    config = inputs_config(run_inputs, f"evaluation.path={heldout}", "evaluation.prompt_field=question")
+    (line,) = check_inputs(config)
+    assert line.startswith(f"evaluation.path={heldout}: 1 of 2 prompts are trained on too (the first is '0')")
 
 
 def test_a_plan_may_come_before_the_weights(run_inputs: Path) -> None:

@@ -77,9 +77,10 @@ PROMPTS = {
         "line 65: field 'id' holds \\ud83d, half of",
     ),
     "no difficulty": ([*prompt_lines(), '{"prompt": "1+1=", "answer": 2}'], "line 65: has no 'difficulty', which the"),
+    "too few": (prompt_lines()[:7], "training.global_batch_size=8: a step asks 8 different prompts (rollouts.samples"),
     "too long": (
         [*prompt_lines(), json.dumps(json.loads(prompt_lines()[0]) | {"id": "x", "prompt": "1+" * 400})],
-        "tokens, which leaves no room for 40 new ones",
+        "tokens, which leaves no room for 40 new ones (rollouts.max_new_tokens) in the student's context of",
     ),
 }
 
@@ -98,6 +99,9 @@ def test_wrong_held_out_prompts(pools: Pools, tmp_path: Path) -> None:
     path.write_text('{"prompt": "1+1=", "answer": 2}\n{"prompt": "1+2=", "answer": NaN}\n')
     setting = f"evaluation.path={path}"
     assert "held.jsonl, line 2: 'answer' holds no answer but nan" in refusal(pools, tmp_path / "run", setting)
+    fields = ["evaluation.prompt_field=problem", "evaluation.answer_field=solution"]
+    told = refusal(pools, tmp_path / "run", setting, *fields)
+    assert "line 1: has no 'problem', which evaluation.prompt_field names" in told
     path.write_text("")
     assert refusal(pools, tmp_path / "run", setting).startswith(f"{setting}: holds no prompts")
 
