@@ -13,11 +13,13 @@ import signal
 import sys
 from argparse import Namespace
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser, parse_args, run
 
 from megatron_sead.errors import UserError
+from megatron_sead.launch.meeting import tell_who_is_waited_for
 from megatron_sead.launch.streams import forgive_streams
 
 GRACE = "--shutdown-timeout=600"  # seconds to finish a step and save after Ctrl-C; torchrun's own 30 are too few
@@ -36,11 +38,22 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun sets it as well, after a paragraph about it
     known = get_args_parser().format_help()  # newer torch only
     arguments = [option for option in (GRACE, *_signals()) if option.partition("=")[0] in known] + arguments
+    place = ""
     try:
-        run(_checked(arguments))
+        parsed = _checked(arguments)
+        nodes = int(str(parsed.nnodes).rpartition(":")[2])
+        if nodes > 1:
+            place = parsed.rdzv_endpoint or f"{parsed.master_addr}:{parsed.master_port}"
+            tell_who_is_waited_for(place, int(parsed.node_rank), nodes)
+        run(parsed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except DistError as error:
+        if not place:
+            raise
+        print(f"error: the nodes did not meet at {place}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     except SignalException:
         return 0
     except ChildFailedError as error:

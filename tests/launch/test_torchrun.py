@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -90,6 +91,28 @@ def test_a_signal_lets_the_ranks_finish(program: list[str]) -> None:
     assert process.returncode == 0
     assert "saved 0" in output
     assert "saved 1" in output
+
+
+def test_absent_nodes_are_named_while_they_are_waited_for_and_ctrl_c_ends_it() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port), "--nproc-per-node", "1", "x.py"]
+    program = f"""if True:
+        import sys
+        from megatron_sead.launch import meeting
+        from megatron_sead.launch.torchrun import main
+        meeting.INTERVAL = 0.2
+        sys.exit(main(["--node-rank", sys.argv[1], *{where!r}]))
+    """
+    for node, other in (("1", "node 0"), ("0", "the 1 other node")):
+        process = subprocess.Popen([sys.executable, "-c", program, node], stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith(f"waiting for {other} at 127.0.0.1:{port}")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == 0
+        assert "Traceback" not in errors
 
 
 LAUNCHED = [
