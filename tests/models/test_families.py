@@ -54,6 +54,7 @@ def distance(ranks: RankPool, family: tuple[Path, Measured], layout: Layout, **c
     return merge(ranks.run(megatron_step, directory, layout, make_batch(300, LENGTHS), **changes)).worst(reference)
 
 
+@pytest.mark.mcore_lane
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_family_is_transformers(ranks: RankPool, family: tuple[Path, Measured], layout: Layout) -> None:
     worst = distance(ranks, family, layout)

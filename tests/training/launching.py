@@ -35,13 +35,14 @@ SHORT = [
 class Pools:
     """Pools of 1, 2 and 4 ranks, started when first needed and used again: importing Megatron takes seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float = 240.0) -> None:
+        self.timeout = timeout
         self._pools: dict[int, RankPool] = {}
 
     def of(self, ranks: int) -> RankPool:
         """The pool of so many ranks."""
         if ranks not in self._pools:
-            self._pools[ranks] = RankPool(ranks, timeout=240.0)
+            self._pools[ranks] = RankPool(ranks, self.timeout)
         return self._pools[ranks]
 
     def train(self, ranks: int, output: Path, overrides: list[str], interrupt_at: int | None = None) -> list[Any]:
