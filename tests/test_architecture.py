@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS | LEAVES} | {
     "training": PARTS | {"evaluation", "launch"},
     "planning": {"models", "prompts"},
     "launch": set(),
+    "reporting": {"distillation"},
     "commands": PARTS - {"distillation"} | {"evaluation", "training", "planning", "launch"},
     "train": {"commands"},
 }

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sead.distillation.zone_shares import LETTERS, NOT_VALID
 from megatron_sead.files.durable import replace_text
-
-ZONE_LETTERS = ("a", "b", "c")
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,8 @@ class Metric:
 
 def _of_zones() -> list[Metric]:
     where, found = "training.measure", []
-    for z in ZONE_LETTERS:
-        zone = f"zone {z.upper()}"
+    for letter in (letter for zone, letter in LETTERS.items() if zone != NOT_VALID):
+        z, zone = letter.lower(), f"zone {letter}"
         found += [
             Metric(f"zone_{z}_share", "share", f"response tokens that are in {zone}", where),
             Metric(

@@ -81,22 +81,9 @@ def prepare(config: RunConfig) -> Iterator[Run]:
         store = CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel)
         inputs = settle_inputs(config, (student, teacher), prompts, heldout, store, parallel.control)
         if parallel.rank == 0:
-            for line in [
-                *seen_in_training(heldout, prompts, f"evaluation.path={config.evaluation.path}"),
-                *_nothing_to_learn(config, inputs, prompts),
-            ]:
-                log.warning("%s", line)
+            _warn_of_data(config, inputs, prompts, heldout)
         learner, chunks = _build_learner(config, student, teacher, parallel)
-        context = EngineContext(
-            config.student.path,
-            stop_token_ids=student.stop_token_ids,
-            pad_token_id=student.pad_token_id,
-            seed=config.seed,
-            device=parallel.device,
-            dtype=chunks[0].config.params_dtype,
-            vocab_size=learner.heads.vocab_size,
-            group=parallel.control,
-        )
+        context = _engine_context(config, student, learner, chunks, parallel)
         engine = make_engine(config.rollouts, context)
         stack.callback(engine.close)
         run = Run(
@@ -130,6 +117,25 @@ def prepare(config: RunConfig) -> Iterator[Run]:
         yield run
 
 
+def _engine_context(
+    config: RunConfig,
+    student: ModelTokenizer,
+    learner: Learner,
+    chunks: list[Decoder],
+    parallel: ParallelContext,
+) -> EngineContext:
+    return EngineContext(
+        config.student.path,
+        stop_token_ids=student.stop_token_ids,
+        pad_token_id=student.pad_token_id,
+        seed=config.seed,
+        device=parallel.device,
+        dtype=chunks[0].config.params_dtype,
+        vocab_size=learner.heads.vocab_size,
+        group=parallel.control,
+    )
+
+
 def _own_output(config: RunConfig, parallel: ParallelContext, stack: ExitStack) -> None:
     """Until the stack ends, by the first rank for all. Collective."""
     refusal = None
@@ -141,6 +147,12 @@ def _own_output(config: RunConfig, parallel: ParallelContext, stack: ExitStack) 
     refusal = from_first_rank(refusal, parallel.control)
     if refusal is not None:
         raise refusal
+
+
+def _warn_of_data(config: RunConfig, inputs: Inputs, prompts: list[Prompt], heldout: list[Prompt]) -> None:
+    lines = list(seen_in_training(heldout, prompts, f"evaluation.path={config.evaluation.path}"))
+    for line in [*lines, *_nothing_to_learn(config, inputs, prompts)]:
+        log.warning("%s", line)
 
 
 def _nothing_to_learn(config: RunConfig, inputs: Inputs, prompts: list[Prompt]) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation.checks import agree
-from megatron_sead.distillation.heads import add_head_gradient, hidden_gradient, logit_chunks
+from megatron_sead.distillation.heads import add_head_gradient, gradient_of, hidden_gradient, logit_chunks
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.linear_divergence import LinearOutcome, LinearSetting, linear_loss
 from megatron_sead.distillation.policies import LossInput, TokenLoss
@@ -90,11 +90,13 @@ def _pass(
         outcome.loss[chunk.tokens] = loss.detach().to(dtype)
         if any(wanted):
             (of_logits,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
-            of_logits = of_logits[:, :real].contiguous()
+            written = gradient_of(of_logits[:, :real].contiguous(), student_head)
+            written[:, :real], written[:, real:] = of_logits[:, :real], 0
         if outcome.hidden is not None:
-            chunk.start_return(hidden_gradient(of_logits, student_head[:real]), outcome.hidden, group)()
+            of_hidden = hidden_gradient(written[:, :real], student_head[:real], dtype)
+            chunk.start_return(of_hidden, outcome.hidden, group)()
         if outcome.head is not None:
-            add_head_gradient(outcome.head[:real], of_logits, states, first=False)
+            add_head_gradient(outcome.head[: written.shape[1]], written, states, first=False)
     return outcome
 
 
