@@ -160,7 +160,7 @@ def watch_run(clock: Clock, run: Any) -> None:
     clock.watch(run.student_chunks[0].config, "finalize_model_grads_func", "optimizer")
     clock.watch(run.learner.optimizer, "zero_grad", "optimizer")
     clock.watch(step, "_update", "optimizer")
-    for name in ("score", "divergence"):
+    for name in ("score", "loss"):
         clock.watch(Heads, name, "statistics and loss, with LM heads")
     for name in ("supervise_step", "supervise_micro_batch"):
         clock.watch(Supervisor, name, "zones and policy")

@@ -83,7 +83,7 @@ def prepare(config: RunConfig) -> Iterator[Run]:
         if parallel.rank == 0:
             _warn_of_data(config, inputs, prompts, heldout)
         learner, chunks = _build_learner(config, student, teacher, parallel)
-        context = _engine_context(config, student, learner, chunks, parallel)
+        context = _engine_context(config, student, learner, chunks)
         engine = make_engine(config.rollouts, context)
         stack.callback(engine.close)
         run = Run(
@@ -115,25 +115,6 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             run.writer = MetricsWriter(config.output, run.state.step, config.reporting.tensorboard)
             stack.callback(run.writer.close)
         yield run
-
-
-def _engine_context(
-    config: RunConfig,
-    student: ModelTokenizer,
-    learner: Learner,
-    chunks: list[Decoder],
-    parallel: ParallelContext,
-) -> EngineContext:
-    return EngineContext(
-        config.student.path,
-        stop_token_ids=student.stop_token_ids,
-        pad_token_id=student.pad_token_id,
-        seed=config.seed,
-        device=parallel.device,
-        dtype=chunks[0].config.params_dtype,
-        vocab_size=learner.heads.vocab_size,
-        group=parallel.control,
-    )
 
 
 def _own_output(config: RunConfig, parallel: ParallelContext, stack: ExitStack) -> None:
@@ -227,6 +208,21 @@ def _build_learner(
     )
     supervisor = Supervisor(config, parallel.dp if parallel.dp_size > 1 else None)
     return Learner(ddp_chunks, frozen, optimizer, scheduler, heads, supervisor, parallel), student_chunks
+
+
+def _engine_context(
+    config: RunConfig, student: ModelTokenizer, learner: Learner, chunks: list[Decoder]
+) -> EngineContext:
+    return EngineContext(
+        config.student.path,
+        stop_token_ids=student.stop_token_ids,
+        pad_token_id=student.pad_token_id,
+        seed=config.seed,
+        device=learner.parallel.device,
+        dtype=chunks[0].config.params_dtype,
+        vocab_size=learner.heads.vocab_size,
+        group=learner.parallel.control,
+    )
 
 
 def _check_top_k(config: RunConfig, vocab_size: int) -> None:

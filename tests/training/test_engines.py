@@ -110,7 +110,10 @@ def run(pools: Pools, output: Path, *overrides: str, fault: str | None = None) -
 @pytest.fixture(scope="module")
 def whole(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     output = tmp_path_factory.mktemp("whole") / "run"
-    return output, run(pools, output, *HELDOUT)[0]
+    asked, lines = run(pools, output, *HELDOUT)
+    compared = [line for line in lines if line.startswith("rollouts.engine=transformers and student: log-prob")]
+    assert len(compared) == 1 and compared[0].endswith(" nats over 95 tokens, 1e-04 are allowed")
+    return output, asked
 
 
 def test_the_engine_sleeps_while_the_student_trains_and_is_checked_after_every_update(

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.training.launching import ROOT, Pools, metrics_of
-from tests.training.test_engines import run
+from tests.training.test_engines import SETTINGS, drive, run
 
 TINY = ROOT / "examples" / "tiny"
 
@@ -124,3 +125,40 @@ def test_more_tokens_than_there_are_is_told(pools: Pools, tmp_path: Path) -> Non
         AssertionError, match=r"UserError: policy\.top_k=400: must be at most 307, the tokens there are"
     ):
         run(pools, tmp_path / "run", "policy.name=top_k", "policy.top_k=400")
+
+
+def gatherings(meeting_point: str, overrides: list[str]) -> int:
+    """On a rank: how often a run brings all ranks' tokens together for their zones."""
+    from megatron_sead.distillation import zones
+
+    calls, whole = [], zones._quantile_zones
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return whole(*arguments)
+
+    zones._quantile_zones = counted
+    try:
+        drive(meeting_point, overrides, None)
+    finally:
+        zones._quantile_zones = whole
+    return len(calls)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.micro_batch_size=4"],
+        [],  # one micro-batch: the step is decided in the training pass
+        ["zones.thresholds=running"],
+        ["policy.name=opd", "training.micro_batch_size=4"],
+        ["policy.name=tip_soft_or", "training.micro_batch_size=4"],
+    ],
+    ids=str,
+)
+def test_tokens_are_gathered_for_their_zones_once_a_step(
+    pools: Pools, recorded: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    settings = [*SETTINGS, *replay(recorded), f"output={tmp_path / 'run'}", *overrides]
+    (count,) = pools.of(1).run(gatherings, str(tmp_path / "store"), settings)
+    assert count == 2  # steps

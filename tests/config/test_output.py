@@ -1,0 +1,103 @@
+"""A run writes into its own directory, and into no other's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sead.config.checks import (
+    check_output,
+)
+from megatron_sead.config.run import dump_config
+from megatron_sead.errors import UserError
+from megatron_sead.files.outputs import whole_directory
+from tests.config.test_run import config
+
+
+def test_an_output_directory_takes_the_same_run_in_another_layout_and_no_other_run(tmp_path: Path) -> None:
+    here = f"output={tmp_path}"
+    check_output(config(here))  # empty
+    (tmp_path / "config.yaml").write_text(dump_config(config(here)))
+    check_output(config(here, "parallel.tensor_model_parallel_size=2", "training.micro_batch_size=4", "device=cpu"))
+    both = "another run: seed is 0 there and 1 here, training.steps is 10 there and 11 here; choose another output"
+    with pytest.raises(UserError, match=both):
+        check_output(config(here, "seed=1", "training.steps=11"))
+
+
+def test_a_finished_run_is_continued_as_a_new_one_from_its_student(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump_config(config(f"output={tmp_path}")))
+    with whole_directory(tmp_path / "student-hf", inputs=[], overwrite=False) as folder:
+        (folder / "config.json").write_text("{}")
+    longer = config(f"output={tmp_path}", "training.steps=30")
+    with pytest.raises(UserError, match=rf"training.steps is 10 .* 30 here: it is finished.*={tmp_path}/student-hf"):
+        check_output(longer)
+
+
+@pytest.mark.parametrize(
+    ("role", "place", "output"),
+    [
+        ("student", "run/student-hf", "run"),
+        ("teacher", "run/student-hf", "run"),
+        ("teacher", "run/student-hf/inner", "run"),
+        ("student", "run/checkpoints", "run"),
+        ("teacher", "run", "run"),
+        ("student", "model", "model/run"),
+        ("teacher", "link", "model/run"),
+        ("rollouts", "run", "run"),
+    ],
+)
+def test_a_run_does_not_write_where_it_reads(tmp_path: Path, role: str, place: str, output: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    read = [f"{role}.path={tmp_path / place}", *(["rollouts.engine=replay"] if role == "rollouts" else [])]
+    with pytest.raises(UserError, match="which is read"):
+        check_output(config(f"output={tmp_path / output}", *read))
+    check_output(config(f"output={tmp_path / 'other'}", *read))
+
+
+def test_an_output_that_is_a_file_or_holds_an_unreadable_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        check_output(config(f"output={tmp_path / 'file'}"))
+    (tmp_path / "config.yaml").write_text("stepz: 1\n")
+    with pytest.raises(UserError, match="not valid here"):
+        check_output(config(f"output={tmp_path}"))
+
+
+def test_an_output_that_overlaps_an_input_is_refused(tmp_path: Path) -> None:
+    for folder in ("model", "runs/a/rollouts", "runs/a/student-hf"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "runs/a/prompts.jsonl").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+
+    def check(output: str, *overrides: str) -> None:
+        check_output(config(f"output={tmp_path / output}", *overrides))
+
+    model, run = f"student.path={tmp_path}/model", f"{tmp_path}/runs/a"
+    for output, overrides, told in [
+        ("model", [model], "student.path"),
+        ("link/run", [model], "student.path"),
+        ("runs/a", [f"teacher.path={run}/student-hf"], "teacher.path"),
+        ("runs/a", ["rollouts.engine=replay", f"rollouts.path={run}"], "rollouts.path"),
+        ("runs/a", ["rollouts.engine=replay", f"rollouts.path={run}/rollouts"], "rollouts.path"),
+        ("runs/a/again", ["rollouts.engine=replay", f"rollouts.path={run}"], "rollouts.path"),
+    ]:
+        with pytest.raises(UserError, match=f"overlaps {told}="):
+            check(output, *overrides)
+    for path in ("rollouts", "student-hf"):
+        (tmp_path / "runs/a" / path).rmdir()
+    check("runs/a", model, f"prompts.path={run}/prompts.jsonl")
+    check("runs/b", model, f"teacher.path={tmp_path}/link")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "student-hf", "tensorboard"])
+def test_files_that_no_run_wrote_are_not_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"holds {name}, which a run would write"):
+        check_output(config(f"output={tmp_path}"))
+    if name == "student-hf":
+        (tmp_path / "config.yaml").write_text(dump_config(config(f"output={tmp_path}")))
+        with pytest.raises(UserError, match="was not written by this tool"):
+            check_output(config(f"output={tmp_path}"))
