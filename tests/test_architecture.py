@@ -15,7 +15,7 @@ from megatron_sead.models.family import FOLDERS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_sead"
-LEAVES = {"errors", "boxed", "config", "files"}  # anyone may import them, distillation excepted
+LEAVES = {"errors", "boxed", "config", "files", "wording"}  # anyone may import them, distillation excepted
 PARTS = {"distillation", "models", "parallel", "checkpoints", "rollouts", "prompts", "grading", "reporting"}
 
 # What a part may import of the package, beside itself and the leaves
@@ -44,6 +44,7 @@ INSTANT = (
     "models.family",
     "models.weights",
     *{f"models.{folder}.family" for folder in FOLDERS.values()},
+    "models.layout",
     "models.weight_files",
     "prompts.rows",
     "launch.ownership",

@@ -12,9 +12,9 @@ from megatron_sead.checkpoints.manifest import STEP
 from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel, open_model
 from megatron_sead.errors import UserError
 from megatron_sead.files.names import no_directory
-from megatron_sead.models.builder import divided_by_tensor_parallelism, tensor_parallel_sizes
 from megatron_sead.models.config import ModelConfig
 from megatron_sead.models.family import config_fields, family_of, read_hf_config
+from megatron_sead.models.layout import divided_by_tensor_parallelism, tensor_parallel_sizes
 
 
 @dataclass

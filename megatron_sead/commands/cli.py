@@ -25,7 +25,7 @@ from megatron_sead.launch.streams import forgive_streams
 
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # Typer exports it under no name
 REMEDIES = {  # arguments that let a command go on, in its user's words
-    "overwrite": "--overwrite replaces it, if all in it is ours",
+    "overwrite": "or give --overwrite to replace it",
     "dtype": "sead convert hf-to-megatron --dtype makes it so",
 }
 SETTING_AS_OPTION = re.compile(r"--([a-z_]+(?:\.\w+)*)")

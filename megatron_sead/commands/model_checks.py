@@ -13,6 +13,7 @@ from rich.table import Table
 
 from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.commands.conversion_console import prepare_megatron, progress
+from megatron_sead.wording import counted
 
 if TYPE_CHECKING:
     from megatron_sead.checkpoints.inspection import Inspection
@@ -149,7 +150,7 @@ def truncate(
 
         with progress("truncate") as advance:
             parameters = write_truncated(source, output, layers=layers, overwrite=overwrite, advance=advance)
-        print(f"{output}: {layers} layers, {parameters:,} parameters")
+        print(f"{output}: {counted(layers, 'layer')}, {parameters:,} parameters")
 
 
 def tell_tensors(comparison: TensorComparison) -> bool:

@@ -10,6 +10,7 @@ from megatron_sead.config.settings_file import flatten
 from megatron_sead.distillation.curriculum import gate
 from megatron_sead.errors import UserError
 from megatron_sead.files.outputs import overlap, require_written_here
+from megatron_sead.wording import counted
 
 OWNER_FILE = "owner.lock"  # in the run directory, while a run writes there
 # What else a run writes there, beside config.yaml
@@ -110,7 +111,7 @@ def data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
     model_ranks = tp * pp * parallel.context_parallel_size
     if world_size < 1 or world_size % model_ranks:
         raise UserError(
-            f"{world_size} ranks: must be a multiple of {model_ranks}, which is tensor {tp} x pipeline {pp} "
+            f"{counted(world_size, 'rank')}: must be a multiple of {model_ranks}, which is tensor {tp} x pipeline {pp} "
             f"x context {parallel.context_parallel_size} (parallel.*)"
         )
     return world_size // model_ranks

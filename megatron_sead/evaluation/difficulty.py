@@ -34,6 +34,7 @@ from megatron_sead.prompts.rows import Row, read_rows
 from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
 from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, RolloutEngine, Sampling
 from megatron_sead.rollouts.registry import make_engine
+from megatron_sead.wording import counted
 
 RUN_KEYS = dotted_keys(RunConfig)
 DIFFICULTY_STEP = -2  # neither a training step (0 and up) nor an evaluation (-1): their draws are others
@@ -179,7 +180,7 @@ def estimate(settings: EstimateSettings, output: Path) -> None:
         tally.close()
     unsolved = sum(difficulty == 1 for difficulty in difficulties)
     Console().print(
-        f"{output}: {len(prompts)} prompts, mean difficulty {sum(difficulties) / len(prompts):.3f}, "
+        f"{output}: {counted(len(prompts), 'prompt')}, mean difficulty {sum(difficulties) / len(prompts):.3f}, "
         f"{unsolved} never solved, {sum(d == 0 for d in difficulties)} always"
     )
 

@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 
+from megatron_sead.wording import counted
+
 INTERVAL = 15.0  # seconds between two lines
 
 
@@ -26,8 +28,11 @@ def tell_who_is_waited_for(place: str, node: int, nodes: int) -> None:
     os.set_blocking(sending, False)
     signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, _leave)
-    others = "the 1 other node" if nodes == 2 else f"the {nodes - 1} other nodes"
-    who = f"{others} at {place}" if node == 0 else f"node 0 at {place}, and the others there"
+    who = (
+        f"the {counted(nodes - 1, 'other node')} at {place}"
+        if node == 0
+        else f"node 0 at {place}, and the others there"
+    )
     threading.Thread(target=_tell, args=(receiving, who), name="meeting", daemon=True).start()
 
 

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_sead.errors import UserError
 from megatron_sead.models.config import ModelConfig
 from megatron_sead.models.decoder import Decoder
 from megatron_sead.models.family import Implementation, family_of, read_config_fields
 from megatron_sead.models.huggingface import check_huggingface_weights, load_huggingface_weights
 from megatron_sead.models.layers import AttentionBackend
+from megatron_sead.models.layout import check_layout
 from megatron_sead.parallel.context import ParallelContext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -75,7 +75,7 @@ def model_config(
     source = hf_dir / "config.json"
     fields = read_config_fields(hf_dir)
     implementation = family_of(fields["model_type"]).implementation()
-    check_layout(fields, parallel, source)
+    check_layout(fields, str(source), tp=parallel.tp_size, pp=parallel.pp_size, virtual=parallel.vpp_size)
     dtype = DTYPES[precision]
     recompute: dict[str, Any] = {"recompute_granularity": recompute_granularity}
     if recompute_granularity == "full":
@@ -112,44 +112,3 @@ def model_config(
         apply_rope_fusion=False,
     )
     return config, implementation
-
-
-def check_layout(fields: dict[str, Any], parallel: ParallelContext, source: Path) -> None:
-    """Does the layout divide the model?
-
-    Raises:
-        UserError: names the setting and which values are valid.
-    """
-    tp = parallel.tp_size
-    for what, count in divided_by_tensor_parallelism(fields).items():
-        if count % tp:
-            raise UserError(
-                f"parallel.tensor_model_parallel_size={tp}: does not divide the {count} {what} of {source}; "
-                f"valid are {', '.join(map(str, tensor_parallel_sizes(fields)))}"
-            )
-    layers, stages = fields["num_layers"], parallel.pp_size * parallel.chunks
-    if layers % stages:
-        valid = [n for n in range(1, layers + 1) if layers % n == 0]
-        setting = f"parallel.pipeline_model_parallel_size={parallel.pp_size}"
-        if parallel.vpp_size is not None:
-            setting += f" x virtual_pipeline_model_parallel_size={parallel.vpp_size}"
-        raise UserError(
-            f"{setting}: {stages} stages do not divide the {layers} layers of {source}; valid are "
-            f"{', '.join(map(str, valid))} stages in all"
-        )
-
-
-def divided_by_tensor_parallelism(fields: dict[str, Any]) -> dict[str, int]:
-    """What every tensor-parallel rank has an equal share of, and how many there are, from `config_fields`."""
-    return {
-        "attention heads": fields["num_attention_heads"],
-        "key/value heads": fields["num_query_groups"],
-        "feed-forward rows": fields["ffn_hidden_size"],
-        "padded vocabulary rows": fields["padded_vocab_size"],
-    }
-
-
-def tensor_parallel_sizes(fields: dict[str, Any]) -> list[int]:
-    """Sizes that divide the model."""
-    counts = divided_by_tensor_parallelism(fields).values()
-    return [n for n in range(1, min(counts) + 1) if all(count % n == 0 for count in counts)]

@@ -19,8 +19,10 @@ from megatron_sead.config.run import ModelSettings, ParallelSettings, RunConfig
 from megatron_sead.errors import UserError
 from megatron_sead.files.names import no_directory
 from megatron_sead.models.family import read_config_fields
-from megatron_sead.models.hf_config import padded_vocabulary
+from megatron_sead.models.layout import check_layout
+from megatron_sead.models.token_ids import require_same_rows
 from megatron_sead.models.weights import named_weights, placed_weights
+from megatron_sead.wording import counted
 
 ASSUMED_PROMPT_TOKENS = 1024  # where prompts.max_prompt_tokens is not set
 
@@ -97,9 +99,9 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
     console = Console(width=None if Console().is_terminal else 120)
     parallel = config.parallel
     console.print(
-        f"{plan.world_size} ranks = tensor {parallel.tensor_model_parallel_size} x pipeline "
+        f"{counted(plan.world_size, 'rank')} = tensor {parallel.tensor_model_parallel_size} x pipeline "
         f"{parallel.pipeline_model_parallel_size} x data {plan.data_parallel_size}; a step: "
-        f"{config.training.global_batch_size} rollouts, {plan.micro_batches} micro-batches of "
+        f"{counted(config.training.global_batch_size, 'rollout')}, {counted(plan.micro_batches, 'micro-batch')} of "
         f"{config.training.micro_batch_size} a data-parallel rank, at most {plan.sequence_length:,} tokens a rollout",
         highlight=False,
     )
@@ -147,13 +149,16 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     data_parallel_size = check_world_size(config, world_size)
     student = read_shape(config.student, "student")
     teacher = read_shape(config.teacher, "teacher")
-    _check_layout(student, config.student, "student", config.parallel)
-    _check_layout(teacher, config.teacher, "teacher", config.parallel)
-    if student.vocabulary != teacher.vocabulary:
-        raise UserError(
-            f"teacher.path={config.teacher.path}: vocabulary of {teacher.vocabulary}, the student's has "
-            f"{student.vocabulary}; both must have the same tokenizer"
+    parallel = config.parallel
+    for role, model, shape in (("student", config.student, student), ("teacher", config.teacher, teacher)):
+        check_layout(
+            vars(shape.fields),
+            f"{role}.path={model.path}",
+            tp=parallel.tensor_model_parallel_size,
+            pp=parallel.pipeline_model_parallel_size,
+            virtual=parallel.virtual_pipeline_model_parallel_size,
         )
+    require_same_rows(config.student.path, config.teacher.path)
     notes = []
     prompt_tokens = config.prompts.max_prompt_tokens
     if prompt_tokens is None:
@@ -204,32 +209,6 @@ def read_shape(model: ModelSettings, role: str) -> ModelShape:
         context=fields["max_position_embeddings"],
         fields=SimpleNamespace(**fields),
     )
-
-
-def _check_layout(shape: ModelShape, model: ModelSettings, role: str, parallel: ParallelSettings) -> None:
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    split = {
-        "heads": shape.heads,
-        "KV heads": shape.kv_heads,
-        "MLP columns": shape.ffn,
-        "padded vocabulary rows": padded_vocabulary(shape.vocabulary),
-    }
-    for name, count in split.items():
-        if count % tp:
-            valid = [str(n) for n in range(1, min(split.values()) + 1) if all(c % n == 0 for c in split.values())]
-            raise UserError(
-                f"parallel.tensor_model_parallel_size={tp}: does not divide the {role}'s {count} {name} "
-                f"({model.path}); must be one of {', '.join(valid)}"
-            )
-    virtual = parallel.virtual_pipeline_model_parallel_size
-    chunks = pp * (virtual or 1)
-    if shape.layers % chunks:
-        setting = f"parallel.pipeline_model_parallel_size={pp}" + (f" x {virtual} virtual stages" if virtual else "")
-        valid = [str(n) for n in range(1, shape.layers + 1) if shape.layers % n == 0]
-        raise UserError(
-            f"{setting}: does not divide the {role}'s {shape.layers} layers ({model.path}); "
-            f"valid are {', '.join(valid)} stages in all"
-        )
 
 
 def _stage_bytes(

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
 from megatron_sead.files.names import TOKENIZER_SETTINGS
+from megatron_sead.models.hf_config import olmo3_fields, read_hf_config
 from megatron_sead.models.token_ids import pad_token_id, read_json, require_rows, require_token_ids, stop_token_ids
 from megatron_sead.prompts.codecs import Codec, HuggingFaceCodec, Messages, load_codec, one_line
 
@@ -127,7 +128,12 @@ def load_tokenizer(settings: ModelSettings, role: str) -> ModelTokenizer:
     place = settings.tokenizer or settings.path
     require_token_ids(settings.path)  # first: transformers tells it in other words
     found, pad = stop_token_ids(settings, role), pad_token_id(settings)
-    codec = load_codec(place, f"{role}.tokenizer" if settings.tokenizer else f"{role}.path", settings.path)
+    try:
+        codec = load_codec(place, f"{role}.tokenizer" if settings.tokenizer else f"{role}.path", settings.path)
+    except UserError:
+        if (settings.path / "config.json").is_file():  # transformers reads it too, and may have failed there
+            olmo3_fields(read_hf_config(settings.path), settings.path / "config.json")
+        raise
     tokens = codec.tokens()
     if found is None and codec.eos_token_id is not None:
         found = (codec.eos_token_id,), str(place)

@@ -73,15 +73,13 @@ def prepare(config: RunConfig) -> Iterator[Run]:
         if parallel.rank == 0:
             console.print(pair)
             log.info("%s", opening_line(config))
-            for line in config_warnings(config):
-                log.warning("%s", line)
         prompts = _load_prompts(config, student, teacher)
         check_batch(config, [prompt.difficulty for prompt in prompts])
         heldout = _load_heldout(config, student, teacher)
         store = CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel)
         inputs = settle_inputs(config, (student, teacher), prompts, heldout, store, parallel.control)
         if parallel.rank == 0:
-            _warn_of_data(config, inputs, prompts, heldout)
+            _warn(config, inputs, prompts, heldout)
         learner, chunks = _build_learner(config, student, teacher, parallel)
         context = _engine_context(config, student, learner, chunks)
         engine = make_engine(config.rollouts, context)
@@ -130,13 +128,14 @@ def _own_output(config: RunConfig, parallel: ParallelContext, stack: ExitStack) 
         raise refusal
 
 
-def _warn_of_data(config: RunConfig, inputs: Inputs, prompts: list[Prompt], heldout: list[Prompt]) -> None:
-    lines = list(seen_in_training(heldout, prompts, f"evaluation.path={config.evaluation.path}"))
-    for line in [*lines, *_nothing_to_learn(config, inputs, prompts)]:
+def _warn(config: RunConfig, inputs: Inputs, prompts: list[Prompt], heldout: list[Prompt]) -> None:
+    """Of what is valid and probably not meant."""
+    shared = seen_in_training(heldout, prompts, f"evaluation.path={config.evaluation.path}")
+    for line in [*config_warnings(config), *shared, *nothing_to_learn(config, inputs, prompts)]:
         log.warning("%s", line)
 
 
-def _nothing_to_learn(config: RunConfig, inputs: Inputs, prompts: list[Prompt]) -> list[str]:
+def nothing_to_learn(config: RunConfig, inputs: Inputs, prompts: list[Prompt]) -> list[str]:
     """A warning where the teacher is the student; else nothing. Another prompt of the teacher's makes a difference."""
     student, teacher = (inputs.record[role]["weights"] for role in ("student", "teacher"))
     if student != teacher or any(prompt.student_token_ids != prompt.teacher_token_ids for prompt in prompts):

@@ -199,7 +199,7 @@ def test_a_malicious_piece_is_refused_and_does_not_run(checkpoint: Path, tmp_pat
 
 def test_an_output_is_replaced_only_when_asked(hf_dir: Path, checkpoint: Path, tmp_path: Path) -> None:
     before = (checkpoint / ".metadata").stat().st_mtime_ns
-    assert "exists; give --overwrite" in refused(lambda: convert(hf_dir, checkpoint))
+    assert "exists; choose another directory" in refused(lambda: convert(hf_dir, checkpoint))
     assert (checkpoint / ".metadata").stat().st_mtime_ns == before
     convert(hf_dir, checkpoint, overwrite=True)
     assert (checkpoint / ".metadata").stat().st_mtime_ns != before

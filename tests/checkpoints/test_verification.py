@@ -226,7 +226,7 @@ def test_the_form_of_the_rotary_settings(changes: dict[str, Any], form: str) -> 
 
 def test_of_a_32b_at_most_8_ranks_hold_shares() -> None:
     from megatron_sead.checkpoints.inspection import _limit
-    from megatron_sead.models.builder import tensor_parallel_sizes
+    from megatron_sead.models.layout import tensor_parallel_sizes
 
     fields = {
         "num_attention_heads": 40,
@@ -282,7 +282,7 @@ def test_what_is_there_is_not_overwritten_unasked(model: Path, tmp_path: Path) -
     short = tmp_path / "short"
     truncate(model, short, layers=2)
     before = (short / "model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="exists; give --overwrite"):
+    with pytest.raises(UserError, match="exists; choose another directory"):
         truncate(model, short, layers=1)
     assert (short / "model.safetensors").read_bytes() == before
     truncate(model, short, layers=1, overwrite=True)

@@ -17,7 +17,8 @@ from datasets import Dataset
 
 from megatron_sead.commands.difficulty import main
 from megatron_sead.config.run import PromptSettings
-from megatron_sead.evaluation.difficulty import Tally
+from megatron_sead.errors import UserError
+from megatron_sead.evaluation.difficulty import Tally, load_estimate_settings
 from megatron_sead.launch.ownership import sole_owner
 from megatron_sead.prompts.dataset import Prompt
 from megatron_sead.prompts.problems import read_problems
@@ -168,6 +169,27 @@ def test_fields_that_are_not_used_are_written_as_they_stood(
         assert part in note
     answers = [problem.answers for problem in read_problems(PromptSettings(path=str(output)))]
     assert answers == [("12345678901234567890",)] * 2
+
+
+def test_the_settings_of_a_training_run_are_taken(tiny_olmo3: Path, prompts: Path, tmp_path: Path) -> None:
+    """What measures is what trains: the student, its prompts, its rollouts; --model and overrides win."""
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        f"output: runs/x\nseed: 3\nstudent: {{path: {tiny_olmo3}, stop_token_ids: [1]}}\nteacher: {{path: teacher}}\n"
+        f"prompts: {{path: {prompts}, template: plain}}\nrollouts: {{temperature: 0.5, max_new_tokens: 7}}\n"
+        "training: {steps: 5, global_batch_size: 4, precision: fp32}\ndevice: cpu\n"
+    )
+    settings = load_estimate_settings(run, ["samples=2", "rollouts.max_new_tokens=9", "training.precision=bf16"])
+    assert (settings.model.path, settings.model.stop_token_ids) == (tiny_olmo3, [1])
+    assert (settings.prompts.path, settings.prompts.template) == (str(prompts), "plain")
+    assert (settings.rollouts.temperature, settings.rollouts.max_new_tokens) == (0.5, 9)
+    assert (settings.samples, settings.seed, settings.device, settings.precision) == (2, 3, "cpu", "bf16")
+    assert load_estimate_settings(run, ["model.path=other"]).model.path == Path("other")
+    with pytest.raises(UserError, match=r"^sampels: unknown setting; did you mean samples\?$"):
+        load_estimate_settings(run, ["sampels=2"])
+    run.write_text(run.read_text().replace("steps: 5", "stepz: 5"))
+    with pytest.raises(UserError, match=r"training.stepz: unknown setting; did you mean training.steps\?"):
+        load_estimate_settings(run, [])
 
 
 def test_what_cannot_be_written_is_told_before_anything_is_measured(

@@ -94,7 +94,7 @@ def test_a_file_in_tools_is_the_command(tool: str) -> None:
 
 def test_an_argument_is_told_as_the_option_that_it_was(capsys: pytest.CaptureFixture[str]) -> None:
     assert told(ArgumentError("max_shard_size", "5X", "must be a size")) == "error: --max-shard-size 5X: must be a size"
-    assert told(UserError("out: exists", remedy="overwrite")).startswith("error: out: exists (--overwrite replaces")
+    assert told(UserError("out: exists", remedy="overwrite")).startswith("error: out: exists (or give --overwrite to")
     with pytest.raises(SystemExit), one_line_errors():
         raise UserError("a=1: wrong\nb=2: wrong")
     assert capsys.readouterr().err == "error: a=1: wrong\nerror: b=2: wrong\n"

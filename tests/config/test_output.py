@@ -11,7 +11,6 @@ from megatron_sead.config.checks import (
 )
 from megatron_sead.config.run import dump_config
 from megatron_sead.errors import UserError
-from megatron_sead.files.outputs import whole_directory
 from tests.config.test_run import config
 
 
@@ -23,15 +22,6 @@ def test_an_output_directory_takes_the_same_run_in_another_layout_and_no_other_r
     both = "another run: seed is 0 there and 1 here, training.steps is 10 there and 11 here; choose another output"
     with pytest.raises(UserError, match=both):
         check_output(config(here, "seed=1", "training.steps=11"))
-
-
-def test_a_finished_run_is_continued_as_a_new_one_from_its_student(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(dump_config(config(f"output={tmp_path}")))
-    with whole_directory(tmp_path / "student-hf", inputs=[], overwrite=False) as folder:
-        (folder / "config.json").write_text("{}")
-    longer = config(f"output={tmp_path}", "training.steps=30")
-    with pytest.raises(UserError, match=rf"training.steps is 10 .* 30 here: it is finished.*={tmp_path}/student-hf"):
-        check_output(longer)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from megatron_sead.config.checks import (
-    check_batch,
     check_world_size,
     config_differences,
     config_warnings,
@@ -223,6 +222,7 @@ def test_data_parallel_size_is_what_is_left(world_size: int, expected: int) -> N
     ("overrides", "world_size", "parts"),
     [
         (["parallel.tensor_model_parallel_size=2"], 3, ["3 ranks", "multiple of 2"]),
+        (["parallel.tensor_model_parallel_size=2"], 1, ["1 rank: must", "multiple of 2"]),
         ([], 3, ["global_batch_size=8", "multiple of 3", "6 or 9"]),
         ([], 16, ["global_batch_size=8", "multiple of 16", "example 16:"]),
         (
@@ -249,37 +249,6 @@ def test_differences_are_dotted_keys() -> None:
     replayed = config("rollouts.engine=replay", "rollouts.path=x")
     assert config_differences(old, replayed) == ["rollouts.engine", "rollouts.path"]
     assert config_differences(replayed, old) == ["rollouts.engine", "rollouts.path"]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "prompts", "told"),
-    [
-        ([], [0.5] * 8, ""),
-        (
-            [],
-            [None] * 7,
-            r"global_batch_size=8: a step asks 8 .*samples_per_prompt=1.*has 7; must be at most 7",
-        ),
-        (["rollouts.samples_per_prompt=2"], [0.5] * 4, ""),
-        (["rollouts.samples_per_prompt=2"], [0.5] * 3, "a step asks 4 different prompts .* has 3; must be at most 6"),
-        (["curriculum.drop_unsolved=true"], [0.5] * 6 + [1.0] * 4, r"has 6, 4 more never solved \(curriculum.drop"),
-    ],
-)
-def test_a_step_needs_as_many_prompts_as_it_asks(overrides: list[str], prompts: list[float | None], told: str) -> None:
-    if not told:
-        check_batch(config(*overrides), prompts)
-        return
-    with pytest.raises(UserError, match=told):
-        check_batch(config(*overrides), prompts)
-
-
-def test_held_out_prompts_have_the_fields_of_prompts_unless_they_have_their_own() -> None:
-    assert config().evaluation.prompts(config().prompts) is None
-    named = config("evaluation.path=held.jsonl", "evaluation.answer_field=solution", "prompts.prompt_field=question")
-    heldout = named.evaluation.prompts(named.prompts)
-    assert heldout is not None
-    assert (heldout.path, heldout.prompt_field, heldout.answer_field) == ("held.jsonl", "question", "solution")
-    assert named.prompts.answer_field == "answer"
 
 
 @pytest.mark.parametrize(

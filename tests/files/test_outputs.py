@@ -44,7 +44,7 @@ OURS = [RECORD, "config.json", "templates/default.jinja"]
 
 def test_an_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    assert "exists; give --overwrite" in refused(tmp_path / "out", overwrite=False)
+    assert "exists; choose another directory" in refused(tmp_path / "out", overwrite=False)
     write(tmp_path / "out", "new", overwrite=True)
     assert content(tmp_path / "out") == OURS and (tmp_path / "out/config.json").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -139,7 +139,7 @@ def test_what_appears_while_we_write_stays(tmp_path: Path) -> None:
             (tmp_path / "out").mkdir(exist_ok=True)
             (tmp_path / "out/mine").write_text("mine")
 
-    with pytest.raises(UserError, match="exists; give --overwrite"):
+    with pytest.raises(UserError, match="exists; choose another directory"):
         interrupted(overwrite=False)
     (tmp_path / "out/mine").unlink()
     (tmp_path / "out").rmdir()

@@ -100,12 +100,20 @@ def test_recompute_keeps_less() -> None:
 @pytest.mark.parametrize(
     ("overrides", "world_size", "parts"),
     [
-        (["parallel.tensor_model_parallel_size=16"], 32, ["teacher's 40 heads", "1, 2, 4, 8"]),
-        (["parallel.pipeline_model_parallel_size=3"], 24, ["student's 32 layers", "1, 2, 4, 8, 16, 32"]),
+        (
+            ["parallel.tensor_model_parallel_size=16"],
+            32,
+            ["40 attention heads of teacher.path=", "1, 2, 4, 8"],
+        ),
+        (
+            ["parallel.pipeline_model_parallel_size=3"],
+            24,
+            ["32 layers of student.path=", "1, 2, 4, 8, 16, 32"],
+        ),
         (
             ["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=3"],
             32,
-            ["4 x 3 virtual stages", "32 layers"],
+            ["=4 x virtual_pipeline_model_parallel_size=3: 12 stages", "32 layers"],
         ),
         (["rollouts.max_new_tokens=65536"], 32, ["rollouts.max_new_tokens=65536", "65536"]),
         ([], 20, ["20 ranks"]),
@@ -123,7 +131,7 @@ def test_a_layout_that_does_not_fit_is_refused(overrides: list[str], world_size:
     [
         ({"model_type": "olmo_hybrid"}, "model_type='olmo_hybrid' is not supported"),
         ({"hidden_size": None}, "hidden_size is missing"),
-        ({"vocab_size": 100_000}, "vocabulary of"),
+        ({"vocab_size": 100_000}, "vocab_size is 100000 in"),
     ],
 )
 def test_a_foreign_model_is_refused(change: dict[str, Any], part: str, tmp_path: Path) -> None:

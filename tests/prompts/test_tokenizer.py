@@ -157,3 +157,20 @@ def test_nothing_says_where_a_response_ends(directory: Path) -> None:
     change_json(directory / "config.json", eos_token_id=None)
     with pytest.raises(UserError, match=r"set student\.stop_token_ids"):
         load_tokenizer(ModelSettings(path=directory, tokenizer=directory / "tokenizer.json"), "student")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"hidden_size": "64"}, "hidden_size='64': must be a whole number"),
+    ],
+)
+def test_a_config_that_is_at_fault_is_told_and_not_the_tokenizer(
+    change: dict[str, object], told: str, directory: Path
+) -> None:
+    config = directory / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(ModelSettings(path=directory), "student")
+    assert str(caught.value).startswith(f"{directory / 'config.json'}: {told}")
