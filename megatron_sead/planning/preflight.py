@@ -41,7 +41,16 @@ def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> 
     problems += _policy_problems(config.policy.name)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
-    return missing + notes
+    return missing + notes + _same_model(config)
+
+
+def _same_model(config: RunConfig) -> list[str]:
+    """A note where the teacher is the student's directory and sees the same prompts."""
+    student, teacher = config.student, config.teacher
+    spoken_to_alike = all(getattr(student, n) == getattr(teacher, n) for n in ("system_prompt", "chat_template"))
+    if student.path.resolve() != teacher.path.resolve() or teacher.prompt_field is not None or not spoken_to_alike:
+        return []
+    return [f"student.path and teacher.path are both {student.path}: every loss will be 0, and nothing is learnt"]
 
 
 def _policy_problems(name: str) -> list[str]:

@@ -65,4 +65,4 @@ class StepProgress:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=text)
         elif self._enabled and (self._done % max(1, self._total // self.LOG_LINES) == 0 or self._done == self._total):
-            self._console.print(f"{self._done}/{self._total} done, {text}", highlight=False)
+            self._console.print(f"{self._done}/{self._total} done, {text}", highlight=False, soft_wrap=True)

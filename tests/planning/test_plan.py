@@ -279,6 +279,13 @@ def test_problems_that_are_trained_on_are_no_held_out_ones(run_inputs: Path) -> 
     assert line.startswith(f"evaluation.path={heldout}: 1 of 2 prompts are trained on too (the first is '0')")
 
 
+def test_a_teacher_that_is_the_student_is_noted(run_inputs: Path) -> None:
+    same = f"teacher.path={run_inputs / 'student'}"
+    (line,) = check_inputs(inputs_config(run_inputs, same))
+    assert line.startswith("student.path and teacher.path are both")
+    assert check_inputs(inputs_config(run_inputs, same, "teacher.prompt_field=prompt")) == []
+
+
 def test_a_plan_may_come_before_the_weights(run_inputs: Path) -> None:
     damage(run_inputs, "missing weights")
     assert len(check_inputs(inputs_config(run_inputs), weights_may_come_later=True)) == 1
