@@ -11,7 +11,7 @@ from typing import Any
 from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
 from megatron_sead.files.names import TOKENIZER_SETTINGS
-from megatron_sead.models.hf_config import olmo3_fields, read_hf_config
+from megatron_sead.models.family import read_config_fields
 from megatron_sead.models.token_ids import pad_token_id, read_json, require_rows, require_token_ids, stop_token_ids
 from megatron_sead.prompts.codecs import Codec, HuggingFaceCodec, Messages, load_codec, one_line
 
@@ -132,7 +132,7 @@ def load_tokenizer(settings: ModelSettings, role: str) -> ModelTokenizer:
         codec = load_codec(place, f"{role}.tokenizer" if settings.tokenizer else f"{role}.path", settings.path)
     except UserError:
         if (settings.path / "config.json").is_file():  # transformers reads it too, and may have failed there
-            olmo3_fields(read_hf_config(settings.path), settings.path / "config.json")
+            read_config_fields(settings.path)
         raise
     tokens = codec.tokens()
     if found is None and codec.eos_token_id is not None:
