@@ -43,7 +43,7 @@ INSTANT = (
     "models.hf_config",
     "models.family",
     "models.weights",
-    *{f"models.{folder}.family" for folder in FOLDERS.values()},
+    *sorted({f"models.{folder}.family" for folder in FOLDERS.values()}),
     "models.layout",
     "models.weight_files",
     "prompts.rows",
