@@ -102,7 +102,7 @@ def test_layer_by_layer_it_is_the_same_model(ranks: RankPool, family: tuple[Path
 
 
 def largest_difference(hf_dir: Path, checkpoint: Path) -> float:
-    """Of log-probabilities, by the comparison of ``verify --logits``."""
+    """Of log-probabilities, by what ``verify`` compares on a text."""
     from megatron_sead.checkpoints.layerwise import compare_on_text
     from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel
     from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
