@@ -24,7 +24,7 @@ from tiny_pair.tokenizer import load_tokenizer, train_tokenizer
 from transformers import Olmo3ForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from megatron_sead.commands.cli import App
+from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.errors import UserError
 from megatron_sead.files.outputs import whole_directory
 
@@ -57,7 +57,7 @@ def main(
     samples: Annotated[int, typer.Option(min=1, help="rollouts of the student behind each difficulty")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUTPUT, if all in it is ours")] = False,
 ) -> None:
-    try:
+    with one_line_errors():
         shapes = {"teacher": _shape(teacher_size, layers, context), "student": _shape(student_size, layers, context)}
         if tokenizer is not None and not random_weights:
             raise UserError(f"--tokenizer {tokenizer}: only with --random; training needs the tool's own tokenizer")
@@ -73,9 +73,6 @@ def main(
             for name, model in models.items():
                 save_model(model, tokens, directory / name)
             _write_recipe(recipe, directory)
-    except UserError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
     console.print(f"wrote {output}")
 
 

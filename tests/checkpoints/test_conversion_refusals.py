@@ -84,7 +84,7 @@ NORM, UP = "model.norm.weight", "model.layers.2.mlp.up_proj.weight"
     ("damage", "line"),
     [
         (lambda d: change(d, UP, with_nan), f"{UP} has 3 of 8,192 elements that are NaN or infinite"),
-        (lambda d: change(d, NORM, lambda t: t.double()), "must be all bfloat16 or all float32 (hf-to"),
+        (lambda d: change(d, NORM, lambda t: t.double()), "must be all bfloat16 or all float32"),
         (too_large, f"{UP} has elements of up to 1e+300, which bfloat16 cannot hold"),
         (lambda d: change(d, NORM, lambda t: t.to(torch.int32)), f"{NORM} is I32; weights must be F64, F32, F16, BF16"),
         (lambda d: change(d, NORM, lambda t: t[:5].clone()), f"{NORM} has shape [5]; its config.json calls for [64]"),

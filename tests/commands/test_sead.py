@@ -111,3 +111,8 @@ def test_exit_codes_of_a_command_arrive() -> None:
         with pytest.raises(SystemExit) as left:
             app([str(code)], prog_name="x")
         assert left.value.code == code
+
+
+def test_mixed_types_are_told_with_the_option_that_makes_them_one() -> None:
+    line = told(UserError("model: holds float32, float64", remedy="dtype"))
+    assert line == "error: model: holds float32, float64 (sead convert hf-to-megatron --dtype makes it so)"
