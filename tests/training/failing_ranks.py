@@ -20,7 +20,7 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-from megatron_sead import train
+from megatron_sead.commands import train
 from megatron_sead.commands.cli import one_line_errors_on_ranks
 from megatron_sead.config.run import load_config
 from megatron_sead.errors import UserError
