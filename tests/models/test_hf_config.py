@@ -116,7 +116,7 @@ def test_a_file_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_the_plan_refuses_in_the_same_line(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(RELEASED | {"num_hidden_layers": 4.0, "vocab_size": "x"}))
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED | {"num_hidden_layers": 4.0}))
     with pytest.raises(UserError, match=r"num_hidden_layers=4\.0: must be a whole number from 1"):
         read_shape(ModelSettings(path=tmp_path), "student")
 

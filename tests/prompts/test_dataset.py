@@ -147,7 +147,8 @@ def test_mistakes_are_named(
 def test_a_response_must_find_room(tmp_path: Path, tokenizer: ModelTokenizer) -> None:
     settings = write(tmp_path / "p.jsonl", GOOD)
     assert load_prompts(settings, tokenizer, max_new_tokens=124)
-    with pytest.raises(UserError, match=r"4 tokens, which leaves no room for 125 new ones in the student's context"):
+    told = r"4 tokens, which leaves no room for 125 new ones \(rollouts.max_new_tokens\) in the student's context"
+    with pytest.raises(UserError, match=told):
         load_prompts(settings, tokenizer, max_new_tokens=125)
 
 
