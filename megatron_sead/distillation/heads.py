@@ -65,7 +65,7 @@ def logit_chunks(
     rows = min(len(tokens), size if spread is None else max(size, spread.size()))
     # one type for both, or the two could not be subtracted
     dtype = accumulation_dtype(torch.promote_types(heads[0].dtype, heads[1].dtype))
-    width = -(-real // ALIGNMENT) * ALIGNMENT
+    width = _aligned(real)
     count = min(buffers, -(-len(tokens) // rows))
 
     def start(chunk: Chunk) -> tuple[Chunk, list[Callable[[], torch.Tensor]]]:
@@ -108,10 +108,13 @@ def project(hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor, real: i
             torch.mm(wide, head[tile].to(out.dtype).t(), out=out[:, tile])
 
 
+def _aligned(columns: int) -> int:
+    return -(-columns // ALIGNMENT) * ALIGNMENT
+
+
 def _aligned_width(real: int, rows: int) -> int:
     """Of matrices with another number of columns or rows, a GPU's library makes the product at half the speed."""
-    width = -(-real // ALIGNMENT) * ALIGNMENT
-    return width if width <= rows else real
+    return _aligned(real) if _aligned(real) <= rows else real
 
 
 def gradient_of(logits: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
@@ -123,7 +126,7 @@ def gradient_of(logits: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     real = logits.shape[1]
     if not _has_wide_output(head, logits):
         return logits
-    memory = torch.empty(len(logits), -(-real // ALIGNMENT) * ALIGNMENT, dtype=head.dtype, device=head.device)
+    memory = torch.empty(len(logits), _aligned(real), dtype=head.dtype, device=head.device)
     return memory[:, : _aligned_width(real, len(head))]
 
 

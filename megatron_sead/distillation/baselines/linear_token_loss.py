@@ -90,8 +90,10 @@ def _pass(
         outcome.loss[chunk.tokens] = loss.detach().to(dtype)
         if any(wanted):
             (of_logits,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
-            written = gradient_of(of_logits[:, :real].contiguous(), student_head)
-            written[:, :real], written[:, real:] = of_logits[:, :real], 0
+            true = of_logits[:, :real].contiguous()
+            written = gradient_of(true, student_head)
+            if written is not true:
+                written[:, :real], written[:, real:] = true, 0
         if outcome.hidden is not None:
             of_hidden = hidden_gradient(written[:, :real], student_head[:real], dtype)
             chunk.start_return(of_hidden, outcome.hidden, group)()
