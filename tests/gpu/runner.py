@@ -47,6 +47,9 @@ CHECKS = (  # the most informative first
 
 
 def main(output: Path, chosen: list[str]) -> int:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        print(f"error: {output}: is there already; name a new or an empty folder for the results", file=sys.stderr)
+        return 2
     output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     results = []

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.gpu import runner
 from tests.gpu.runner import Check
 
@@ -25,6 +27,16 @@ def test_the_script_reports_every_check_at_once_and_in_a_table(tmp_path: Path) -
     assert [(result["check"], result["ok"]) for result in results] == [("6", True), ("9", True)]
     assert [json.loads(line) for line in done.stdout.splitlines()[:2]] == results
     assert results[0]["numbers"]["worst_ratio"] < 1.5
+
+
+def test_results_are_not_written_among_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = tmp_path / "tiny_pair" / "notes.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("theirs")
+    for place in (tmp_path, theirs):
+        assert runner.main(place, []) == 2
+    assert capsys.readouterr().err.count("name a new or an empty folder") == 2
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [theirs]
 
 
 def test_a_check_that_raises_or_hangs_says_so_and_keeps_what_it_measured(tmp_path: Path) -> None:

@@ -33,7 +33,6 @@ SETTINGS = [
 def tiny_pair(report: Report) -> None:
     """Runs that do not depend on each other run side by side: nothing here is timed."""
     folder = report.folder / "tiny"
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     device, reference = DEVICE.type, folder / "cpu"
     replay = ["rollouts.engine=replay", f"rollouts.path={reference}"]
