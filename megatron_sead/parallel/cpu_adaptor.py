@@ -141,7 +141,12 @@ def _manual_seed(seed: int) -> None:
 def _answer_cuda_names() -> None:
     stream = _Stream()
     properties = types.SimpleNamespace(
-        name="cpu", major=0, minor=0, multi_processor_count=os.cpu_count(), total_memory=_memory()[1]
+        name="cpu",
+        major=0,
+        minor=0,
+        multi_processor_count=os.cpu_count(),
+        total_memory=_memory()[1],
+        gcnArchName="",  # torch asks for it, of AMD's, when vLLM compiles
     )
     answers: dict[str, Any] = {
         "is_available": _always(False),

@@ -177,8 +177,8 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     if own is not None and own > (context := min(student.context, teacher.context)):
         raise UserError(f"evaluation.max_new_tokens={own}: more than the models' context of {context}")
     micro_batches = config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
-    if config.rollouts.UNAVAILABLE is not None:
-        notes.append(f"rollouts.engine={config.rollouts.engine}: {config.rollouts.UNAVAILABLE}; the run does not start")
+    if (missing := config.rollouts.missing()) is not None:
+        notes.append(f"rollouts.engine={config.rollouts.engine}: {missing}; without it the run does not start")
     notes += config_warnings(config)
     stages = [
         _stage_bytes(config, student, teacher, stage, data_parallel_size, micro_batches, length)

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch.distributed import ProcessGroup
 
+from megatron_sead.errors import UserError
+
 
 @dataclass(frozen=True)
 class GenerationRequest:
@@ -53,6 +55,11 @@ class EngineContext:
     dtype: torch.dtype  # of weights and computation
     vocab_size: int | None = None  # true size: logits beyond it are never sampled; None: the model's config says it
     group: ProcessGroup | None = None  # gloo, the ranks that share the work; None: this process alone
+    max_length: int | None = None  # tokens of the longest prompt with its response; None: as many as the model reads
+
+
+class EngineFailed(UserError):
+    """An engine cannot go on. The student is as it was, and can be saved."""
 
 
 class RolloutEngine(Protocol):
@@ -96,5 +103,5 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """End what the engine has started. It is not asked again."""
+        """End what the engine has started. It is asked for nothing again; closing it again does nothing."""
         ...

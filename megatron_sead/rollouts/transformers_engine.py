@@ -146,7 +146,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Let the model go."""
-        del self.model
+        self.model = None
 
     @torch.inference_mode()
     def _write(self, requests: list[GenerationRequest], step: int, sampling: Sampling) -> list[Rollout]:

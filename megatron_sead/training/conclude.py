@@ -31,6 +31,7 @@ def conclude(run: Run) -> None:
     after = evaluate_student(run, directory)
     teacher = None
     if run.config.evaluation.teacher:
+        run.engine.close()  # for the teacher's, which may need its memory
         teacher = evaluate_directory(run, run.config.teacher.path, load_tokenizer(run.config.teacher, "teacher"))
     if run.parallel.rank == 0:
         results = {"before": before, "after": after, "teacher": teacher}

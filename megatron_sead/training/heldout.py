@@ -27,11 +27,10 @@ def evaluate_student(run: Run, directory: Path) -> dict[str, Any] | None:
 def evaluate_directory(run: Run, directory: Path, tokenizer: ModelTokenizer) -> dict[str, Any] | None:
     """Held-out accuracy of a model as its Hugging Face directory holds it; None without evaluation.path. Collective.
 
-    The run's engine sleeps from here on, until it is given weights.
+    By an engine of its own. The run's must not hold memory: it is not made yet, it is closed, or only reads.
     """
     if not run.heldout:
         return None
-    run.engine.sleep()
     context = replace(
         run.engine_context,
         directory=directory,

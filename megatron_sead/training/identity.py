@@ -8,6 +8,9 @@ a reference from the Hugging Face directory, at the start and after every resume
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +18,13 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
+from megatron_sead.config.rollouts import TransformersRollouts
 from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.models.decoder import Decoder
 from megatron_sead.prompts.packing import MicroBatch, TokenView
-from megatron_sead.rollouts.engine import Sampling
-from megatron_sead.rollouts.transformers_engine import TransformersEngine
+from megatron_sead.rollouts.engine import EngineContext
+from megatron_sead.rollouts.registry import make_engine
 from megatron_sead.training.not_finite import describe, gather_reports, weights_are_finite
 from megatron_sead.training.run import Run
 from megatron_sead.training.scoring import Heads, score_student
@@ -81,20 +85,19 @@ def _reference(run: Run, directory: Path) -> torch.Tensor:
     """What transformers makes of a directory: [len(probe) - 1] log-probabilities, by the first rank, for all."""
     box: list[torch.Tensor | None] = [None]
     if run.parallel.rank == 0:
-        engine = TransformersEngine(
-            directory,
-            sampling=Sampling(0.0, 1.0, 1),
-            stop_token_ids=run.tokenizer.stop_token_ids,
-            pad_token_id=run.tokenizer.pad_token_id,
-            seed=0,
-            device=run.parallel.device,
-            dtype=run.student_chunks[0].config.params_dtype,
-            vocab_size=run.learner.heads.vocab_size,
-        )
-        box[0] = engine.score(run.probe)
+        context = replace(run.engine_context, directory=directory, group=None)
+        if "vllm" in sys.modules:  # it has changed transformers' classes for this process
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                box[0] = fresh.submit(_transformers_log_probs, context, run.probe).result()
+        else:
+            box[0] = _transformers_log_probs(context, run.probe)
     dist.broadcast_object_list(box, src=0, group=run.parallel.control)
     assert box[0] is not None
     return box[0]
+
+
+def _transformers_log_probs(context: EngineContext, tokens: list[int]) -> torch.Tensor:
+    return make_engine(TransformersRollouts(), context).score(tokens)
 
 
 def both_log_probs(run: Run) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,8 +6,8 @@ import logging
 import time
 
 from megatron_sead.config.run import RunConfig
-from megatron_sead.errors import NotFiniteNumbers
-from megatron_sead.rollouts.engine import Rollout
+from megatron_sead.errors import NotFiniteNumbers, UserError
+from megatron_sead.rollouts.engine import EngineFailed, Rollout
 from megatron_sead.training.conclude import conclude
 from megatron_sead.training.engines import renew_engine
 from megatron_sead.training.record import record_step, save
@@ -67,10 +67,17 @@ def distill(run: Run) -> bool:
 
 
 def _write(run: Run, asked: list[int], step: int) -> list[Rollout]:
-    """The student's responses; then the engine sleeps. Raises UserError when the student's weights are spoilt."""
+    """The student's responses; then the engine sleeps.
+
+    Raises:
+        UserError: the student's weights are spoilt; or the engine is, and the student is saved.
+    """
     try:
         rollouts = run.engine.generate(run.requests(asked), step)
     except NotFiniteNumbers as error:
         raise ended_while_writing(run, step, asked, error) from None
+    except EngineFailed as error:
+        save(run)
+        raise UserError(f"{error}; saved after {step} steps, the same command continues") from error
     run.engine.sleep()
     return rollouts

@@ -62,7 +62,6 @@ class Run:
     tokenizer: ModelTokenizer
     prompts: list[Prompt]
     heldout: list[Prompt]  # to measure on; empty without evaluation.path
-    engine: RolloutEngine
     engine_context: EngineContext  # the student's
     grader: Grader
     curriculum: Curriculum
@@ -75,6 +74,7 @@ class Run:
     probe: list[int]
     inputs: Inputs
     started: float
+    engine: RolloutEngine = field(init=False)  # made when the models have proven to be those of their directories
     engine_scores: EngineScores | None = None  # when the engine was last given weights
 
     def __post_init__(self) -> None:
@@ -143,9 +143,16 @@ class Run:
         return iterate_huggingface_weights(self.student_chunks, self.parallel)
 
     def load_engine(self) -> None:
-        """Wake the engine, and give it the student's weights. Collective."""
+        """Wake the engine, and give it the student's weights. Collective.
+
+        Raises:
+            UserError: it has other weights than the student, or did not get all.
+        """
         self.engine.wake()
-        self.engine.load_weights(self.weights())
+        try:
+            self.engine.load_weights(self.weights())
+        except ValueError as error:
+            raise UserError(f"rollouts.engine={self.config.rollouts.engine!r}: {error}") from None
 
     def rollout_metrics(self, rollouts: list[Rollout], correct: list[bool], step: int) -> dict[str, Any]:
         """What the rollouts alone say."""

