@@ -1,12 +1,15 @@
 """The one exception that means: the user must change something."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A mistake in what the user gave: a setting, a file, a layout.
 
-    The message is one line that names the setting or file, its value, and what would be valid; of several mistakes
-    that were found together, a line each. Commands print it and exit with code 2; a traceback would only hide it.
-    Programming errors are ordinary exceptions.
+    The message is one line that names the setting or file, its value, and what would be valid; mistakes that were found
+    together have a line each. Commands print it and exit with code 2; a traceback would only hide it. Programming
+    errors are ordinary exceptions.
 
     Args:
         remedy: an argument of what was called, such as ``overwrite``, that would let it go on. A command that has an
@@ -19,7 +22,7 @@ class UserError(Exception):
 
 
 class ArgumentError(UserError):
-    """A mistake in an argument of what was called. A command names the option that it is of instead.
+    """A mistake in an argument of a function. A command that takes the argument as an option names the option instead.
 
     Args:
         name: of the argument.
@@ -34,6 +37,15 @@ class ArgumentError(UserError):
 
     def __str__(self) -> str:
         return f"{self.name}={self.value}: {self.reason}"
+
+
+@contextmanager
+def kept(mistakes: list[str]) -> Iterator[None]:
+    """Keep what the body finds, a line each, and go on: mistakes are told all at once."""
+    try:
+        yield
+    except UserError as error:
+        mistakes += str(error).splitlines()
 
 
 class NotFiniteNumbers(UserError):

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS | LEAVES} | {
     "rollouts": {"models"},
     "prompts": {"models"},
     "evaluation": {"rollouts", "grading", "prompts"},
-    "training": PARTS | {"evaluation", "launch"},
+    "training": PARTS | {"evaluation", "launch", "planning"},
     "planning": {"models", "prompts"},
     "launch": set(),
     "reporting": {"distillation"},
@@ -43,10 +43,12 @@ INSTANT = (
     "models.hf_config",
     "models.family",
     "models.weights",
-    *sorted({f"models.{folder}.family" for folder in FOLDERS.values()}),
+    "models.weight_tables",
+    *sorted({f"models.{folder}.family" for folder in FOLDERS}),
     "models.layout",
     "models.weight_files",
     "prompts.rows",
+    "prompts.token_tables",
     "launch.ownership",
 )
 SLOW = {"torch", "megatron", "transformers", "datasets"}
@@ -181,6 +183,56 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
         and node.end_lineno - node.lineno + 1 >= MOST_LINES_OF_A_FUNCTION
     }
     assert not long
+
+
+def import_graph(texts: dict[str, str]) -> dict[str, set[str]]:
+    """Which of the modules each one imports, at the top, in functions and for type checkers alike."""
+    graph: dict[str, set[str]] = {module: set() for module in texts}
+    for module, text in texts.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                named = set(imports(ast.Module([node], []), module)) & texts.keys()
+                # from a.b import c, where c is a module, uses nothing of a.b itself
+                graph[module] |= {name for name in named if not any(n.startswith(f"{name}.") for n in named)}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules each of which reaches all others of its set."""
+
+    def reached(start: str) -> set[str]:
+        seen, left = set[str](), [start]
+        while left:
+            new = graph[left.pop()] - seen
+            seen |= new
+            left += new
+        return seen
+
+    beyond = {module: reached(module) for module in graph}
+    found = [{m for m in beyond[module] if module in beyond[m]} for module in graph if module in beyond[module]]
+    return [circle for number, circle in enumerate(found) if circle not in found[:number]]
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in sources(PACKAGE)}
+    assert not circles(import_graph({module: path.read_text() for module, path in files.items()}))
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        "import p.a",
+        "from p import a",
+        "from p.a import f",
+        "def g():\n    from p.a import f",
+        "if TYPE_CHECKING:\n    from p.a import f",
+        "from p.c import h",
+    ],
+)
+def test_a_circle_is_seen_wherever_the_import_stands(second: str) -> None:
+    texts = {"p": "", "p.a": "from p.b import g", "p.b": second, "p.c": "from p.a import f", "p.d": "import p.a"}
+    (circle,) = circles(import_graph(texts))
+    assert circle == {"p.a", "p.b"} | ({"p.c"} if "p.c" in second else set())
 
 
 def options_named(path: Path) -> list[str]:

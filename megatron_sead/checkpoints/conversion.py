@@ -139,8 +139,10 @@ def _begin(model: ModelFiles, dtype: torch.dtype) -> Conversion:
 
 
 def _add_states(writer: TorchDistWriter, model: ModelFiles) -> None:
-    """Modules may keep a state beside their weights, for scales of fp8, and Megatron asks a checkpoint for all of them:
-    those of the linear layers with torch's modules, with Transformer Engine's those of norms and the core attention.
+    """Announce the state that modules may keep beside their weights, for scales of fp8.
+
+    Megatron asks a checkpoint for all of them: with torch's modules those of the linear layers, with Transformer
+    Engine's those of norms and the core attention.
     """
     layers = model.config.num_layers
     for named in model.weights:
@@ -171,15 +173,14 @@ def _megatron_pieces(model: HuggingFaceModel, dtype: torch.dtype, conversion: Co
     for named in model.weights:
         shape = named.weight.whole_shape
         step = max(1, PIECE_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
-        runs = named.weight.runs()
+        spans = named.weight.row_spans()
         for row in range(0, shape[0], step):
             rows = torch.empty(min(step, shape[0] - row), *shape[1:], dtype=dtype)
-            for run in runs:
-                first, last = max(run.megatron_row, row), min(run.megatron_row + run.rows, row + len(rows))
-                if first < last:
-                    name, part = named.names[run.part], rows[first - row : last - row]
-                    _read_rows(model, name, run.row + first - run.megatron_row, part)
-                    values.check(name, part)
+            for span in spans:
+                if (found := span.overlap(row, len(rows))) is not None:
+                    of_piece, first = found
+                    _read_rows(model, named.names[span.part], first, rows[of_piece])
+                    values.check(named.names[span.part], rows[of_piece])
             yield _Piece(named, row, rows)
         if padding := _padded_shape(named)[0] - shape[0]:
             yield _Piece(named, shape[0], torch.zeros(padding, *shape[1:], dtype=dtype))
@@ -207,7 +208,7 @@ def _huggingface_pieces(model: MegatronModel, conversion: Conversion) -> Iterato
 
 
 class _Values:
-    """Looks at every element once: the extremes of rows are NaN or infinite where any element is."""
+    """Looks at every element once, by the extremes of rows, which are NaN or infinite where any element is."""
 
     def __init__(self, model: ModelFiles) -> None:
         self.model = model

@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face directory: written as a stream, one shard in memory; and proof that it is it."""
+"""A trained model as a Hugging Face directory: written as a stream, one shard in memory, and compared bit for bit."""
 
 from __future__ import annotations
 

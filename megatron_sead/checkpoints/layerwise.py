@@ -1,7 +1,7 @@
-"""Do two directories speak alike? transformers' model and ours over the same long text, one layer in memory at a time.
+"""Layer-by-layer parity of two directories: transformers' model and ours read the same long text, one layer in memory.
 
-transformers' own forward runs, masks, positions and rotary angles included; a layer's weights come when it is called
-and go when it has returned. Then our layer, filled from the Megatron checkpoint, takes its turn.
+transformers' own forward runs, masks, positions and rotary angles included; a layer's weights are loaded when it is
+called and freed when it has returned. Then our layer, filled from the Megatron checkpoint, runs on its own states.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_sead.errors import ArgumentError, UserError
 from megatron_sead.models.builder import model_config
 from megatron_sead.models.config import ModelConfig
 from megatron_sead.models.norms import RMSNorm
-from megatron_sead.models.weights import EMBEDDING, HEAD
+from megatron_sead.models.weight_tables import EMBEDDING, HEAD
 from megatron_sead.parallel.context import ParallelContext
 
 # Shapes: s tokens of the text, h hidden size, v true vocabulary
@@ -64,7 +64,7 @@ class Agreement:
 
 
 def least_tokens(config: ModelConfig) -> int:
-    """A text must be longer than this: at this length a wrong window, or a wrong YaRN, need not show yet."""
+    """Tokens that a text must exceed: at this length a wrong window, or a wrong YaRN, need not show yet."""
     return max(config.lengths_of_change.values(), default=1)
 
 
@@ -252,7 +252,7 @@ class _MegatronSide:
 
 
 def _in_pieces(module: Any, dim: int) -> None:
-    """Let a module that treats tokens one by one see a part of them at a time. `dim` is theirs."""
+    """Call a module that treats each token by itself on a few tokens at a time."""
     whole = module.forward
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -116,7 +116,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _plain_name(file: str) -> str:
-    """Files of a checkpoint lie in its folder: a list that anybody can write names no others."""
+    """Refuse a name that leaves the checkpoint's folder: anybody can write a manifest."""
     if not re.fullmatch(r"[\w.-]+", file, re.ASCII) or not file.strip("."):
         raise ValueError
     return file

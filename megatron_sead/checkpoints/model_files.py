@@ -197,12 +197,12 @@ class MegatronModel(ModelFiles):
         if any(piece.sizes[-1] != self._saved(named).shape[-1] for piece in self._saved(named).pieces):
             yield from ((name, 0, part) for name, part in zip(named.names, self.read(named), strict=True))
             return
-        runs = named.weight.runs()
+        spans = named.weight.row_spans()
         for (row, *_), piece in self.checkpoint.pieces(key, named.layer):
-            for run in runs:
-                first, last = max(run.megatron_row, row), min(run.megatron_row + run.rows, row + len(piece))
-                if first < last:
-                    yield named.names[run.part], run.row + first - run.megatron_row, piece[first - row : last - row]
+            for span in spans:
+                if (found := span.overlap(row, len(piece))) is not None:
+                    of_piece, first = found
+                    yield named.names[span.part], first, piece[of_piece]
 
 
 def megatron_key(named: NamedWeight) -> str:

@@ -62,8 +62,11 @@ def give_every_parameter_its_own_step(optimizer: Any) -> None:
 
 @contextmanager
 def _steps_left_alone(distributed: Any) -> Iterator[None]:
-    """Megatron's DistributedOptimizer copies moments and main parameters, under no_grad (fault 3), and no step (fault
-    2): ``load_state_dict`` has set it from the parameter groups, so it is handed its own value."""
+    """Let Megatron's DistributedOptimizer copy moments and main parameters under no_grad (fault 3), and keep the step
+    (fault 2).
+
+    ``load_state_dict`` has set the step from the parameter groups, so each parameter is handed its own value back.
+    """
     copy_all = distributed._set_main_param_and_optimizer_states
 
     @torch.no_grad()

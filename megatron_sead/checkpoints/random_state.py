@@ -23,10 +23,10 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Undo everything drawn since `random_state`.
+    """Set all generators to what `random_state` returned.
 
-    The device's generators stay as they are where the state is of another kind of device: a CPU's is 5,056 bytes, a
-    GPU's 16, and neither says anything to the other.
+    The device's generators keep their state where the saved one is of another kind of device: a CPU's has 5,056 bytes,
+    a GPU's 16, and neither can be made of the other.
     """
     kind, keys, *rest = state["numpy"]
     random.setstate(state["python"])

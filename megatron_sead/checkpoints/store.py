@@ -43,7 +43,7 @@ from megatron_sead.checkpoints.optimizer_state import give_every_parameter_a_sta
 from megatron_sead.checkpoints.random_state import random_state, restore_random_state
 from megatron_sead.checkpoints.torch_dist_reader import TorchDistCheckpoint, plain_values, restricted_loading
 from megatron_sead.errors import UserError
-from megatron_sead.files.durable import flush_directory
+from megatron_sead.files.durable import rename_directory
 from megatron_sead.files.outputs import delete_unfinished
 from megatron_sead.parallel.context import ParallelContext
 
@@ -144,7 +144,8 @@ class CheckpointStore:
 
     @contextmanager
     def _only_refusals(self, path: Path, *more: type[Exception]) -> Iterator[None]:
-        """What reading values of another make can raise is the files' fault, which their checksums do not see."""
+        """Turn what reading malformed values can raise into a refusal of the files: checksums do not see who wrote
+        them."""
         try:
             yield
         except (LookupError, TypeError, AttributeError, CheckpointingException, CheckpointException, *more) as error:
@@ -168,7 +169,8 @@ class CheckpointStore:
         return from_first_rank(found, self.parallel.control)
 
     def _newest_whole(self) -> tuple[Path, Manifest] | None:
-        """On every rank the same: the first rank looks and reads manifests, all ranks read the files."""
+        """Find the newest whole checkpoint, the same on every rank: the first rank reads manifests, all ranks read the
+        files."""
         names, leftovers = from_first_rank(self._names(), self.parallel.control)
         for name in leftovers:
             self._log("checkpoint %s: was not written to the end; ignored", self.directory / name)
@@ -193,7 +195,7 @@ class CheckpointStore:
         return None
 
     def _refused(self, path: Path) -> str | None:
-        """First rank: why the files may not be unpickled, though their checksums fit, which anybody can make."""
+        """Why the first rank refuses to unpickle files whose checksums fit: anybody can make a manifest that fits."""
         if self.parallel.rank != 0:
             return None
         try:
@@ -216,20 +218,17 @@ class CheckpointStore:
         for name in self._names()[1]:
             path = self.directory / name
             delete_unfinished(path)
-            if path.exists():  # holds files that no run wrote
-                path.rename(_unused(path.with_name(f"{name}.kept")))
+            _move_aside(path)
         temporary.mkdir(parents=True)
 
     def _finish(self, temporary: Path, manifest: Manifest) -> None:
-        """First rank: from here on it is a checkpoint, and older ones may go."""
+        """Make the temporary folder a checkpoint and delete older ones, on the first rank."""
         write_manifest(temporary, manifest)
         path = self.directory / temporary.name[1:]
         if path.exists():  # damaged, and reached again
             self._delete(path)
-        if path.exists():
-            path.rename(_unused(path.with_name(f"{path.name}.kept")))
-        temporary.rename(path)
-        flush_directory(self.directory)
+        _move_aside(path)
+        rename_directory(temporary, path)
         self.damaged.discard(path.name)
         others = [name for name in self._names()[0] if name != path.name]
         whole = [name for name in others if name not in self.damaged and (self.directory / name / FILE_NAME).exists()]
@@ -238,7 +237,8 @@ class CheckpointStore:
         self._log("saved checkpoint %s", path)
 
     def _delete(self, path: Path) -> None:
-        """The files that a manifest says a run wrote, and the folder if it holds no others. Without one, nothing."""
+        """Delete the files that the manifest names, and the folder if it holds no others. Without a manifest nothing
+        goes."""
         manifest, _ = _try_manifest(path)
         if manifest is None:
             return
@@ -256,11 +256,12 @@ class CheckpointStore:
         }
 
     def _format(self) -> dict[str, Any]:
-        """Megatron's name for what any layout can read. A new dictionary each time: Megatron writes into it."""
+        """Megatron's name for the format that any layout can read. It is a new dictionary each time: Megatron writes
+        into it."""
         return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": self.parallel.dp_with_cp}
 
     def _on_first_rank(self, action: Callable[[], None]) -> None:
-        """Do it there; every rank goes on when it is done, or learns that the disk refused."""
+        """Do something on the first rank. Every rank goes on when it is done, or raises what the disk refused."""
         refusal = None
         if self.parallel.rank == 0:
             try:
@@ -296,9 +297,11 @@ def _layout(parallel: ParallelContext) -> dict[str, int]:
     return sizes | {"virtual": parallel.chunks, "data": parallel.dp_size}
 
 
-def _unused(path: Path) -> Path:
-    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(place for place in itertools.chain([path], numbered) if not place.exists())
+def _move_aside(path: Path) -> None:
+    """Rename a folder that still holds files that no run wrote, if there is one."""
+    if path.exists():
+        names = itertools.chain([f"{path.name}.kept"], (f"{path.name}.kept-{number}" for number in itertools.count(2)))
+        path.rename(next(place for place in map(path.with_name, names) if not place.exists()))
 
 
 def _try_manifest(path: Path) -> tuple[Manifest | None, str | None]:
@@ -313,7 +316,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _read_inputs(path: Path) -> tuple[str, dict[str, Any] | None] | None:
-    """None: damaged."""
+    """Name and recorded inputs of a checkpoint; None where it is damaged."""
     manifest, _ = _try_manifest(path)
     if manifest is None:
         return None

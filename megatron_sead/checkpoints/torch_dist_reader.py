@@ -41,7 +41,7 @@ FORCE, LIFT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD
 
 
 class _Inert:
-    """Stands for what Megatron keeps beside the table and reading needs not."""
+    """Takes the place of objects that Megatron keeps beside the table and that no reading needs."""
 
 
 ALLOWED: dict[tuple[str, str], Any] = {
@@ -270,7 +270,7 @@ def _tensors(table: Any) -> dict[str, SavedTensor]:
 
 
 def _plain_name(file: str) -> str:
-    """Files of a checkpoint lie in its directory."""
+    """Refuse a name that leaves the checkpoint's directory."""
     if not re.fullmatch(r"[\w.-]+", file):
         raise UserError(f".metadata: refused: it names the file {file!r}, which is not within the checkpoint")
     return file

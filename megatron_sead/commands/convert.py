@@ -1,4 +1,4 @@
-"""OLMo-3 between Hugging Face and Megatron-Core: ``sead convert COMMAND --help``.
+"""Models between Hugging Face's format and Megatron-Core's: ``sead convert COMMAND --help``.
 
 Tensors stream from one format to the other: a few gigabytes of memory do for 32B, and no GPU is used.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_sead.commands.cli import App, expand_argument, one_line_errors
-from megatron_sead.commands.conversion_console import prepare_megatron, progress
+from megatron_sead.commands.conversion_console import prepare_megatron, progress_bar
 from megatron_sead.commands.model_checks import checks
 from megatron_sead.errors import ArgumentError
 from megatron_sead.files.names import no_directory
@@ -55,7 +55,7 @@ def hf_to_megatron(
 
         chosen = None if dtype is None else DTYPES[dtype.value]
         directory = local_directory(source)
-        with progress("hf-to-megatron") as advance:
+        with progress_bar("hf-to-megatron") as advance:
             began = time.monotonic()
             done = huggingface_to_megatron(directory, output, dtype=chosen, overwrite=overwrite, advance=advance)
         tell(done, output, time.monotonic() - began)
@@ -82,8 +82,8 @@ def megatron_to_hf(
         limit = parse_size(max_shard_size)
         require_apart(output, [source])  # a run's directory holds the checkpoint that is read
         checkpoint, told = find_checkpoint(source, iteration), list[str]()
-        finish = speech_of_run(checkpoint, output, told)
-        with progress("megatron-to-hf") as advance:
+        finish = tokenizer_of_run(checkpoint, output, told)
+        with progress_bar("megatron-to-hf") as advance:
             began = time.monotonic()
             done = megatron_to_huggingface(
                 checkpoint, output, max_shard_bytes=limit, overwrite=overwrite, advance=advance, finish=finish
@@ -93,8 +93,10 @@ def megatron_to_hf(
         tell(done, output, time.monotonic() - began)
 
 
-def speech_of_run(checkpoint: Path, output: Path, told: list[str]) -> Callable[[Path], None] | None:
-    """What makes a written model speak as the run did that the checkpoint is of; None: it is of no run.
+def tokenizer_of_run(checkpoint: Path, output: Path, told: list[str]) -> Callable[[Path], None] | None:
+    """What to do with a written model so that it has the tokenizer and prompts of the run that the checkpoint is of.
+
+    None: the checkpoint is of no run.
 
     Args:
         told: gets a line for each change.
@@ -103,7 +105,7 @@ def speech_of_run(checkpoint: Path, output: Path, told: list[str]) -> Callable[[
         UserError: the run's tokenizer or chat template is no longer where it was, or where `output` is.
     """
     from megatron_sead.checkpoints.model_files import find_model_source, recorded_student
-    from megatron_sead.prompts.export import carry_speech
+    from megatron_sead.prompts.export import export_tokenizer
     from megatron_sead.prompts.tokenizer import load_tokenizer
 
     student = recorded_student(checkpoint)
@@ -111,7 +113,7 @@ def speech_of_run(checkpoint: Path, output: Path, told: list[str]) -> Callable[[
         return None
     require_apart(output, [place for place in (student.tokenizer, student.chat_template) if place is not None])
     tokenizer = load_tokenizer(student, "student")
-    return lambda directory: told.extend(carry_speech(tokenizer, student, directory))
+    return lambda directory: told.extend(export_tokenizer(tokenizer, student, directory))
 
 
 def local_directory(source: str) -> Path:

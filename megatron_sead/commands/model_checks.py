@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from megatron_sead.commands.cli import App, one_line_errors
-from megatron_sead.commands.conversion_console import prepare_megatron, progress
+from megatron_sead.commands.conversion_console import prepare_megatron, progress_bar
 from megatron_sead.wording import counted
 
 if TYPE_CHECKING:
@@ -75,13 +75,13 @@ def verify(
             if ours.shapes != theirs.shapes:
                 print("not the same model: other shapes, tensors cannot be compared")
                 sys.exit(DIFFERENT)
-            with progress("tensors") as advance:
+            with progress_bar("tensors") as advance:
                 comparison = compare_tensors(ours, theirs, advance)
             same = tell_tensors(comparison) and not config
             if probe is not None:
                 parallel = initialize_parallel(ParallelSettings(), "cpu", seed=0)
                 try:
-                    with progress("text") as advance:
+                    with progress_bar("text") as advance:
                         agreement = compare_on_text(ours, theirs, probe, parallel, advance)
                 finally:
                     destroy_parallel()
@@ -102,7 +102,7 @@ def roundtrip(
         prepare_megatron()
         from megatron_sead.checkpoints.verification import round_trip
 
-        with progress("roundtrip") as advance:
+        with progress_bar("roundtrip") as advance:
             trip = round_trip(source, workdir, advance)
         compared = trip.tensors
         table = plain_table("", "compared", "different", "seconds")
@@ -148,7 +148,7 @@ def truncate(
         prepare_megatron()
         from megatron_sead.checkpoints.truncation import truncate as write_truncated
 
-        with progress("truncate") as advance:
+        with progress_bar("truncate") as advance:
             parameters = write_truncated(source, output, layers=layers, overwrite=overwrite, advance=advance)
         print(f"{output}: {counted(layers, 'layer')}, {parameters:,} parameters")
 

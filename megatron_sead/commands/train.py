@@ -10,8 +10,6 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -22,7 +20,7 @@ from megatron_sead.config.checks import OWNER_FILE, check_output
 from megatron_sead.config.environment import environment_number
 from megatron_sead.config.run import RunConfig, load_config
 from megatron_sead.config.settings_file import repeated_overrides
-from megatron_sead.errors import UserError
+from megatron_sead.errors import UserError, kept
 from megatron_sead.files.durable import DISK_REFUSES
 from megatron_sead.launch.ownership import refuse_if_owned
 from megatron_sead.launch.rank_failures import ending_together
@@ -71,28 +69,20 @@ def _examine(config: RunConfig, world_size: int, *, show: bool) -> None:
     from megatron_sead.planning.preflight import check_inputs
 
     mistakes: list[str] = []
-    with _kept(mistakes):
+    with kept(mistakes):
         plan = make_plan(config, world_size)
         if show:
             print_plan(plan, config)
-    with _kept(mistakes):
+    with kept(mistakes):
         for line in check_inputs(config, weights_may_come_later=show):
             print(f"note: {line}")
     if not show and (missing := config.rollouts.missing()) is not None:  # a plan is often made on another machine
         mistakes.append(f"rollouts.engine={config.rollouts.engine}: {missing}")
-    with _kept(mistakes):
+    with kept(mistakes):
         check_output(config)
         refuse_if_owned(config.output / OWNER_FILE, f"output={config.output}")
     if mistakes:
         raise UserError("\n".join(dict.fromkeys(mistakes)))
-
-
-@contextmanager
-def _kept(mistakes: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        mistakes += str(error).splitlines()
 
 
 def _start_ranks(count: int, config: Path, overrides: list[str]) -> NoReturn:

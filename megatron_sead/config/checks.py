@@ -79,7 +79,7 @@ def _told_differences(old: RunConfig, new: RunConfig, keys: list[str]) -> str:
 
 
 def _require_apart_from_inputs(config: RunConfig) -> None:
-    """Inputs may lie in the output directory, beside what a run writes there."""
+    """Refuse inputs among the files that a run writes. Elsewhere in the output directory they may lie."""
     inputs: dict[str, str | Path | None] = {"prompts.path": config.prompts.path}
     inputs |= {"evaluation.path": config.evaluation.path, "rollouts.path": config.rollouts.recorded}
     for role, model in (("student", config.student), ("teacher", config.teacher)):
@@ -102,7 +102,7 @@ def _refuse_files_of_others(output: Path) -> None:
 
 
 def data_parallel_size(parallel: ParallelSettings, world_size: int) -> int:
-    """What is left of the ranks.
+    """How many data-parallel replicas the ranks make.
 
     Raises:
         UserError: ranks that the layout does not divide.
@@ -141,7 +141,7 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
 
 
 def check_batch(config: RunConfig, difficulties: Sequence[float | None]) -> None:
-    """That there are prompts enough for a step, which asks different ones.
+    """Check that there are enough prompts for a step, which asks different ones.
 
     Args:
         difficulties: one a prompt of prompts.path.
@@ -195,7 +195,7 @@ OPENS_EARLIER = {
 def opening_step(config: RunConfig) -> int | None:
     """First step, counted from 0, that may ask prompts of every difficulty; None: none of the run's steps may.
 
-    Of mastery, which opens by pass rates, the latest such step. Of sorted, which closes behind itself, step 0.
+    mastery opens by pass rates, so the latest such step counts. sorted asks easy prompts first and never opens: 0.
     """
     curriculum, steps = config.curriculum, config.training.steps
     opening = 0

@@ -66,7 +66,7 @@ def environment_number(name: str, default: int | None = None, *, least: int = 1)
 
 
 def check_rank_variables() -> None:
-    """That a process told its rank is told where to meet the others, too.
+    """Check that a process that was told its rank was also told where to meet the others.
 
     Raises:
         UserError: a variable that torchrun sets is missing, or holds no number.

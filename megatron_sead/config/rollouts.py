@@ -122,7 +122,7 @@ def _installed(package: str) -> str | None:
 
 
 def _of_one_engine(values: Any) -> Any:
-    """With the default engine; without settings of other engines that are null, which say nothing."""
+    """Fill in the default engine, and drop settings of other engines that are null: null says nothing."""
     if not isinstance(values, dict):
         return values
     values = {"engine": "transformers", **values}

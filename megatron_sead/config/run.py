@@ -17,7 +17,8 @@ from megatron_sead.config.settings import LocalPath, PathOrHubName, Settings
 from megatron_sead.config.settings_file import dump_settings, load_settings
 from megatron_sead.distillation.annealing import CompetenceTracker, Shape, annealing_coefficient
 from megatron_sead.distillation.curriculum import Curriculum, Mode, gate_problem
-from megatron_sead.distillation.policies import POLICIES, PolicyOptions, Tail, ZoneCLoss, name_problem
+from megatron_sead.distillation.policies import POLICIES, name_problem
+from megatron_sead.distillation.policy_interface import PolicyOptions, Tail, ZoneCLoss
 from megatron_sead.distillation.zone_shares import DEFAULT_SHARES, Shares, shares_problem
 
 # What a checkpoint keeps a fingerprint of; all but the prompts' and rollouts' files are of both models

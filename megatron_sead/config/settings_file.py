@@ -131,7 +131,11 @@ def _apply_override(schema: type[BaseModel], values: dict[str, Any], override: s
 
 
 def _override_value(key: str, text: str, field: FieldInfo) -> Any:
-    """For text, what stands after the sign, whatever YAML sees in it; in quotes, and for all else, YAML."""
+    """What an override sets.
+
+    A setting that takes text gets what stands after the sign, whatever YAML would make of it, unless it is in quotes.
+    All other settings get what YAML reads.
+    """
     if takes_text(field.annotation) and text.lstrip()[:1] not in ("'", '"'):
         return Plain(text.strip())
     try:

@@ -1,4 +1,4 @@
-"""The phase scale: how much forward KL is left at a point u of the run, and what u may be."""
+"""The phase scale: alpha as a function of u, the point of the run, and u from the student's competence."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class CompetenceTracker:
         self._best = max(self._best, self.value)
 
     @property
-    def progress(self) -> float:
-        """u in [0, 1]; 0 before the first observation."""
+    def u(self) -> float:
+        """In [0, 1]; 0 before the first observation."""
         if not self._seen:
             return 0.0
         if self._best >= self._target:

@@ -34,7 +34,7 @@ def check_logits(**logits: torch.Tensor) -> None:
 
 
 def require_tensors(**values: object) -> None:
-    """Before anything is asked of them.
+    """Check types first, before anything is asked of the values.
 
     Raises:
         TypeError: another kind of object; on this rank alone, since the others cannot be told without a shape.
@@ -78,13 +78,13 @@ def check_per_token(shape: torch.Size, device: torch.device, **values: torch.Ten
             )
 
 
-def whole_shape(hidden: torch.Tensor, spread: ProcessGroup | None) -> torch.Size:
-    """Shape of the tokens of hidden states [..., h], of which this rank has a part [s/tp, ...] if they are spread."""
-    if spread is None:
+def whole_shape(hidden: torch.Tensor, sequence_group: ProcessGroup | None) -> torch.Size:
+    """Shape of the tokens of hidden states [..., h], whole or, of a sequence group, this rank's shard [s/tp, ...]."""
+    if sequence_group is None:
         return hidden.shape[:-1]
     if hidden.dim() < 2:
         raise ValueError(f"hidden states have shape {list(hidden.shape)}: must be [s/tp, ..., h] if sequence_parallel")
-    return torch.Size([hidden.shape[0] * dist.get_world_size(spread), *hidden.shape[1:-1]])
+    return torch.Size([hidden.shape[0] * dist.get_world_size(sequence_group), *hidden.shape[1:-1]])
 
 
 def check_heads(
@@ -209,7 +209,7 @@ def refuse_nan(bad: torch.Tensor, own_normalizers: torch.Tensor, group: ProcessG
 
 
 def _raise_for_token(token: int, tokens: int, at_fault: str, group: ProcessGroup | None) -> NoReturn:
-    """Raise what the ranks find in a token: `at_fault` on this one, or nothing."""
+    """Raise for a token what all ranks find in it; `at_fault` names this rank's logits that are wrong, or is empty."""
     problem = f"{at_fault} of token {token} (of {tokens}) are NaN or +inf" if at_fault else None
     otherwise = f"token {token} (of {tokens}): all its logits are -inf, or a weight is NaN"
     raise_together(problem, group, otherwise, kind=NotFiniteError)
@@ -222,7 +222,7 @@ def raise_together(
     *,
     kind: type[ValueError] = ValueError,
 ) -> NoReturn:
-    """Raise the first problem that any rank has, or what is said `otherwise`, on ranks that all know of one."""
+    """Raise the first problem that any rank has. A rank that only knows that there is one raises `otherwise`."""
     if group is None:
         raise kind(problem or otherwise)
     problems: list[str | None] = [None] * dist.get_world_size(group)

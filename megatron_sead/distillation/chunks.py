@@ -1,4 +1,4 @@
-"""Chosen tokens a chunk at a time, and their hidden states: whole on every rank, or spread over the sequence.
+"""Chosen tokens a chunk at a time, and their hidden states: whole on every rank, or sequence-parallel.
 
 Under sequence parallelism a chunk takes tokens of every rank that has some left: their states are gathered for the
 chunk alone, and its gradients go back to their ranks, so that no rank ever holds the states of the whole sequence.
@@ -86,16 +86,16 @@ class Chunk:
         return padded.flatten(0, 1)
 
 
-def token_chunks(tokens: torch.Tensor, size: int, spread: ProcessGroup | None, local: int) -> Iterator[Chunk]:
+def token_chunks(tokens: torch.Tensor, size: int, sequence_group: ProcessGroup | None, local: int) -> Iterator[Chunk]:
     """Cut chosen tokens [k], ascending, into chunks of at most `size` (or of one token a rank).
 
     Args:
-        spread: ranks over which the sequence is split, each with `local` tokens; None: each rank has all.
+        sequence_group: ranks over which the sequence is split, each with `local` tokens; None: each rank has all.
     """
-    if spread is None:
+    if sequence_group is None:
         yield from (Chunk(part, part, None) for part in tokens.split(size))
         return
-    rank, ranks = dist.get_rank(spread), dist.get_world_size(spread)
+    rank, ranks = dist.get_rank(sequence_group), dist.get_world_size(sequence_group)
     left = torch.bincount(tokens.div(local, rounding_mode="floor"), minlength=ranks).tolist()
     of_rank = tokens.split(left)
     while any(left):

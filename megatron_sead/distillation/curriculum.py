@@ -19,12 +19,12 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 def gate(c0: float, k: float, done: float) -> float:
-    """Difficulty c(t) up to which prompts are open when a share `done` = t / T of the run is over."""
+    """The difficulty c(t) up to which prompts may be asked, when a share `done` = t / T of the run is over."""
     return min(1.0, c0 * (1 + done) ** k)
 
 
 def gate_problem(c0: float, k: float) -> str | None:
-    """Why a gate is no gate to learn through; None: it opens."""
+    """Why a gate stays closed for some prompts; None: it opens for all."""
     if c0 * 2**k >= 1:
         return None
     lowest_k = math.ceil(1000 * math.log2(1 / c0)) / 1000

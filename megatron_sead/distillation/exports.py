@@ -7,8 +7,8 @@ from megatron_sead.distillation.curriculum import Curriculum
 from megatron_sead.distillation.divergence import weighted_divergence
 from megatron_sead.distillation.linear_divergence import linear_weighted_divergence
 from megatron_sead.distillation.linear_scores import TokenScores, linear_token_scores
-from megatron_sead.distillation.policies import (
-    POLICIES,
+from megatron_sead.distillation.policies import POLICIES, find_policy, make_policy
+from megatron_sead.distillation.policy_interface import (
     LossInput,
     Policy,
     PolicyInput,
@@ -16,8 +16,6 @@ from megatron_sead.distillation.policies import (
     TokenLoss,
     TokenWeights,
     Weigh,
-    find_policy,
-    make_policy,
 )
 from megatron_sead.distillation.statistics import (
     TokenStatistics,

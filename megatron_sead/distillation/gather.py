@@ -1,4 +1,4 @@
-"""Values of the tokens of all ranks, side by side."""
+"""All-gather of rows, of which each rank may hold another number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 
-def gather_tokens(values: torch.Tensor, groups: Sequence[ProcessGroup]) -> tuple[torch.Tensor, slice]:
+def all_gather_rows(values: torch.Tensor, groups: Sequence[ProcessGroup]) -> tuple[torch.Tensor, slice]:
     """Rows of `values` [n, k] of all ranks of `groups`, in rank order, and the place of this rank's own among them.
 
     Over one group after another: with groups (a, b) each rank has the rows of every rank of a, then of b. Ranks may

@@ -43,7 +43,7 @@ def logit_chunks(
     *,
     scratch_bytes: int | None,
     buffers: int,
-    spread: ProcessGroup | None,
+    sequence_group: ProcessGroup | None,
 ) -> Iterator[tuple[Chunk, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Both models' logits [r, c] of the chosen tokens, a chunk at a time.
 
@@ -52,7 +52,7 @@ def logit_chunks(
         tokens: [k] ascending.
         real: c, the head rows that are tokens; padding takes no part in the products.
         buffers: pairs of logits that the caller uses at a time.
-        spread: ranks over which the hidden states' tokens are split; None: each rank has all.
+        sequence_group: ranks over which the hidden states' tokens are split; None: each rank has all.
 
     Yields:
         the chunk; the student's hidden states [r, h] in its head's type; logits of student and teacher, in buffers
@@ -62,16 +62,16 @@ def logit_chunks(
         return
     heads = student[1], teacher[1]
     size = chunk_rows(scratch_bytes, buffers, *heads)
-    rows = min(len(tokens), size if spread is None else max(size, spread.size()))
+    rows = min(len(tokens), size if sequence_group is None else max(size, sequence_group.size()))
     # one type for both, or the two could not be subtracted
     dtype = accumulation_dtype(torch.promote_types(heads[0].dtype, heads[1].dtype))
     width = _aligned(real)
     count = min(buffers, -(-len(tokens) // rows))
 
     def start(chunk: Chunk) -> tuple[Chunk, list[Callable[[], torch.Tensor]]]:
-        return chunk, [chunk.start_gather(hidden, spread) for hidden, _ in (student, teacher)]
+        return chunk, [chunk.start_gather(hidden, sequence_group) for hidden, _ in (student, teacher)]
 
-    started = _one_ahead(map(start, token_chunks(tokens, size, spread, len(student[0]))))
+    started = _one_ahead(map(start, token_chunks(tokens, size, sequence_group, len(student[0]))))
     memory = [large_empty((count, rows, width), dtype, heads[0].device) for _ in heads]
     for turn, (chunk, (student_states, teacher_states)) in enumerate(started):
         logits = [of_model[turn % count, : len(chunk.tokens)] for of_model in memory]
@@ -82,7 +82,7 @@ def logit_chunks(
 
 
 def _one_ahead(started: Iterator[T]) -> Iterator[T]:
-    """The same, each but the first having started before its predecessor is handed out."""
+    """Yield the same items, but start each one before its predecessor is handed out."""
     previous: list[T] = []
     for current in started:
         yield from previous
@@ -113,7 +113,7 @@ def _aligned(columns: int) -> int:
 
 
 def _aligned_width(real: int, rows: int) -> int:
-    """Of matrices with another number of columns or rows, a GPU's library makes the product at half the speed."""
+    """Width of a product that a GPU's library makes at full speed: with another one it takes twice as long."""
     return _aligned(real) if _aligned(real) <= rows else real
 
 

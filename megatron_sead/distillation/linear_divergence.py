@@ -118,13 +118,13 @@ def linear_loss(
     with refused_together(group, student_hidden.device):
         check_heads(student_hidden, student_head, teacher_hidden, teacher_head)
         shard = vocabulary_shard(len(student_head), group, vocab_size)
-        spread = shard.group if sequence_parallel else None
-        device, shape = student_hidden.device, whole_shape(student_hidden, spread)
+        sequence_group = shard.group if sequence_parallel else None
+        device, shape = student_hidden.device, whole_shape(student_hidden, sequence_group)
         weights = weights_per_token(shape, device, forward_weight=both_weights[0], reverse_weight=both_weights[1])
         if scratch_bytes is not None and scratch_bytes < 1:
             raise ValueError(f"scratch_bytes={scratch_bytes}: must be positive")
     needs_gradient = torch.is_grad_enabled() and (student_hidden.requires_grad or student_head.requires_grad)
-    setting = LinearSetting(shard, spread, scratch_bytes, needs_gradient, make)
+    setting = LinearSetting(shard, sequence_group, scratch_bytes, needs_gradient, make)
     loss: torch.Tensor = _LinearLoss.apply(*models, *weights, setting)
     return loss
 
@@ -134,7 +134,7 @@ class LinearSetting:
     """Of one call."""
 
     shard: VocabularyShard
-    spread: ProcessGroup | None  # ranks over which the hidden states' tokens are split
+    sequence_group: ProcessGroup | None  # ranks over which the hidden states' tokens are split
     scratch_bytes: int | None
     needs_gradient: bool
     make: Make
@@ -190,10 +190,10 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _hand_over(gradient: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """The head's gradient for autograd; where Megatron accumulates in `main_grad`, added to that without rounding.
+    """Give the head's gradient to autograd, or add it to Megatron's `main_grad` in fp32.
 
-    Megatron's DistributedDataParallel then expects a gradient that it ignores, as from its own linear layers; or adds
-    too, where the weight is tied to the embedding's.
+    In the second case Megatron's DistributedDataParallel expects a gradient from autograd, as from its own linear
+    layers: it ignores it, or adds it too where the weight is tied to the embedding's.
     """
     main_grad = getattr(head, "main_grad", None)
     if main_grad is None or not hasattr(head, "grad_added_to_main_grad"):
@@ -217,7 +217,7 @@ def _common_scale(
 
 @dataclass
 class _InFlight:
-    """A chunk whose sums travel while the next one's logits are computed."""
+    """A chunk whose sums are being reduced over the ranks while the next chunk's logits are computed."""
 
     chunk: Chunk
     states: torch.Tensor  # [r, h] the student's
@@ -260,7 +260,7 @@ def fused_pass(inputs: Sequence[torch.Tensor], setting: LinearSetting, wanted: t
         shard.real,
         scratch_bytes=setting.scratch_bytes,
         buffers=2 if overlaps else 1,
-        spread=setting.spread,
+        sequence_group=setting.sequence_group,
     )
     flying: list[_InFlight] = []
     for chunk, states, student, teacher in chunks:

@@ -91,8 +91,8 @@ def linear_token_scores(
         if student_hidden.dim() != 2:
             raise ValueError(f"student_hidden has shape {list(student_hidden.shape)}: must be [n, h]")
         shard = vocabulary_shard(len(student_head), group, vocab_size)
-        spread = shard.group if sequence_parallel else None
-        check_per_token(whole_shape(student_hidden, spread), student_hidden.device, targets=targets)
+        sequence_group = shard.group if sequence_parallel else None
+        check_per_token(whole_shape(student_hidden, sequence_group), student_hidden.device, targets=targets)
         _check_tokens(targets, (*stops[0], *stops[1]), shard, len(student_head), vocab_size)
     dtype = accumulation_dtype(torch.promote_types(student_head.dtype, teacher_head.dtype))
     tokens = (targets >= 0).nonzero().squeeze(1)
@@ -106,7 +106,7 @@ def linear_token_scores(
         shard.real,
         scratch_bytes=scratch_bytes,
         buffers=1,
-        spread=spread,
+        sequence_group=sequence_group,
     ):
         part = pair_sums(student, teacher, shard, with_columns=True)
         own.store(chunk.tokens, part)

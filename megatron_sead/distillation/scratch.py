@@ -38,7 +38,7 @@ def large_empty_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def plain_on_cpu(tensor: torch.Tensor) -> bool:
-    """Is its memory a CPU's, and where it says? A subclass may be anything: what a DTensor calls its memory is none."""
+    """Whether a tensor's memory is on a CPU, where the tensor says it is. Subclasses such as DTensor may have none."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
 
 
@@ -48,7 +48,8 @@ def release() -> None:
 
 
 def _take(size: int) -> mmap.mmap:
-    """The least that is large enough. Else new memory, for which a smaller one goes, so that their number stays."""
+    """Take the smallest kept memory that is large enough. Otherwise make new memory in place of a smaller one, so that
+    the number stays the same."""
     for memory in sorted(_kept, key=len):
         if len(memory) >= size:
             with suppress(ValueError):  # another thread took it

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_sead.distillation.gather import gather_tokens
-from megatron_sead.distillation.policies import PolicyInput
+from megatron_sead.distillation.gather import all_gather_rows
+from megatron_sead.distillation.policy_interface import PolicyInput
 
 # Shapes: n response tokens of this rank
 
@@ -46,7 +46,7 @@ def top_share_by_soft_or(step: PolicyInput, share: float, groups: Sequence[Proce
     h, d = _scaled(values.clamp(min=0), groups).unbind(-1)
     score = (h + d - h * d).double().view(torch.int64)  # bits of numbers >= 0 sort as integers
     rows = torch.stack([score, step.rollout_index[chosen], step.position[chosen]], dim=-1)
-    everyone, place = gather_tokens(rows, groups)
+    everyone, place = all_gather_rows(rows, groups)
     order = everyone[:, 2].argsort(stable=True)
     order = order[everyone[order, 1].argsort(stable=True)]
     order = order[everyone[order, 0].argsort(descending=True, stable=True)]

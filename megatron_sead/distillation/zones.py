@@ -15,7 +15,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation.checks import require_tensors
-from megatron_sead.distillation.gather import gather_tokens
+from megatron_sead.distillation.gather import all_gather_rows
 from megatron_sead.distillation.zone_shares import (
     DEFAULT_SHARES,
     NOT_VALID,
@@ -205,7 +205,7 @@ def _quantile_zones(
     parts = [entropies.view(torch.int64)]
     if token_index is not None:
         parts.append(token_index[chosen].long()[:, None])
-    gathered, place = gather_tokens(torch.cat(parts, dim=1), groups)
+    gathered, place = all_gather_rows(torch.cat(parts, dim=1), groups)
     entropies = gathered[:, :1].contiguous().view(torch.float32)
     _require_finite(entropies)
     if token_index is None:

@@ -26,10 +26,12 @@ from megatron_sead.config.run import GradingSettings, ModelSettings, PromptSetti
 from megatron_sead.config.settings import Settings
 from megatron_sead.config.settings_file import dotted_keys, load_settings, read_yaml, settings_from
 from megatron_sead.errors import UserError
+from megatron_sead.files.durable import replace_text
 from megatron_sead.grading.grader import GRADER_VERSION, Grader
 from megatron_sead.prompts.dataset import Prompt, tokenize
 from megatron_sead.prompts.exact_json import dumps, holds_no_number
 from megatron_sead.prompts.problems import check_rows, repeats
+from megatron_sead.prompts.row_mistakes import RowMistakes
 from megatron_sead.prompts.rows import Row, read_rows
 from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
 from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, RolloutEngine, Sampling
@@ -67,8 +69,10 @@ class EstimateSettings(Settings):
 
 
 def load_estimate_settings(path: Path | None, overrides: list[str]) -> EstimateSettings:
-    """Settings of an estimate from a file of their own, or from a training run's, whose student, prompts, rollouts,
-    grading, seed, device and precision are taken: what difficulty is measured with is then what the run trains with.
+    """Settings of an estimate, from a file of their own or from a training run's.
+
+    Of a training run's file student, prompts, rollouts, grading, seed, device and precision are taken, so that
+    difficulty is measured with what the run trains with.
 
     Args:
         overrides: ``key=value`` of `EstimateSettings`; with a training run's file its keys as well.
@@ -154,8 +158,9 @@ class Tally:
 
 def estimate(settings: EstimateSettings, output: Path) -> None:
     """Measure what is not measured yet, then write output and provenance, and drop the partial file."""
-    rows = read_rows(settings.prompts)
-    problems = check_rows(rows, settings.prompts)
+    mistakes = RowMistakes()
+    rows = read_rows(settings.prompts, mistakes=mistakes)
+    problems = check_rows(rows, settings.prompts, mistakes=mistakes)
     field = settings.prompts.difficulty_field
     for line in [*repeats(problems, f"prompts.path={settings.prompts.path}"), *notes_on_writing(rows, field)]:
         print(f"note: {line}", file=sys.stderr)
@@ -289,7 +294,9 @@ def provenance_path(output: Path) -> Path:
 
 
 def require_free(path: Path, own: str | None = None) -> None:
-    """Nothing stands there, not even a link to nowhere; or what this command left, which it would write again.
+    """Check that nothing is at a place where this command will write, not even a link to nowhere.
+
+    A file that this command left there, with the same content, is no obstacle.
 
     Raises:
         UserError: something else does.
@@ -300,7 +307,4 @@ def require_free(path: Path, own: str | None = None) -> None:
 
 def _write_whole(path: Path, text: str) -> None:
     require_free(path, text)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.writing")
-    with unfinished.open("x", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(unfinished, path)
+    replace_text(path, text)

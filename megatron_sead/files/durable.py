@@ -1,8 +1,9 @@
-"""What is on the disk when a call returns, though the machine lose power."""
+"""Writing files so that they are on the disk when a call returns, and whole even if power or the process is lost."""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 from pathlib import Path
@@ -22,17 +23,28 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def replace_text(path: Path, text: str, *, errors: str = "strict") -> None:
     """Write a file whole or not at all: a full disk must not cut the one that is there.
 
-    A symbolic link in its place, or in that of the temporary file beside it, is replaced; what it points to stays as it
-    is, for directories come from others.
+    A symbolic link in its place is replaced, and what it points to stays as it is, for directories come from others.
+    The temporary file beside it has a name that nothing has yet.
 
     Args:
         errors: as ``str.encode`` has it, for what UTF-8 has not.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    with open(temporary, "x", encoding="utf-8", errors=errors) as file:
-        file.write(text)
-    os.replace(temporary, path)
+    names = (f".{path.name}.{os.getpid()}-{number}.tmp" for number in itertools.count())
+    temporary = next(place for place in map(path.with_name, names) if not os.path.lexists(place))
+    file = open(temporary, "x", encoding="utf-8", errors=errors)  # noqa: SIM115 (closed below; from here on it is ours)
+    try:
+        with file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def rename_directory(temporary: Path, place: Path) -> None:
+    """Give a directory that was written and flushed its final name, on the disk too. Nothing is in the place."""
+    temporary.rename(place)
+    flush_directory(place.parent)
 
 
 def flush_file(path: Path, *, forget: bool = False) -> None:
@@ -50,7 +62,7 @@ def flush_file(path: Path, *, forget: bool = False) -> None:
 
 
 def flush_directory(directory: Path) -> None:
-    """Names, like contents, are on disk only after a flush."""
+    """Put the names in a directory on the disk: flushing a file does so for its content alone."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,5 +20,5 @@ INDEX = "model.safetensors.index.json"
 
 
 def no_directory(place: Path) -> str:
-    """What a path is that should be a directory and is none, in words."""
+    """Why a path is no directory, in words."""
     return "is a file; must be a directory" if place.exists() else "no such directory"

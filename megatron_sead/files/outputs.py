@@ -1,4 +1,4 @@
-"""Directories that appear under their name only when whole, and take the place of none but what was written here.
+"""Directories that get their name only when they are whole, and that replace only what was written here.
 
 Each holds `RECORD`, the list of its files. A directory is replaced only if it has one and holds nothing else: no file
 that somebody put beside ours or changed since is ever deleted. No torch here.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_sead.errors import UserError
-from megatron_sead.files.durable import flush_directory, flush_tree
+from megatron_sead.files.durable import flush_tree, rename_directory
 from megatron_sead.files.names import INDEX, TOKENIZER_FILES
 
 RECORD = ".megatron_sead.json"
@@ -107,8 +107,7 @@ class Output:
             self.place.rmdir()
         elif self.place.exists():
             self.place.rename(self._aside)
-        self.temporary.rename(self.place)
-        flush_directory(self.place.parent)
+        rename_directory(self.temporary, self.place)
         self._clear_aside()
         self._named = True
 
@@ -278,7 +277,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _delete_files(directory: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Of the files that are there, whatever else a list names; then the folders that are empty without them."""
+    """Delete those files that `is_ours` accepts, then the folders that are empty without them."""
     for path in filter(is_ours, _files(directory)):
         path.unlink(missing_ok=True)
     for folder, _, _ in os.walk(directory, topdown=False):

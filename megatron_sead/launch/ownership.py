@@ -123,7 +123,7 @@ def _take(descriptor: int, lock: Path, name: str, *, certain: bool) -> None:
 
 
 def _is_locked(descriptor: int, kind: int) -> bool | None:
-    """By another; takes the lock if not. None where the file system has no locks."""
+    """Take the lock, unless another process has it: True if so, None where the file system has no locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -177,7 +177,8 @@ def _myself() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """One kernel's life: a host's name may be that of several containers, or of a machine that has started anew."""
+    """Identity of the running kernel: several containers may share a host's name, and a machine keeps its name when it
+    restarts."""
     try:
         return BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:

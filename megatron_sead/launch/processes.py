@@ -18,7 +18,7 @@ WATCH = "parent"  # the thread's name
 
 
 def started(pid: int) -> float | None:
-    """When a process began, in a unit that only this function knows; None if there is none, or only its remains."""
+    """When a process began, in a unit that only this function knows; None if there is no such process, or a zombie."""
     try:
         if PROC.exists():  # in ticks since the machine's start: no clock that is set can move it
             fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

@@ -172,7 +172,7 @@ def _connect(timeout: timedelta) -> TCPStore:
 
 
 def _has_peers() -> bool:
-    """As torchrun, or a launcher that sets the same variables, starts ranks."""
+    """Whether torchrun, or a launcher that sets the same variables, started this rank."""
     return _number("WORLD_SIZE", 1) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 

@@ -24,7 +24,7 @@ def build_model(
     *,
     precision: Literal["fp32", "bf16"],
     sequence_parallel: bool = False,
-    spread_hidden_states: bool = False,
+    sequence_parallel_output: bool = False,
     recompute_granularity: Literal["full", "selective"] | None = None,
     attention_backend: AttentionBackend = "torch",
     load_weights: bool = True,
@@ -36,7 +36,7 @@ def build_model(
 
     Args:
         hf_dir: ``config.json`` and safetensors.
-        spread_hidden_states: under sequence parallelism the final hidden states stay spread over the ranks.
+        sequence_parallel_output: under sequence parallelism each rank hands out its shard of the final hidden states.
         load_weights: False leaves Megatron's random initial weights.
 
     Raises:
@@ -47,7 +47,7 @@ def build_model(
         parallel,
         precision=precision,
         sequence_parallel=sequence_parallel,
-        spread_hidden_states=spread_hidden_states,
+        sequence_parallel_output=sequence_parallel_output,
         recompute_granularity=recompute_granularity,
     )
     if load_weights:
@@ -68,7 +68,7 @@ def model_config(
     *,
     precision: Literal["fp32", "bf16"],
     sequence_parallel: bool = False,
-    spread_hidden_states: bool = False,
+    sequence_parallel_output: bool = False,
     recompute_granularity: Literal["full", "selective"] | None = None,
 ) -> tuple[ModelConfig, Implementation]:
     """The model's configuration under this layout, and its family's parts. Raises UserError as `build_model` does."""
@@ -87,7 +87,7 @@ def model_config(
         pipeline_model_parallel_size=parallel.pp_size,
         virtual_pipeline_model_parallel_size=parallel.vpp_size,
         sequence_parallel=sequence_parallel,
-        spread_hidden_states=sequence_parallel and spread_hidden_states,
+        sequence_parallel_output=sequence_parallel and sequence_parallel_output,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",

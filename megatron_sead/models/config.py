@@ -1,4 +1,4 @@
-"""What the layers of every family need to know beyond Megatron's own TransformerConfig."""
+"""The configuration that the layers of every family need beyond Megatron's own TransformerConfig."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 @dataclass
 class ModelConfig(TransformerConfig):
-    """Of a dense decoder. A family adds fields and says otherwise in methods.
+    """Configuration of a dense decoder. A family adds fields, and overrides methods.
 
     No field is named as Megatron's ``yarn_*``: it would then scale every layer's rotary embedding.
     """
@@ -20,7 +20,7 @@ class ModelConfig(TransformerConfig):
     padded_vocab_size: int = 0
     max_position_embeddings: int = 0
     tied_embeddings: bool = False  # the head is the embedding
-    spread_hidden_states: bool = False  # under sequence parallelism: hand them out as they are, not gathered
+    sequence_parallel_output: bool = False  # final hidden states are handed out sharded, not gathered
 
     def window(self, layer_number: int) -> int | None:
         """Tokens that a query of layer `layer_number` sees, itself included (from 1, over the whole model)."""
@@ -37,5 +37,6 @@ class ModelConfig(TransformerConfig):
 
     @property
     def lengths_of_change(self) -> dict[str, int]:
-        """Lengths, by what happens there, beyond which a mistake would show that shorter texts hide."""
+        """Lengths beyond which a wrong window or rotary scaling shows, by what it is; shorter texts hide such a
+        mistake."""
         return {}

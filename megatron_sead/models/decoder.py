@@ -20,7 +20,7 @@ class Decoder(GPTModel):
     """One chunk of a model of any family: called as ``model(tokens [b, s], position_ids, attention_mask=None)``.
 
     Returns the final hidden states [b, s, h], whole on every tensor-parallel rank, from the chunk with the head; with
-    ``spread_hidden_states`` this rank's part of them [s/tp, b, h]; from others the activation for the next stage.
+    ``sequence_parallel_output`` this rank's shard of them [s/tp, b, h]; from others the activation for the next stage.
     ``labels`` are refused: there are no logits here.
     """
 
@@ -66,7 +66,7 @@ class Decoder(GPTModel):
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("labels") is not None:
             raise ValueError("the model gives hidden states, not a loss: labels must be None")
-        if not self.post_process or self.config.spread_hidden_states:
+        if not self.post_process or self.config.sequence_parallel_output:
             return hidden_states
         if self.config.sequence_parallel:
             # The loss hands back the whole gradient, already summed over tensor-parallel ranks, equal on each: in

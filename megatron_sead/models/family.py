@@ -1,7 +1,7 @@
 """The seam between the model families and everything else: what a family must say of itself, and where it is found.
 
 A family is a folder beside this file. Its ``family.py``, which brings no torch, holds a `ModelFamily` by the name of
-FAMILY; `FOLDERS` says which ``model_type`` of a config.json it serves. docs/adding-a-model.md says how to add one.
+FAMILY, which says what ``model_type`` of a config.json it serves. docs/adding-a-model.md says how to add one.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_sead.errors import UserError
 from megatron_sead.models.hf_config import Section, shown
+from megatron_sead.models.weight_tables import Weight
 
 if TYPE_CHECKING:
     import torch
@@ -22,15 +24,8 @@ if TYPE_CHECKING:
 
     from megatron_sead.models.config import ModelConfig
     from megatron_sead.models.layers import AttentionBackend
-    from megatron_sead.models.weights import Weight
 
-# model_type of a config.json -> the folder of its family
-FOLDERS = {
-    "olmo3": "olmo3",
-    "olmo2": "olmo3",
-    "llama": "llama",
-    "qwen3": "qwen3",
-}
+FOLDERS = ("olmo3", "llama", "qwen3")  # of the families
 
 
 class Implementation(NamedTuple):
@@ -45,7 +40,7 @@ class Implementation(NamedTuple):
 class ModelFamily:
     """One kind of model."""
 
-    architectures: Mapping[str, str]  # model_type -> class of transformers
+    architectures: Mapping[str, str]  # model_type of config.json -> class of transformers
     # What config.json decides: fields of the family's `ModelConfig`. Raises UserError for all that it does not have
     read: Callable[[Section], dict[str, Any]]
     # A layer's weights, from an object with those fields as attributes
@@ -57,11 +52,16 @@ class ModelFamily:
     implementation: Callable[[], Implementation]
 
 
+@cache
+def families() -> dict[str, ModelFamily]:
+    """Every supported model_type and its family."""
+    found: list[ModelFamily] = [import_module(f"{__package__}.{folder}.family").FAMILY for folder in FOLDERS]
+    return {model_type: family for family in found for model_type in family.architectures}
+
+
 def family_of(model_type: str) -> ModelFamily:
     """The family of a supported model_type."""
-    found = import_module(f"{__package__}.{FOLDERS[model_type]}.family").FAMILY
-    assert isinstance(found, ModelFamily)
-    return found
+    return families()[model_type]
 
 
 def read_hf_config(hf_dir: Path) -> dict[str, Any]:
@@ -82,8 +82,8 @@ def read_hf_config(hf_dir: Path) -> dict[str, Any]:
     if not isinstance(hf, dict):
         raise UserError(f"{source}: must hold a JSON object")
     model_type = hf.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FOLDERS:
-        *known, last = FOLDERS
+    if not isinstance(model_type, str) or model_type not in families():
+        *known, last = families()
         valid = f"{', '.join(known)} or {last}"
         raise UserError(f"{source}: model_type={shown(model_type)} is not supported; must be {valid}")
     return hf

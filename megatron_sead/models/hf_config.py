@@ -1,7 +1,7 @@
 """Reading a model's config.json: what every family needs. No torch here: a plan asks before there is any.
 
-A key that is neither read nor known to leave the model's numbers alone is refused by name: without it, it is another
-model.
+A key that is neither read nor known to leave the model's numbers alone is refused by name, because a model built
+without it may be another model.
 """
 
 from __future__ import annotations
@@ -298,6 +298,20 @@ def rope_form(hf: dict[str, Any]) -> str:
     if hf.get("rope_theta") or hf.get("rope_scaling"):
         return LEGACY_FORM
     return "none: the family's defaults"
+
+
+def describe_dense(fields: dict[str, Any], hf: dict[str, Any], *more: tuple[str, str]) -> list[tuple[str, str]]:
+    """Layers, rotary embedding and head of a model whose layers are all alike, as (label, text).
+
+    Args:
+        more: what the family says beyond that.
+    """
+    return [
+        ("layers", f"{fields['num_layers']}"),
+        ("rope", f"theta {fields['theta']:g}; {rope_form(hf)}"),
+        *more,
+        ("head", "the embedding" if fields["tied_embeddings"] else "its own"),
+    ]
 
 
 def shown(value: object, limit: int = 60) -> str:

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from megatron_sead.models.config import ModelConfig
 from megatron_sead.models.decoder import Decoder
 from megatron_sead.models.tensor_files import TensorFiles
-from megatron_sead.models.weights import PlacedWeight, Weight, named_weights, placed_weights
+from megatron_sead.models.weight_tables import Weight
+from megatron_sead.models.weights import PlacedWeight, named_weights, placed_weights
 from megatron_sead.parallel.context import ParallelContext
 
 # --- In --------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_sead.errors import UserError
 from megatron_sead.models.weight_files import IGNORED_SUFFIX, locate_tensors
-from megatron_sead.models.weights import Weight
+from megatron_sead.models.weight_tables import Weight
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE_ROWS = 4096  # that are compared at once
@@ -86,7 +86,7 @@ class TensorFiles:
                 )
 
     def ignored(self) -> set[str]:
-        """Tensors that the directory holds and no model needs."""
+        """Names of tensors that the directory holds and no model needs."""
         return {name for name in self.file_of if name.endswith(IGNORED_SUFFIX) or name in self._again}
 
     def check_repeated(self) -> None:

@@ -1,5 +1,7 @@
-"""Which token ids a model stops on, is padded with and has rows for, by its own files. No torch here: it is asked
-before a run by ``--check``, and again when the tokenizer itself is loaded."""
+"""A model's stop tokens, padding token and embedding rows, by its own files.
+
+No torch here: ``--check`` asks before a run, and the run asks again when it loads the tokenizer itself.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +57,8 @@ def require_token_ids(model: Path) -> None:
 
 
 def embedding_rows(model: Path) -> int | None:
-    """vocab_size of a model's config.json: it knows the tokens from 0 to that, less one. None: it does not say, which
-    is told where the model is built."""
+    """vocab_size of a model's config.json, whose tokens are the numbers below it. None where the file does not say,
+    which is told where the model is built."""
     rows = read_json(model / "config.json").get("vocab_size")
     return rows if isinstance(rows, int) and not isinstance(rows, bool) else None
 

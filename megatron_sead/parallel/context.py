@@ -1,7 +1,4 @@
-"""Where a rank stands: its sizes, ranks and process groups, as a value that is handed to whoever needs it.
-
-It lives here, below training, because models are built and read by it; training/parallel.py makes it.
-"""
+"""A rank's sizes, ranks and process groups, as a value that is handed to whoever needs it. `groups` makes it."""
 
 from __future__ import annotations
 

@@ -53,8 +53,11 @@ def initialize_parallel(settings: ParallelSettings, device: str, seed: int) -> P
 
 @contextmanager
 def parallel_groups(settings: ParallelSettings, device: str, seed: int) -> Iterator[ParallelContext]:
-    """`initialize_parallel`, and at the end `destroy_parallel`; after an error not: the peers may be waiting in a
-    collective, and NCCL would wait for them in turn. Whoever catches the error ends the process."""
+    """`initialize_parallel`, and at the end `destroy_parallel`, but not after an error.
+
+    After an error the peers may be waiting in a collective, and NCCL would wait for them in turn. Whoever catches the
+    error ends the process.
+    """
     yield initialize_parallel(settings, device, seed)
     destroy_parallel()
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from megatron_sead.config.checks import check_world_size, config_warnings
 from megatron_sead.config.run import ModelSettings, ParallelSettings, RunConfig
-from megatron_sead.errors import UserError
+from megatron_sead.errors import UserError, kept
 from megatron_sead.files.names import no_directory
 from megatron_sead.models.family import read_config_fields
 from megatron_sead.models.layout import check_layout
@@ -143,48 +143,69 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     """Check the layout against both models and count bytes per rank.
 
     Raises:
-        UserError: unreadable or foreign config.json, sizes that the layout does not divide, vocabularies that
-            differ, sequences longer than a model's context.
+        UserError: a line a mistake: unreadable or foreign config.json, sizes that the layout does not divide,
+            vocabularies that differ, sequences longer than a model's context.
     """
-    data_parallel_size = check_world_size(config, world_size)
-    student = read_shape(config.student, "student")
-    teacher = read_shape(config.teacher, "teacher")
-    parallel = config.parallel
-    for role, model, shape in (("student", config.student, student), ("teacher", config.teacher, teacher)):
-        check_layout(
-            vars(shape.fields),
-            f"{role}.path={model.path}",
-            tp=parallel.tensor_model_parallel_size,
-            pp=parallel.pipeline_model_parallel_size,
-            virtual=parallel.virtual_pipeline_model_parallel_size,
-        )
-    require_same_rows(config.student.path, config.teacher.path)
-    notes = []
-    prompt_tokens = config.prompts.max_prompt_tokens
-    if prompt_tokens is None:
-        prompt_tokens = max(0, min(ASSUMED_PROMPT_TOKENS, student.context - config.rollouts.max_new_tokens))
-        notes.append(
-            f"prompts are taken as {prompt_tokens} tokens at most; set prompts.max_prompt_tokens to bound them"
-        )
-    length = prompt_tokens + config.rollouts.max_new_tokens
-    for role, shape in (("student", student), ("teacher", teacher)):
-        if length > shape.context:
-            raise UserError(
-                f"rollouts.max_new_tokens={config.rollouts.max_new_tokens}: with prompts of up to {prompt_tokens} "
-                f"tokens a sequence has {length}, more than the {role}'s context of {shape.context}"
-            )
-    own = config.evaluation.max_new_tokens if config.evaluation.path is not None else None
-    if own is not None and own > (context := min(student.context, teacher.context)):
-        raise UserError(f"evaluation.max_new_tokens={own}: more than the models' context of {context}")
+    mistakes: list[str] = []
+    with kept(mistakes):
+        data_parallel_size = check_world_size(config, world_size)
+    shapes: dict[str, ModelShape] = {}
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        with kept(mistakes):
+            shapes[role] = read_shape(model, role)
+            _check_layout(config, f"{role}.path={model.path}", shapes[role])
+    with kept(mistakes):
+        require_same_rows(config.student.path, config.teacher.path)
+    length, notes = _sequence_length(config, shapes)
+    mistakes += _too_long(config, shapes, length)
+    if mistakes:
+        raise UserError("\n".join(dict.fromkeys(mistakes)))
     micro_batches = config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
     if (missing := config.rollouts.missing()) is not None:
         notes.append(f"rollouts.engine={config.rollouts.engine}: {missing}; without it the run does not start")
     notes += config_warnings(config)
     stages = [
-        _stage_bytes(config, student, teacher, stage, data_parallel_size, micro_batches, length)
+        _stage_bytes(config, shapes["student"], shapes["teacher"], stage, data_parallel_size, micro_batches, length)
         for stage in range(config.parallel.pipeline_model_parallel_size)
     ]
-    return Plan(world_size, data_parallel_size, micro_batches, length, student, teacher, stages, notes)
+    return Plan(world_size, data_parallel_size, micro_batches, length, **shapes, stages=stages, notes=notes)
+
+
+def _check_layout(config: RunConfig, source: str, shape: ModelShape) -> None:
+    check_layout(
+        vars(shape.fields),
+        source,
+        tp=config.parallel.tensor_model_parallel_size,
+        pp=config.parallel.pipeline_model_parallel_size,
+        virtual=config.parallel.virtual_pipeline_model_parallel_size,
+    )
+
+
+def _sequence_length(config: RunConfig, shapes: dict[str, ModelShape]) -> tuple[int, list[str]]:
+    """Tokens of the longest rollout, prompt included; and a note where its prompt is assumed."""
+    new, most = config.rollouts.max_new_tokens, config.prompts.max_prompt_tokens
+    if most is not None:
+        return most + new, []
+    room = shapes["student"].context - new if "student" in shapes else ASSUMED_PROMPT_TOKENS
+    assumed = max(0, min(ASSUMED_PROMPT_TOKENS, room))
+    return assumed + new, [
+        f"prompts are taken as {counted(assumed, 'token')} at most; set prompts.max_prompt_tokens to bound them"
+    ]
+
+
+def _too_long(config: RunConfig, shapes: dict[str, ModelShape], length: int) -> list[str]:
+    """What does not fit into a model's context."""
+    new, own = config.rollouts.max_new_tokens, config.evaluation.max_new_tokens
+    mistakes = [
+        f"rollouts.max_new_tokens={new}: with prompts of up to {counted(length - new, 'token')} a sequence has "
+        f"{length}, more than the {role}'s context of {shape.context}"
+        for role, shape in shapes.items()
+        if length > shape.context
+    ]
+    context = min((shape.context for shape in shapes.values()), default=None)
+    if config.evaluation.path is not None and own is not None and context is not None and own > context:
+        mistakes.append(f"evaluation.max_new_tokens={own}: more than the models' context of {context}")
+    return mistakes
 
 
 def read_shape(model: ModelSettings, role: str) -> ModelShape:

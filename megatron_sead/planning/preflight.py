@@ -54,7 +54,7 @@ def _same_model(config: RunConfig) -> list[str]:
 
 
 def _policy_problems(name: str) -> list[str]:
-    """A policy of one's own is in a module that can be found. It is not imported: that may bring torch."""
+    """Check that the module of a policy of one's own can be found. It is not imported: that may bring torch."""
     package = name.partition(":")[0].partition(".")[0]
     if ":" not in name or PathFinder.find_spec(package, [os.getcwd(), *sys.path]) is not None:
         return []
@@ -71,7 +71,7 @@ def _missing_weights(model: ModelSettings, role: str) -> list[str]:
 
 
 def _damaged_weights(model: ModelSettings) -> list[str]:
-    """What loading would refuse: in the files that are there, where some are still to come."""
+    """What loading would refuse in the weight files; where some are still to come, in those that are there."""
     problems = []
     try:
         files = weight_files(model.path) if has_weights(model.path) else []
@@ -89,7 +89,7 @@ def _damaged_weights(model: ModelSettings) -> list[str]:
 
 
 def _embedding_problems(model: ModelSettings) -> list[str]:
-    """Embedding and head have the rows that config.json says."""
+    """Check that embedding and head have the rows that config.json says."""
     rows = embedding_rows(model.path)
     if rows is None or not has_weights(model.path):
         return []
@@ -106,7 +106,7 @@ def _embedding_problems(model: ModelSettings) -> list[str]:
 
 
 def _prompt_problems(config: RunConfig) -> tuple[list[str], list[str]]:
-    """What the run would refuse in its rows, since the same code reads and checks them; and what to know of them."""
+    """What the run would refuse in its rows, found by the code that it reads them with; and notes on the rest."""
     problems, notes = [], []
     needed = {
         "teacher_prompt_field": config.teacher.prompt_field,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sead.config.run import ModelSettings, RunConfig
-from megatron_sead.errors import UserError
+from megatron_sead.errors import UserError, kept
 from megatron_sead.files.names import TOKENIZER_SETTINGS
 from megatron_sead.models.token_ids import (
     embedding_rows,
@@ -20,11 +20,21 @@ from megatron_sead.models.token_ids import (
     stop_token_ids,
     token_text,
 )
+from megatron_sead.prompts.token_tables import (
+    TokenTables,
+    load_pieces,
+    merges_of,
+    require_same_tokenizer,
+    tokens_of,
+)
 
 
 def tokenizer_problems(config: RunConfig) -> list[str]:
-    """A directory with tokenizer.json or a sentencepiece model, or such a file itself; the same tokens for both,
-    a row of both embeddings for each."""
+    """What is wrong with the tokenizers.
+
+    Each is a directory with tokenizer.json or a sentencepiece model, or such a file itself. Both must have the same
+    tokens, and both embeddings a row for each.
+    """
     problems, found = [], []
     for model, role in ((config.student, "student"), (config.teacher, "teacher")):
         if model.chat_template is not None and not model.chat_template.is_file():
@@ -37,31 +47,31 @@ def tokenizer_problems(config: RunConfig) -> list[str]:
             problems.append(f"{setting}={place}: no tokenizer there: needs tokenizer.json or tokenizer.model")
             continue
         try:
-            found.append(_tokens_of(file))
+            tables = _tables(file, place)
+        except UserError as error:
+            problems.append(str(error))
+            continue
         except (ValueError, KeyError, TypeError, AttributeError):
             problems.append(f"{file}: not a valid tokenizer: must be JSON with a 'model' that has a 'vocab'")
             continue
-        problems += _unknown_tokens(model, role, place, file)
-    if len(found) == 2 and found[0] != found[1]:
-        problems.append(
-            f"teacher {config.teacher.tokenizer or config.teacher.path} and student "
-            f"{config.student.tokenizer or config.student.path} have different tokenizers: tokens, merges and added "
-            "tokens must be the same"
-        )
-    try:
+        found.append(tables)
+        problems += _unknown_tokens(model, role, tables)
+    with kept(problems):
+        if len(found) == 2:
+            require_same_tokenizer(*found)
+    with kept(problems):
         require_same_rows(config.student.path, config.teacher.path)
-    except UserError as error:
-        problems.append(str(error))
     return problems
 
 
-def _unknown_tokens(model: ModelSettings, role: str, place: Path, file: Path) -> list[str]:
+def _unknown_tokens(model: ModelSettings, role: str, tables: TokenTables) -> list[str]:
     """What the run would find when it loads the tokenizer: tokens that the model has no row for."""
+    place = tables.place
     try:
         require_token_ids(model.path)
         stop, source = stop_token_ids(model, role) or ((), "")
         pad_token_id(model)
-        ids = _ids_of(file, place)
+        ids = _all_ids(tables)
         require_rows(ids, model, role, place)
     except UserError as error:
         return [str(error)]
@@ -75,9 +85,19 @@ def _unknown_tokens(model: ModelSettings, role: str, place: Path, file: Path) ->
     return [f"{source}: stop token {unknown[0]} is not among the {len(known)} tokens of {place}"] if unknown else []
 
 
-def _ids_of(file: Path, place: Path) -> dict[str, int]:
+def _tables(file: Path, place: Path) -> TokenTables:
+    """What the file says. Its rules are left to the run: transformers may set up others for the tokenizer's class."""
+    if file.suffix != ".json":
+        pieces = load_pieces(file)
+        tokens = {pieces.id_to_piece(token): token for token in range(pieces.get_piece_size())}
+        return TokenTables(place, tokens, rules={"file": file.read_bytes()})
+    definition = json.loads(file.read_text(encoding="utf-8"))
+    return TokenTables(place, tokens_of(definition), merges_of(definition))
+
+
+def _all_ids(tables: TokenTables) -> dict[str, int]:
     """Every token and its id, with those that transformers adds because the directory's other files name them."""
-    ids = _own_ids(json.loads(file.read_text(encoding="utf-8"))) if file.suffix == ".json" else _pieces(file)
+    ids, place = dict(tables.tokens), tables.place
     if place.is_dir():
         settings = read_json(place / TOKENIZER_SETTINGS)
         placed = settings.get("added_tokens_decoder") or {}
@@ -87,34 +107,3 @@ def _ids_of(file: Path, place: Path) -> dict[str, int]:
         for token in (*named_tokens(place).values(), *filter(None, map(token_text, listed))):
             ids.setdefault(token, max(ids.values(), default=-1) + 1)
     return ids
-
-
-def _own_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
-    vocabulary = tokenizer["model"]["vocab"]
-    if isinstance(vocabulary, list):  # a unigram model: [token, score], the place is the id
-        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
-    return dict(vocabulary) | added
-
-
-def _pieces(file: Path) -> dict[str, int]:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        model = SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{file}: not a sentencepiece model: {' '.join(str(error).split())}") from None
-    return {model.id_to_piece(token): token for token in range(model.get_piece_size())}
-
-
-def _tokens_of(file: Path) -> object:
-    """What must be equal. Versions write merges as "a b" or ["a", "b"], and added tokens in one place or in two."""
-    if file.suffix != ".json":
-        return file.read_bytes()
-    values = json.loads(file.read_text(encoding="utf-8"))
-    tokens = {token["content"]: token["id"] for token in values.get("added_tokens") or []}
-    vocabulary = values["model"]["vocab"]
-    if isinstance(vocabulary, list):  # a unigram model: [token, score], the place is the id
-        return tokens, vocabulary
-    merges = values["model"].get("merges") or []
-    return tokens | vocabulary, [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]

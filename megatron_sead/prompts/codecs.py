@@ -14,12 +14,13 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from megatron_sead.errors import UserError
 from megatron_sead.files.names import TOKENIZER_SETTINGS
 from megatron_sead.models.token_ids import NAMED_TOKENS, named_tokens, read_json
+from megatron_sead.prompts.token_tables import load_pieces, merges_of
 
 Messages = list[dict[str, str]]
 
 
 class Codec(Protocol):
-    """Text to token ids and back, with everything that decides it laid open for comparison."""
+    """A tokenizer library's way from text to token ids and back, and all that decides it, for comparison."""
 
     eos_token_id: int | None
     pad_token_id: int | None
@@ -82,11 +83,7 @@ class HuggingFaceCodec:
         return dict(self.backend.get_vocab())
 
     def merges(self) -> list[str]:
-        model = self._definition["model"]
-        if "merges" in model:
-            return [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-        vocabulary = model.get("vocab")
-        return [f"{piece} {score}" for piece, score in vocabulary] if isinstance(vocabulary, list) else []
+        return merges_of(self._definition)
 
     def rules(self) -> dict[str, Any]:
         return {key: self._definition.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")}
@@ -104,12 +101,7 @@ class SentencePieceCodec:
     """
 
     def __init__(self, path: Path) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        try:
-            self._model = SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: not a sentencepiece model: {one_line(error)}") from None
+        self._model = load_pieces(path)
         self.path = path
         self._file = path.read_bytes()
         self._size = self._model.get_piece_size()

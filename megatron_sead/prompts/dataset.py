@@ -10,6 +10,7 @@ from typing import NamedTuple
 from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.problems import Problem, read_problems, repeats
+from megatron_sead.prompts.row_mistakes import RowMistakes
 from megatron_sead.prompts.tokenizer import ModelTokenizer
 
 log = logging.getLogger(__name__)
@@ -78,10 +79,14 @@ def tokenize(
     """Problems with their tokens, as `load_prompts` says.
 
     Raises:
-        UserError: a prompt without tokens, or one that is too long.
+        UserError: prompts without tokens, or too long, a line each kind.
     """
-    room = _Room(max_new_tokens, room_setting)
-    return [_tokenize_one(problem, settings, student, teacher, room) for problem in problems]
+    room, prompts, mistakes = _Room(max_new_tokens, room_setting), list[Prompt](), RowMistakes()
+    for problem in problems:
+        with mistakes.kept(problem.place):
+            prompts.append(_tokenize_one(problem, settings, student, teacher, room))
+    mistakes.refuse()
+    return prompts
 
 
 class _Room(NamedTuple):

@@ -1,4 +1,4 @@
-"""A written model speaks as its run spoke: with the run's tokenizer, chat template, system prompt and stop tokens.
+"""Writes a model with the tokenizer, chat template, system prompt and stop tokens of its run.
 
 Whoever serves the directory then gives the model the prompts that it was trained on, without a setting of ours.
 """
@@ -22,8 +22,8 @@ OTHER_TEMPLATES = ("chat_template.json", "additional_chat_templates")
 PROBES = (PROBE, "  1\n\n = 2 ")  # spaces and newlines at both ends
 
 
-def carry_speech(tokenizer: ModelTokenizer, settings: ModelSettings, directory: Path) -> list[str]:
-    """Change a model's directory to what a run used, where that is something else.
+def export_tokenizer(tokenizer: ModelTokenizer, settings: ModelSettings, directory: Path) -> list[str]:
+    """Change a model's directory to the tokenizer, template and stop tokens that a run used, where those are others.
 
     Args:
         tokenizer: the run's, of `settings`.

@@ -1,7 +1,6 @@
-"""The pair is checked before it trains: same tokens, and no unnoticed difference in how the two models are spoken to.
+"""The pair is checked before it trains: same tokens, and no unnoticed difference in stop tokens or prompts.
 
-Student and teacher are compared position by position over one vocabulary, so other tokens make nonsense of every
-divergence. Models that stop on different tokens are the commonest cause of responses that grow without end.
+Models that stop on different tokens are the commonest cause of responses that grow without end.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from rich.table import Table
 from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
 from megatron_sead.models.token_ids import require_same_rows
+from megatron_sead.prompts.token_tables import require_same_tokenizer, shown
 from megatron_sead.prompts.tokenizer import PROBE, ModelTokenizer
 
 
@@ -56,7 +56,7 @@ def check_pair(
     Raises:
         UserError: the first difference that nothing maps, and the settings that would.
     """
-    _require_same_tokenizer(student, teacher)
+    require_same_tokenizer(student.tables, teacher.tables)
     require_same_rows(student_settings.path, teacher_settings.path)
     return PairReport(
         (
@@ -65,28 +65,6 @@ def check_pair(
             *_compare_prompts(student, teacher, student_settings, teacher_settings, template),
         )
     )
-
-
-def _require_same_tokenizer(student: ModelTokenizer, teacher: ModelTokenizer) -> None:
-    where = f"student {student.path} and teacher {teacher.path} have different tokenizers"
-    ours, theirs = student.token_names, teacher.token_names
-    for token in sorted(ours.keys() | theirs.keys()):
-        if ours.get(token) != theirs.get(token):
-            raise UserError(
-                f"{where}: token {token} is {_shown(ours.get(token))} for the student and "
-                f"{_shown(theirs.get(token))} for the teacher ({len(ours)} and {len(theirs)} tokens)"
-            )
-    merges = zip_longest(student.codec.merges(), teacher.codec.merges())
-    for rank, (our_merge, their_merge) in enumerate(merges):
-        if our_merge != their_merge:
-            raise UserError(
-                f"{where}: merge {rank} is {_shown(our_merge)} for the student and {_shown(their_merge)} "
-                "for the teacher"
-            )
-    our_rules, their_rules = student.codec.rules(), teacher.codec.rules()
-    for name in our_rules.keys() | their_rules.keys():
-        if our_rules.get(name) != their_rules.get(name):
-            raise UserError(f"{where}: same tokens and merges, but not the same {name}, so text is split differently")
 
 
 def _compare_stop(
@@ -125,8 +103,8 @@ def _compare_prompts(
             place = next(i for i, pair in enumerate(zip_longest(ours, theirs)) if pair[0] != pair[1])
             raise UserError(
                 "student and teacher would see different prompts: their chat templates differ from character "
-                f"{place} of the prompt on, {_shown(ours[place : place + 40])} and "
-                f"{_shown(theirs[place : place + 40])}; set student.chat_template or teacher.chat_template to a Jinja "
+                f"{place} of the prompt on, {shown(ours[place : place + 40])} and "
+                f"{shown(theirs[place : place + 40])}; set student.chat_template or teacher.chat_template to a Jinja "
                 "file, or student.system_prompt or teacher.system_prompt"
             )
         verdict = "mapped by config"
@@ -157,7 +135,3 @@ def _size(tokenizer: ModelTokenizer) -> str:
 
 def _tokens(tokenizer: ModelTokenizer, ids: tuple[int, ...]) -> str:
     return ", ".join(f"{token} {tokenizer.token_names.get(token, '?')}" for token in ids)
-
-
-def _shown(value: str | None) -> str:
-    return "nothing" if value is None else repr(value)

@@ -1,4 +1,4 @@
-"""Rows become problems: which fields a row must have, and what in them is told. Imports no torch.
+"""Checks rows and makes problems of them: which fields a row must have, and what they must hold. Imports no torch.
 
 A run, its held-out evaluation, a check before them and an estimate of difficulty all ask here.
 """
@@ -16,6 +16,7 @@ from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.answers import MISSING, is_blank, reference_answers, written_number
 from megatron_sead.prompts.exact_json import fault
+from megatron_sead.prompts.row_mistakes import RowMistakes
 from megatron_sead.prompts.rows import Row, read_rows
 
 SAME_ANSWER, OTHER_ANSWER = "the same answer; each counts as often as it stands there", "another answer"
@@ -57,12 +58,14 @@ def read_problems(
     Raises:
         UserError: whatever these refuse.
     """
+    mistakes = RowMistakes()
     return check_rows(
-        read_rows(settings, setting)[:limit],
+        read_rows(settings, setting, mistakes)[:limit],
         settings,
         setting.partition(".")[0],
         teacher_prompt_field=teacher_prompt_field,
         needs_difficulty=needs_difficulty,
+        mistakes=mistakes,
     )
 
 
@@ -73,6 +76,7 @@ def check_rows(
     *,
     teacher_prompt_field: str | None = None,
     needs_difficulty: bool = False,
+    mistakes: RowMistakes | None = None,
 ) -> list[Problem]:
     """Every row as a problem.
 
@@ -80,34 +84,38 @@ def check_rows(
         group: of the settings that name the fields, for messages: prompts or evaluation.
         teacher_prompt_field: field with the teacher's own prompt; None: the student's text.
         needs_difficulty: a row without one is refused.
+        mistakes: those that reading the rows has found, which are told with those found here.
 
     Raises:
-        UserError: names file, line and field: a missing or blank prompt, chat messages in place of text, an answer
-            that is none, an id given twice, a difficulty that is missing or outside [0, 1]. Or prompts.instruction,
-            which ends every prompt.
+        UserError: names file, line and field, a line each kind of mistake: a missing or blank prompt, chat messages in
+            place of text, an answer that is none, an id given twice, a difficulty that is missing or outside [0, 1].
+            Or prompts.instruction, which ends every prompt.
     """
     if (found := fault(settings.instruction)) is not None:
         raise UserError(f"prompts.instruction={settings.instruction!a}: {found}")
-    problems, places = [], dict[str, str]()
+    problems, places = list[Problem](), dict[str, str]()
+    mistakes = RowMistakes() if mistakes is None else mistakes
     for number, row in enumerate(rows):
-        problem = _problem(row, number, settings, group, teacher_prompt_field)
-        if problem.id in places:
-            first = places[problem.id]
-            if row.fields.get(settings.id_field) is None:
-                first += " (a row without one has its number, from 0)"
-            raise UserError(f"{row.place}: {settings.id_field} {problem.id!r} is given twice, first at {first}")
-        if needs_difficulty and problem.difficulty is None:
-            raise UserError(
-                f"{row.place}: has no {settings.difficulty_field!r}, which the curriculum needs; "
-                "measure it with `sead difficulty`, or set curriculum.mode=none"
-            )
-        places[problem.id] = row.place
-        problems.append(problem)
+        with mistakes.kept(row.place):
+            problem = _problem(row, number, settings, group, teacher_prompt_field)
+            if problem.id in places:
+                first = places[problem.id]
+                if row.fields.get(settings.id_field) is None:
+                    first += " (a row without one has its number, from 0)"
+                raise UserError(f"{row.place}: {settings.id_field} {problem.id!r} is given twice, first at {first}")
+            if needs_difficulty and problem.difficulty is None:
+                raise UserError(
+                    f"{row.place}: has no {settings.difficulty_field!r}, which the curriculum needs; "
+                    "measure it with `sead difficulty`, or set curriculum.mode=none"
+                )
+            places[problem.id] = row.place
+            problems.append(problem)
+    mistakes.refuse()
     return problems
 
 
 def repeats(problems: Sequence[Problem], source: str) -> list[str]:
-    """What is odd and may be meant: prompts that stand there more than once, counted, a line a kind."""
+    """Notes on prompts that stand in the data more than once, which may be meant. A line each kind, with a count."""
     seen: dict[str, Problem] = {}
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.exact_json import fault, loads
+from megatron_sead.prompts.row_mistakes import RowMistakes
 
 if TYPE_CHECKING:
     import pyarrow
@@ -51,28 +52,38 @@ class Row:
     fields: dict[str, Any]
 
 
-def read_rows(settings: PromptSettings, setting: str = "prompts.path") -> list[Row]:
+def read_rows(
+    settings: PromptSettings, setting: str = "prompts.path", mistakes: RowMistakes | None = None
+) -> list[Row]:
     """All rows of ``settings.path``, in order.
 
     Args:
         setting: the setting that names the path, for messages.
+        mistakes: collects those of single rows, which are left out; the caller refuses them. None: they are refused
+            here.
 
     Raises:
         UserError: a missing, unreadable or empty file, one that is something else (says what), a line that is not a
             JSON object (with its number), a name given twice in an object, a lone surrogate in any field, a hub data
             set that cannot be loaded, a subset of a file.
     """
+    found = RowMistakes() if mistakes is None else mistakes
     source = f"{setting}={settings.path}"
     if setting == "prompts.path" and settings.subset is not None and not is_hub_name(settings.path):
         raise UserError(f"prompts.subset={settings.subset}: only a hub data set has subsets, and {source} is a file")
-    rows = _from_hub(settings, source) if is_hub_name(settings.path) else _from_file(Path(settings.path), source)
-    if not rows:
+    if is_hub_name(settings.path):
+        rows = _from_hub(settings, source, found)
+    else:
+        rows = _from_file(Path(settings.path), source, found)
+    if mistakes is None:
+        found.refuse()
+    if not rows and not found:
         raise UserError(f"{source}: holds no prompts")
     return rows
 
 
 def is_hub_name(path: str) -> bool:
-    """No file there, and none meant: not the name of a file that is misspelt or not there yet."""
+    """Whether a path names a hub data set: no file is there, and it does not look like the misspelt name of one."""
     place = Path(path)
     if HUB_NAME.fullmatch(path) is None or os.path.exists(path):  # of a name that is too long, pathlib's raises
         return False
@@ -80,10 +91,10 @@ def is_hub_name(path: str) -> bool:
     return not named_as_file and not ("/" in path and place.parent.is_dir())
 
 
-def _from_file(path: Path, source: str) -> list[Row]:
+def _from_file(path: Path, source: str, mistakes: RowMistakes) -> list[Row]:
     content = _content(path, source)
     if content.startswith(b"PAR1"):
-        return _from_parquet(path, source)
+        return _from_parquet(path, source, mistakes)
     if not content:
         raise UserError(f"{source}: holds no prompts: the file is empty (0 bytes)")
     beginning = content[:1000].removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -94,10 +105,10 @@ def _from_file(path: Path, source: str) -> list[Row]:
         raise UserError(f"{source}: not a parquet file, which would begin with the bytes PAR1")
     text = _text(content, source)
     if text.lstrip().startswith("["):
-        return _from_array(path, text, source)
+        return _from_array(path, text, source, mistakes)
     if path.suffix.lower() in (".csv", ".tsv") and not text.lstrip().startswith("{"):
         raise UserError(f"{source}: is a table of {path.suffix.lower()[1:].upper()}; {VALID}")
-    return _from_lines(path, text)
+    return _from_lines(path, text, mistakes)
 
 
 def _content(path: Path, source: str) -> bytes:
@@ -123,36 +134,49 @@ def _text(content: bytes, source: str) -> str:
         raise UserError(f"{source}: not UTF-8 text at byte {error.start} (line {line}){likely}") from None
 
 
-def _from_lines(path: Path, text: str) -> list[Row]:
+def _from_lines(path: Path, text: str, mistakes: RowMistakes) -> list[Row]:
     rows: list[Row] = []
     # Not splitlines(): JSON strings may hold line separators such as U+2028, which end no line of a JSONL file
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
-        try:
-            fields = loads(line)
-        except ValueError as error:
-            whole = "" if rows else _about_one_value(text)
-            raise UserError(f"{place}: not valid JSON: {error}{whole}") from None
-        rows.append(_row(fields, place))
+        with mistakes.kept(place):
+            try:
+                fields = loads(line)
+            except ValueError as error:
+                if not rows and not mistakes and _is_one_value(text):
+                    raise UserError(
+                        f"{path}: is one JSON object over several lines; must have an object a line, or be an array"
+                    ) from None
+                raise UserError(f"{place}: not valid JSON: {error}") from None
+            rows.append(_row(fields, place))
     return rows
 
 
-def _about_one_value(text: str) -> str:
+def _is_one_value(text: str) -> bool:
     try:
         loads(text)
     except ValueError:
-        return ""
-    return "; the file is one JSON object over several lines, and must have an object a line, or be an array"
+        return False
+    return True
 
 
-def _from_array(path: Path, text: str, source: str) -> list[Row]:
+def _from_array(path: Path, text: str, source: str, mistakes: RowMistakes) -> list[Row]:
     try:
         items = loads(text)
     except ValueError as error:
         raise UserError(f"{source}: not valid JSON: {error}") from None
-    return [_row(item, f"{path}, item {number}") for number, item in enumerate(items, 1)]
+    return _rows(items, f"{path}, item", mistakes)
+
+
+def _rows(values: Iterable[Any], unit: str, mistakes: RowMistakes) -> list[Row]:
+    rows = []
+    for number, value in enumerate(values, 1):
+        place = f"{unit} {number}"
+        with mistakes.kept(place):
+            rows.append(_row(value, place))
+    return rows
 
 
 def _row(fields: Any, place: str) -> Row:
@@ -164,7 +188,7 @@ def _row(fields: Any, place: str) -> Row:
     return Row(place, fields)
 
 
-def _from_parquet(path: Path, source: str) -> list[Row]:
+def _from_parquet(path: Path, source: str, mistakes: RowMistakes) -> list[Row]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -173,10 +197,10 @@ def _from_parquet(path: Path, source: str) -> list[Row]:
             table = file.read()
     except (ArrowException, OSError, ValueError) as error:
         raise UserError(f"{source}: not a whole parquet file: {_one_line(error)}") from None
-    return _from_table(table, f"{path}, row")
+    return _from_table(table, f"{path}, row", mistakes)
 
 
-def _from_hub(settings: PromptSettings, source: str) -> list[Row]:
+def _from_hub(settings: PromptSettings, source: str, mistakes: RowMistakes) -> list[Row]:
     from datasets import load_dataset
     from huggingface_hub.utils import logging as hub_logging
 
@@ -193,16 +217,16 @@ def _from_hub(settings: PromptSettings, source: str) -> list[Row]:
         ) from None
     finally:
         hub_logging.set_verbosity(verbosity)
-    return _from_table(table, f"{settings.path}, {settings.split} row")
+    return _from_table(table, f"{settings.path}, {settings.split} row", mistakes)
 
 
-def _from_table(table: pyarrow.Table, unit: str) -> list[Row]:
+def _from_table(table: pyarrow.Table, unit: str, mistakes: RowMistakes) -> list[Row]:
     twice = {name for name in table.column_names if table.column_names.count(name) > 1}
     if twice:
         raise UserError(f"{unit} 1: has two columns {min(twice)!r}")
     columns = {name: _values(table[name], name, unit) for name in table.column_names}
     rows: Iterable[tuple[Any, ...]] = zip(*columns.values(), strict=True)
-    return [_row(dict(zip(columns, row, strict=True)), f"{unit} {number}") for number, row in enumerate(rows, 1)]
+    return _rows((dict(zip(columns, row, strict=True)) for row in rows), unit, mistakes)
 
 
 def _values(column: pyarrow.ChunkedArray, name: str, unit: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A model's way with words: its tokenizer, its chat template and system prompt, and the tokens that it stops on."""
+"""A model's tokenizer, its chat template and system prompt, and the tokens that it stops on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from megatron_sead.files.names import TOKENIZER_SETTINGS
 from megatron_sead.models.family import read_config_fields
 from megatron_sead.models.token_ids import pad_token_id, read_json, require_rows, require_token_ids, stop_token_ids
 from megatron_sead.prompts.codecs import Codec, HuggingFaceCodec, Messages, load_codec, one_line
+from megatron_sead.prompts.token_tables import TokenTables
 
 PROBE = "What is 1+1?"
 
 
 @dataclass(frozen=True)
 class ModelTokenizer:
-    """One model's tokenizer with what the run's settings and the model's own files say about speaking to it."""
+    """One model's tokenizer, with the prompts and stop tokens that the run's settings and the model's files name."""
 
     role: str  # student or teacher: the group of settings, for messages
     path: Path
@@ -36,6 +37,11 @@ class ModelTokenizer:
     @cached_property
     def token_names(self) -> dict[int, str]:
         return {token_id: token for token, token_id in self.codec.tokens().items()}
+
+    @property
+    def tables(self) -> TokenTables:
+        """What is compared with another model's tokenizer."""
+        return TokenTables(self.path, self.codec.tokens(), self.codec.merges(), self.codec.rules())
 
     @property
     def vocab_size(self) -> int:
@@ -79,7 +85,7 @@ class ModelTokenizer:
         return template
 
     def _require_system_prompt(self, template: str, system_prompt: str) -> None:
-        """The template writes a system message."""
+        """Check that the template writes a system message."""
         try:
             without = self._render(self._conversation(PROBE, None), template)
         except UserError:
@@ -104,7 +110,7 @@ class ModelTokenizer:
             raise UserError(f"{self.template_source}: the chat template fails: {one_line(error)}") from None
 
     def _other_templates(self) -> str:
-        """What a user may take for one."""
+        """Name files and entries that a user may take for the chat template."""
         named = sorted(getattr(getattr(self.codec, "backend", None), "chat_template", None) or ())
         if named:
             return f" named 'default', and nothing says which of {', '.join(named)} is meant"
@@ -112,12 +118,12 @@ class ModelTokenizer:
 
 
 def load_tokenizer(settings: ModelSettings, role: str) -> ModelTokenizer:
-    """Read a model's tokenizer, and how it is spoken to.
+    """Read a model's tokenizer, chat template and stop tokens.
 
-    The tokenizer is a Hugging Face directory, a JSON file of the ``tokenizers`` library, or a sentencepiece file.
-    Stop tokens come from the settings, else generation_config.json, else config.json, else the tokenizer's
-    end-of-sequence token. The chat template is the settings', else the tokenizer's own as transformers finds it, else
-    that of the model's directory.
+    The tokenizer is a Hugging Face directory, a JSON file of the ``tokenizers`` library, or a sentencepiece file. Stop
+    tokens come from the settings, else generation_config.json, else config.json, else the tokenizer's end-of-sequence
+    token. The chat template is the settings', else the tokenizer's own as transformers finds it, else that of the
+    model's directory.
 
     Args:
         role: "student" or "teacher", for messages.

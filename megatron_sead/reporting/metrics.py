@@ -106,7 +106,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("pass_rate_given_finish", "share", "right answers among the finished rollouts", "training.run"),
     Metric("response_length", "tokens", "mean length of a response", "training.run"),
     Metric("response_tokens", "count", "tokens of all responses of the step", "training.measure"),
-    Metric("rollout_seconds", "seconds", "writing and grading the rollouts", "training.record"),
+    Metric("rollout_seconds", "seconds", "writing and grading the rollouts", "training.loop"),
     Metric(
         "score_seconds",
         "seconds",
@@ -114,8 +114,8 @@ METRICS: tuple[Metric, ...] = (
         "training.step",
     ),
     Metric("train_seconds", "seconds", "forward, backward and update", "training.step"),
-    Metric("sync_seconds", "seconds", "giving the engine the new weights", "training.record"),
-    Metric("step_seconds", "seconds", "the whole step: the four before, and packing", "training.record"),
+    Metric("sync_seconds", "seconds", "giving the engine the new weights", "training.loop"),
+    Metric("step_seconds", "seconds", "the whole step: the four before, and packing", "training.loop"),
     Metric("seconds", "seconds", "since the run began, over all its starts", "training.record"),
     Metric("tokens_per_second", "tokens / s", "response_tokens / step_seconds", "training.record"),
 )

@@ -19,8 +19,10 @@ SHOWN = (
 
 
 class StepProgress:
-    """Shows steps as they are done, by the numbers that metrics.jsonl has, from 0, and how many are done. Use as a
-    context manager; only one rank is `enabled`.
+    """Shows each finished step with its metrics, and how many steps are done. Steps have the numbers of metrics.jsonl,
+    from 0.
+
+    Use it as a context manager; only one rank is `enabled`.
 
     Args:
         total: steps of the whole run.

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class ReplayEngine:
-    """Returns what was recorded for a step: all of it, in file order. The file is the truth, not the requests.
+    """Returns all rollouts that were recorded for a step, in file order; the requests are not compared with them.
 
     Args:
         path: a run directory, or its rollouts folder.

@@ -1,4 +1,5 @@
-"""Tokens from logits: each rollout has random numbers of its own, and a token is where its number falls in the CDF."""
+"""Choosing tokens from logits: each rollout has its own random numbers, which are looked up in the cumulative
+distribution."""
 
 from __future__ import annotations
 

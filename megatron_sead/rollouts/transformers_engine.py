@@ -134,12 +134,12 @@ class TransformersEngine:
         return torch.cat(rows).cpu()
 
     def sleep(self) -> None:
-        """Let the weights go: new ones follow, and a copy in host memory would cost as much time as they do."""
+        """Free the weights. New ones follow, and copying them to the host would cost as much time as loading those."""
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
 
     def wake(self) -> None:
-        """Memory for the weights, with nothing in it yet. Nothing happens to an engine that is awake."""
+        """Allocate memory for the weights, which `load_weights` fills. An engine that is awake stays as it is."""
         for name, parameter in self.model.named_parameters():
             if parameter.shape != self._shapes[name]:
                 parameter.data = parameter.data.new_empty(self._shapes[name])

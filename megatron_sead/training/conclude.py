@@ -12,10 +12,10 @@ from rich.table import Table
 
 from megatron_sead.checkpoints.huggingface import verify_huggingface_directory, write_huggingface_directory
 from megatron_sead.files.durable import replace_text
-from megatron_sead.prompts.export import carry_speech
+from megatron_sead.prompts.export import export_tokenizer
 from megatron_sead.prompts.tokenizer import load_tokenizer
 from megatron_sead.training.heldout import evaluate_directory, evaluate_student
-from megatron_sead.training.identity import check_export
+from megatron_sead.training.parity import check_export
 from megatron_sead.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def _write_student(run: Run, directory: Path) -> None:
         run.weights(),
         source=student.path,
         group=run.parallel.control,
-        finish=lambda written: told.extend(carry_speech(run.tokenizer, student, written)),
+        finish=lambda written: told.extend(export_tokenizer(run.tokenizer, student, written)),
     )
     for line in told:
         log.info("%s: %s", directory.name, line)

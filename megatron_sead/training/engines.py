@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sead.errors import NotFiniteNumbers, UserError
-from megatron_sead.training.identity import TOLERANCE, largest_difference, student_log_probs
+from megatron_sead.training.parity import TOLERANCE, largest_difference, student_log_probs
 from megatron_sead.training.run import EngineScores, Run
 
 log = logging.getLogger(__name__)
@@ -46,10 +46,11 @@ def renew_engine(run: Run) -> None:
 
 
 def check_engine(run: Run, tokens: list[int], level: int = logging.DEBUG) -> None:
-    """The engine's log-probabilities of a text against the student's; and that an update has moved both. Collective.
+    """Compare the engine's log-probabilities of a text with the student's, and check that an update moved both.
+    Collective.
 
-    A bf16 engine is as far from Megatron as many updates move a student, so that closeness alone would not show old
-    weights: an engine whose every number has stayed while the student's have moved was not updated.
+    A bf16 engine differs from Megatron by as much as many updates move a student, so closeness alone would not show old
+    weights: an engine none of whose numbers has moved while the student's have was not updated.
 
     Args:
         level: at which the difference is logged.

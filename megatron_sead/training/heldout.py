@@ -16,8 +16,8 @@ from megatron_sead.training.run import Run
 def evaluate_student(run: Run, directory: Path) -> dict[str, Any] | None:
     """Held-out accuracy of the student as it is; None without evaluation.path. Collective.
 
-    The run's engine, which has its weights, answers; or one for `directory`, which holds them too, where the run's
-    cannot: recorded rollouts answer nothing new.
+    The run's engine answers, which has the student's weights. Recorded rollouts answer nothing new, so a run that
+    replays them makes an engine for `directory`, which holds the same weights.
     """
     if run.config.rollouts.recorded is not None:
         return evaluate_directory(run, directory, run.tokenizer)

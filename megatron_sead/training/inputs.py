@@ -91,7 +91,7 @@ def _without_weights(model: Any) -> Any:
 
 
 def _on_first_rank(action: Callable[[], Any], group: dist.ProcessGroup) -> Any:
-    """What it returns there, or the UserError that it raises there, on every rank."""
+    """Do something on the first rank and return its result, or raise its UserError, on every rank."""
     outcome = None
     if dist.get_rank(group) == 0:
         try:
@@ -107,7 +107,7 @@ def _on_first_rank(action: Callable[[], Any], group: dist.ProcessGroup) -> Any:
 def _compare(
     config: RunConfig, name: str, then: Fingerprint, now: Fingerprint, prompts: list[Prompt], heldout: list[Prompt]
 ) -> list[str]:
-    """The changes that are allowed, in words; raises UserError for those that are not."""
+    """The allowed changes, in words. Raises UserError for those that are not allowed."""
     try:
         if not all(isinstance(value, dict) for value in then.values()):
             raise TypeError
@@ -144,8 +144,8 @@ def fingerprint(
     found: Fingerprint = {
         "student": {"config": _architecture(config.student.path)},
         "teacher": {"config": _architecture(config.teacher.path)},
-        "tokenizer": {role: _words(tokenizer) for role, tokenizer in _roles(student, teacher)},
-        "templates": {role: _speech(tokenizer, with_templates) for role, tokenizer in _roles(student, teacher)},
+        "tokenizer": {role: _tokenizer(tokenizer) for role, tokenizer in _roles(student, teacher)},
+        "templates": {role: _templates(tokenizer, with_templates) for role, tokenizer in _roles(student, teacher)},
         "prompts": _table(prompts, ("answers", "difficulty", "student_token_ids", "teacher_token_ids")),
         "grader": {"grader": GRADER_VERSION} | _versions(*GRADING_PACKAGES),
         "software": _versions("torch", "megatron-core", "tokenizers"),
@@ -190,8 +190,8 @@ def _architecture(hf_dir: Path) -> dict[str, Any]:
     return plain
 
 
-def _words(tokenizer: ModelTokenizer) -> dict[str, Any]:
-    """Text to ids and back. What decoding makes of each token tells special tokens too."""
+def _tokenizer(tokenizer: ModelTokenizer) -> dict[str, Any]:
+    """What encoding and decoding depend on. Decoding each token by itself also shows which tokens are special."""
     codec, names = tokenizer.codec, tokenizer.token_names
     return {
         "tokens": _checksum(sorted(names.items())),
@@ -201,15 +201,15 @@ def _words(tokenizer: ModelTokenizer) -> dict[str, Any]:
     }
 
 
-def _speech(tokenizer: ModelTokenizer, with_template: bool) -> dict[str, Any]:
-    speech: dict[str, Any] = {"stop_token_ids": list(tokenizer.stop_token_ids)}
+def _templates(tokenizer: ModelTokenizer, with_template: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"stop_token_ids": list(tokenizer.stop_token_ids)}
     if with_template:
-        speech |= {"chat template": _checksum(tokenizer.chat_template), "system prompt": tokenizer.system_prompt}
-    return speech
+        found |= {"chat template": _checksum(tokenizer.chat_template), "system prompt": tokenizer.system_prompt}
+    return found
 
 
 def _table(prompts: list[Prompt], columns: tuple[str, ...]) -> dict[str, Any]:
-    """A number a prompt and column, in order, so that a resume can say which prompts have changed."""
+    """A checksum for each prompt and column, in order, so that a resume can say which prompts have changed."""
     rows = {name: [getattr(prompt, name) for prompt in prompts] for name in ("id", *columns)}
     return {"count": len(prompts), "columns": {name: _packed(values) for name, values in rows.items()}}
 
@@ -219,7 +219,7 @@ def _packed(values: list[Any]) -> str:
 
 
 def _records(path: Path, steps: int) -> dict[str, str]:
-    """Of the recorded rollouts that the run will read, by file."""
+    """Checksums of the recorded rollouts that the run will read, by file."""
     folder = record_path(path, 0).parent
     files = [(folder if folder.is_dir() else path) / f"step-{step}.jsonl" for step in range(steps)]
     return {file.name: f"{CHECKSUM}{checksum(file)[1]:08x}" for file in files if file.is_file()}

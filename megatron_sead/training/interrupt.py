@@ -1,5 +1,4 @@
-"""Ctrl-C, the scheduler's SIGTERM and a terminal that goes away end a run after the step that is under way, on every
-rank alike."""
+"""Lets Ctrl-C, a scheduler's SIGTERM and a closing terminal end a run after the current step, on every rank alike."""
 
 from __future__ import annotations
 
@@ -19,8 +18,11 @@ class InterruptFlag:
         self._previous: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
-        """From here on a signal no longer ends the process. On every rank at the same point, after a collective: the
-        others would wait for a rank that was ended before it listened."""
+        """Remember signals from here on, instead of ending the process.
+
+        Every rank must call it at the same point, after a collective: a rank that a signal ends before it listens would
+        leave the others waiting.
+        """
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number is not signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
                 self._previous[number] = signal.signal(number, self._handle)

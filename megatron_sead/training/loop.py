@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 
 from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import NotFiniteNumbers, UserError
+from megatron_sead.reporting.timing import PhaseTimer
 from megatron_sead.rollouts.engine import EngineFailed, Rollout
 from megatron_sead.training.conclude import conclude
 from megatron_sead.training.engines import renew_engine
@@ -38,22 +38,20 @@ def run(config: RunConfig) -> bool:
 
 def distill(run: Run) -> bool:
     """The steps that are left. False: interrupted, and saved."""
-    with run.progress() as progress:
+    with run.progress_bar() as bar:
         for step in range(run.state.step, run.config.training.steps):
-            clock = [time.perf_counter()]
-            asked = run.curriculum.next_batch(step)
-            rollouts = _write(run, asked, step)
-            correct = run.grade(rollouts)
-            alpha = run.observe(rollouts, correct, step)
-            clock.append(time.perf_counter())
+            timer = PhaseTimer()
+            with timer.phase("step"):
+                with timer.phase("rollout"):
+                    asked = run.curriculum.next_batch(step)
+                    rollouts = _write(run, asked, step)
+                    correct = run.grade(rollouts)
+                    alpha = run.observe(rollouts, correct, step)
+                result = train_step(run.learner, run.pack(rollouts), alpha, step)
+                with timer.phase("sync"):
+                    renew_engine(run)
 
-            result = train_step(run.learner, run.pack(rollouts), alpha, step)
-            clock.append(time.perf_counter())
-
-            renew_engine(run)
-            clock.append(time.perf_counter())
-
-            progress.advance(record_step(run, step, rollouts, correct, alpha, result, clock))
+            bar.advance(record_step(run, step, rollouts, correct, alpha, result, timer.metrics()))
             if result.reports is not None:
                 keep_skipped(run, step, rollouts, result.reports)
             run.state.step = step + 1

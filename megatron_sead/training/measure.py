@@ -1,4 +1,4 @@
-"""What a step's tokens looked like: sums over all ranks, then the means, shares and rates of metrics.jsonl."""
+"""The metrics of a step's tokens: sums over all ranks, then the means, shares and rates of metrics.jsonl."""
 
 from __future__ import annotations
 

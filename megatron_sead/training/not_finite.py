@@ -75,7 +75,8 @@ def describe(reports: list[Report]) -> str:
 
 
 def own_grad_norm(optimizer: Any) -> float:
-    """Of the gradients that this rank's optimizer is about to apply, replicas included. After ``prepare_grads``."""
+    """Norm of the gradients that this rank's optimizer is about to apply, replicas included. Call it after
+    ``prepare_grads``."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return _norm([p.grad for part in parts for p in part.get_parameters() if p.grad is not None])
 
@@ -97,7 +98,8 @@ def folder_of(run_directory: Path, step: int) -> Path:
 
 
 def write_reports(run_directory: Path, step: int, reports: list[Report]) -> Path | None:
-    """``ranks.json`` in the step's folder, for the first rank. None: enough are there."""
+    """Write ``ranks.json`` in the step's folder, on the first rank, and return the folder; None where enough steps are
+    kept."""
     folder = folder_of(run_directory, step)
     there = [entry for entry in folder.parent.iterdir() if entry != folder] if folder.parent.is_dir() else []
     if len(there) >= KEPT:
@@ -108,12 +110,12 @@ def write_reports(run_directory: Path, step: int, reports: list[Report]) -> Path
 
 
 def _norm(tensors: list[torch.Tensor]) -> float:
-    """Of all their elements. Each tensor's is taken in fp32."""
+    """L2 norm of all elements of all tensors; each tensor's is taken in fp32."""
     if not tensors:
         return 0.0
     return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float32) for t in tensors]).double().norm().item()
 
 
 def _plain(value: float | None) -> float | str | None:
-    """Numbers that JSON has not as text."""
+    """A number as JSON can hold it: one that is not finite becomes text."""
     return value if value is None or math.isfinite(value) else str(value)

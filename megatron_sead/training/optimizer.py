@@ -75,7 +75,7 @@ def _optimizer_config(settings: TrainingSettings) -> OptimizerConfig:
 
 
 def _connect_to_schedule(config: Any, ddp_chunks: list[Any], optimizer: Any, overlap: bool) -> None:
-    """What Megatron's pipeline schedules call, which find it on the model's configuration."""
+    """Set the functions that Megatron's pipeline schedules look for on the model's configuration."""
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     if overlap:  # gradients are reduced during the backward pass of the last micro-batch, not of each

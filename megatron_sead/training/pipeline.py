@@ -38,7 +38,7 @@ def run_schedule(
         micro_batches: this data-parallel rank's share of the step.
         view: whose tokens the model reads.
         on_hidden: called on the last stage as ``on_hidden(index, hidden)`` with hidden [n, h], one row a response
-            token; of a model that leaves its hidden states spread, this rank's part of them all [s/tp * b, h].
+            token; of a model with sequence-parallel output, this rank's shard of all positions [s/tp * b, h].
             Forward only: returns anything. Training: returns (summed loss, token count, anything), Megatron's
             per-token protocol: gradients are divided by the global count.
         forward_only: no gradients.
@@ -76,6 +76,6 @@ def _forward_step(
 
     def on_last_stage(hidden: torch.Tensor, non_loss_data: bool = False) -> Any:
         rows = hidden.flatten(0, 1)
-        return on_hidden(index, rows if config.spread_hidden_states else rows.index_select(0, predictors))
+        return on_hidden(index, rows if config.sequence_parallel_output else rows.index_select(0, predictors))
 
     return output, on_last_stage

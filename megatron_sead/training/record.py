@@ -1,4 +1,4 @@
-"""What a step leaves on disk: a line of metrics, its rollouts with their zones, and now and then a checkpoint."""
+"""Writes what a step leaves on disk: a line of metrics, its rollouts with zones, and at intervals a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_sead.distillation.zone_shares import LETTERS
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.rollouts.engine import Rollout
 from megatron_sead.rollouts.records import record_path, write_records
-from megatron_sead.training.identity import student_log_probs
 from megatron_sead.training.not_finite import weights_are_finite
+from megatron_sead.training.parity import student_log_probs
 from megatron_sead.training.run import Run
 from megatron_sead.training.skipping import remedy
 from megatron_sead.training.step import StepResult
@@ -25,14 +25,13 @@ def record_step(
     correct: list[bool],
     alpha: float,
     result: StepResult,
-    clock: list[float],
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Write the step down; its metrics on every rank. Collective.
 
     Args:
-        clock: when the step began, had its rollouts, had trained, and had given the engine its weights.
+        seconds: of the phases of the step, by the names of metrics.jsonl.
     """
-    began, generated, trained, synchronized = clock
     skipped = result.reports is not None
     metrics: dict[str, Any] = {"step": step, "skipped": skipped, "alpha": alpha} | result.metrics
     if skipped:
@@ -41,12 +40,9 @@ def record_step(
             "grad_norm": None,
             "response_tokens": sum(len(r.response_token_ids) for r in rollouts),
         }
-    metrics |= run.rollout_metrics(rollouts, correct, step)
+    metrics |= run.rollout_metrics(rollouts, correct, step) | seconds
     metrics |= {
-        "rollout_seconds": generated - began,
-        "sync_seconds": synchronized - trained,
-        "step_seconds": synchronized - began,
-        "tokens_per_second": metrics["response_tokens"] / (synchronized - began),
+        "tokens_per_second": metrics["response_tokens"] / seconds["step_seconds"],
         "seconds": run.seconds(),
     }
     if not skipped:
@@ -90,7 +86,7 @@ def save(run: Run) -> None:
 
 
 def _record_rollouts(run: Run, step: int, rollouts: list[Rollout], correct: list[bool], result: StepResult) -> None:
-    """rollouts/step-N.jsonl by the first rank; zones come from the ranks that saw the tokens."""
+    """Write rollouts/step-N.jsonl on the first rank, with the zones from the ranks that saw the tokens."""
     mine: dict[int, str] = {}
     if run.parallel.tp_rank == 0:
         letters = [LETTERS[zone] for zone in result.zones.tolist()]

@@ -1,4 +1,4 @@
-"""A run under way: its parts, and the small verbs between them that the loop is written in."""
+"""A run in progress: what its steps use, and the small functions that the loop calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megatron_sead.training.step import Learner
 
 
 @dataclass
-class Progress:
+class RunState:
     """Where a run stands; saved with every checkpoint, so that a resumed run goes on as if never interrupted."""
 
     step: int = 0  # steps done, and the number of the next one: steps count from 0
@@ -70,7 +70,7 @@ class Run:
     writer: MetricsWriter | None  # on the first rank
     console: Console
     interrupt: InterruptFlag
-    state: Progress
+    state: RunState
     probe: list[int]
     inputs: Inputs
     started: float
@@ -82,7 +82,7 @@ class Run:
 
     @property
     def length_multiple(self) -> int:
-        """Padded lengths must split evenly over sequence-parallel ranks."""
+        """What padded lengths must be a multiple of, so that they split evenly over sequence-parallel ranks."""
         return self.parallel.tp_size if self.config.parallel.sequence_parallel else 1
 
     def requests(self, asked: list[int]) -> list[GenerationRequest]:
@@ -109,11 +109,11 @@ class Run:
         return self.grader.grade_all(texts, answers, self.parallel.control)
 
     def observe(self, rollouts: list[Rollout], correct: list[bool], step: int) -> float:
-        """Let competence and curriculum see the grades; the step's alpha."""
+        """Let competence and curriculum see the grades, and return the step's alpha."""
         self.competence.update(sum(correct) / len(correct))
         self.curriculum.update([(self._by_id[r.prompt_id], right) for r, right in zip(rollouts, correct, strict=True)])
         annealing = self.config.annealing
-        u = {"step": step / self.config.training.steps, "competence": self.competence.progress}
+        u = {"step": step / self.config.training.steps, "competence": self.competence.u}
         u["larger"] = max(u.values())
         return annealing_coefficient(
             u[annealing.driver], start=annealing.start, end=annealing.end, shape=annealing.shape
@@ -155,7 +155,7 @@ class Run:
             raise UserError(f"rollouts.engine={self.config.rollouts.engine!r}: {error}") from None
 
     def rollout_metrics(self, rollouts: list[Rollout], correct: list[bool], step: int) -> dict[str, Any]:
-        """What the rollouts alone say."""
+        """Metrics that need the rollouts and grades alone."""
         finished = [r.finished for r in rollouts]
         right_and_finished = sum(c and f for c, f in zip(correct, finished, strict=True))
         return {
@@ -169,7 +169,7 @@ class Run:
             "response_length": sum(len(r.response_token_ids) for r in rollouts) / len(rollouts),
         }
 
-    def progress(self) -> StepProgress:
+    def progress_bar(self) -> StepProgress:
         """The bar that a person watches."""
         return StepProgress(
             self.console, total=self.config.training.steps, done=self.state.step, enabled=self.parallel.rank == 0
@@ -200,7 +200,7 @@ class Run:
             UserError: its values are not of this make.
         """
         try:
-            self.state = self._progress(state["progress"])
+            self.state = self._checked_state(state["progress"])
             self.probe = self.state.probe_tokens or self.probe
             self.curriculum.load_state_dict(state["curriculum"])
             self.competence.load_state_dict(state["competence"])
@@ -211,17 +211,17 @@ class Run:
                 f"({type(error).__name__}: {error}); restore it from a copy, or delete its folder"
             ) from error
 
-    def _progress(self, saved: dict[str, Any]) -> Progress:
-        """Where a checkpoint says that the run stands. ValueError: a run does not write this."""
-        progress = Progress(**saved)
-        for name, value in asdict(progress).items():
-            if name != "accuracy_before" and type(value) is not type(getattr(Progress(), name)):
+    def _checked_state(self, saved: dict[str, Any]) -> RunState:
+        """Where a checkpoint says that the run stands. Raises ValueError for what no run writes."""
+        state = RunState(**saved)
+        for name, value in asdict(state).items():
+            if name != "accuracy_before" and type(value) is not type(getattr(RunState(), name)):
                 raise ValueError(f"{name} is {value!r:.60}")
-        if not 0 <= progress.step <= self.config.training.steps:
-            raise ValueError(f"step {progress.step} of {self.config.training.steps}")
-        tokens = progress.probe_tokens
+        if not 0 <= state.step <= self.config.training.steps:
+            raise ValueError(f"step {state.step} of {self.config.training.steps}")
+        tokens = state.probe_tokens
         if not all(type(t) is int and 0 <= t < self.learner.heads.vocab_size for t in tokens):
             raise ValueError("probe_tokens are not tokens of the student")
-        if len(torch.tensor(progress.probe_log_probs)) != len(tokens or self.probe) - 1:
+        if len(torch.tensor(state.probe_log_probs)) != len(tokens or self.probe) - 1:
             raise ValueError("probe_log_probs are not those of probe_tokens")
-        return progress
+        return state

@@ -19,7 +19,7 @@ from megatron_sead.distillation import (
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.pipeline import run_schedule
-from megatron_sead.training.sequence_places import SequencePlaces
+from megatron_sead.training.response_positions import ResponsePositions
 
 # Shapes: n response tokens of a micro-batch, h hidden size, V padded vocabulary, tp ranks of the tensor-parallel group
 
@@ -35,14 +35,14 @@ class Heads:
     vocab_size: int  # true vocabulary, padding excluded
     scratch_bytes: int
     group: ProcessGroup | None  # tensor parallel
-    spread: bool  # sequence parallel: the student's hidden states are this rank's part [s/tp * b, h] of all positions
+    sequence_parallel: bool  # the student's hidden states are this rank's shard [s/tp * b, h] of all positions
 
     def score(self, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, micro_batch: MicroBatch) -> TokenScores:
         """Statistics of the response tokens [n] from both final hidden states [n, h]; no gradient."""
         assert self.student is not None and self.teacher is not None
-        places, targets = self._places(micro_batch), micro_batch.targets
-        if places is not None:
-            targets, teacher_hidden = places.spread(targets, -1), places.own_rows(teacher_hidden)
+        positions, targets = self._positions(micro_batch), micro_batch.targets
+        if positions is not None:
+            targets, teacher_hidden = positions.scatter(targets, -1), positions.local_rows(teacher_hidden)
         scores = linear_token_scores(
             student_hidden.detach(),
             self.student.detach(),
@@ -54,9 +54,9 @@ class Heads:
             group=self.group,
             vocab_size=self.vocab_size,
             scratch_bytes=self.scratch_bytes,
-            sequence_parallel=self.spread,
+            sequence_parallel=self.sequence_parallel,
         )
-        return scores if places is None else scores.select(places.places)
+        return scores if positions is None else scores.select(positions.index)
 
     def loss(
         self,
@@ -75,16 +75,16 @@ class Heads:
         """
         assert self.student is not None and self.teacher is not None
         forward, reverse, targets = weights.forward, weights.reverse, micro_batch.targets
-        places = self._places(micro_batch)
-        if places is not None:
-            forward, reverse = places.spread(forward, 0), places.spread(reverse, 0)
-            targets, student_log_prob = places.spread(targets, 0), places.spread(student_log_prob, 0)
-            teacher_hidden = places.own_rows(teacher_hidden)
+        positions = self._positions(micro_batch)
+        if positions is not None:
+            forward, reverse = positions.scatter(forward, 0), positions.scatter(reverse, 0)
+            targets, student_log_prob = positions.scatter(targets, 0), positions.scatter(student_log_prob, 0)
+            teacher_hidden = positions.local_rows(teacher_hidden)
         models = (student_hidden, self.student, teacher_hidden, self.teacher)
         where = {"vocab_size": self.vocab_size, "scratch_bytes": self.scratch_bytes}
         if token_loss is None:
             losses = linear_weighted_divergence(
-                *models, forward, reverse, group=self.group, sequence_parallel=self.spread, **where
+                *models, forward, reverse, group=self.group, sequence_parallel=self.sequence_parallel, **where
             )
         else:
             losses = linear_token_loss(
@@ -94,13 +94,15 @@ class Heads:
                 targets,
                 student_log_prob,
                 group=self.group,
-                sequence_parallel=self.spread,
+                sequence_parallel=self.sequence_parallel,
                 **where,
             )
         return losses.sum()
 
-    def _places(self, micro_batch: MicroBatch) -> SequencePlaces | None:
-        return SequencePlaces.of(micro_batch.student, self.group) if self.spread and self.group is not None else None
+    def _positions(self, micro_batch: MicroBatch) -> ResponsePositions | None:
+        if not self.sequence_parallel or self.group is None:
+            return None
+        return ResponsePositions.of(micro_batch.student, self.group)
 
 
 def score_student(

@@ -22,7 +22,7 @@ from megatron_sead.config.checks import (
 )
 from megatron_sead.config.run import ModelSettings, RunConfig, dump_config
 from megatron_sead.distillation import CompetenceTracker, Curriculum
-from megatron_sead.errors import UserError
+from megatron_sead.errors import UserError, kept
 from megatron_sead.files.durable import replace_text
 from megatron_sead.grading.grader import Grader
 from megatron_sead.launch.ownership import sole_owner
@@ -30,6 +30,8 @@ from megatron_sead.models.builder import build_model
 from megatron_sead.models.decoder import Decoder
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.parallel.groups import parallel_groups
+from megatron_sead.planning.plan import make_plan
+from megatron_sead.planning.preflight import check_inputs
 from megatron_sead.prompts.dataset import Prompt, load_prompts
 from megatron_sead.prompts.pair import check_pair
 from megatron_sead.prompts.problems import seen_in_training
@@ -39,11 +41,11 @@ from megatron_sead.rollouts.engine import EngineContext
 from megatron_sead.rollouts.registry import make_engine, require_available
 from megatron_sead.training.engines import start_engine
 from megatron_sead.training.heldout import evaluate_directory, evaluate_student
-from megatron_sead.training.identity import check_models, probe_tokens
 from megatron_sead.training.inputs import Inputs, settle_inputs
 from megatron_sead.training.interrupt import InterruptFlag
 from megatron_sead.training.optimizer import build_optimizer
-from megatron_sead.training.run import Progress, Run
+from megatron_sead.training.parity import check_models, probe_tokens
+from megatron_sead.training.run import Run, RunState
 from megatron_sead.training.scoring import Heads
 from megatron_sead.training.step import Learner
 from megatron_sead.training.supervision import Supervisor, policy_of
@@ -67,20 +69,21 @@ def prepare(config: RunConfig) -> Iterator[Run]:
         parallel = stack.enter_context(parallel_groups(config.parallel, config.device, config.seed))
         _own_output(config, parallel, stack)
         check_world_size(config, parallel.world_size)
-        student, teacher = load_tokenizer(config.student, "student"), load_tokenizer(config.teacher, "teacher")
-        pair = check_pair(student, teacher, config.student, config.teacher, config.prompts.template)
-        console = Console()
-        if parallel.rank == 0:
-            console.print(pair)
-            log.info("%s", opening_line(config))
-        prompts = _load_prompts(config, student, teacher)
-        check_batch(config, [prompt.difficulty for prompt in prompts])
-        heldout = _load_heldout(config, student, teacher)
-        store = CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel)
-        inputs = settle_inputs(config, (student, teacher), prompts, heldout, store, parallel.control)
-        if parallel.rank == 0:
-            _warn(config, inputs, prompts, heldout)
-        learner, chunks = _build_learner(config, student, teacher, parallel)
+        with _telling_all_mistakes(config, parallel.world_size):
+            student, teacher = load_tokenizer(config.student, "student"), load_tokenizer(config.teacher, "teacher")
+            pair = check_pair(student, teacher, config.student, config.teacher, config.prompts.template)
+            console = Console()
+            if parallel.rank == 0:
+                console.print(pair)
+                log.info("%s", opening_line(config))
+            prompts = _load_prompts(config, student, teacher)
+            check_batch(config, [prompt.difficulty for prompt in prompts])
+            heldout = _load_heldout(config, student, teacher)
+            store = CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel)
+            inputs = settle_inputs(config, (student, teacher), prompts, heldout, store, parallel.control)
+            if parallel.rank == 0:
+                _warn(config, inputs, prompts, heldout)
+            learner, chunks = _build_learner(config, student, teacher, parallel)
         probe = probe_tokens(config.student.path, [p.student_token_ids for p in prompts])
         run = Run(
             config=config,
@@ -98,7 +101,7 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             writer=None,
             console=console,
             interrupt=InterruptFlag(),
-            state=Progress(),
+            state=RunState(),
             probe=probe,
             inputs=inputs,
             started=started,
@@ -112,8 +115,24 @@ def prepare(config: RunConfig) -> Iterator[Run]:
         yield run
 
 
+@contextmanager
+def _telling_all_mistakes(config: RunConfig, world_size: int) -> Iterator[None]:
+    """Tell a mistake in the inputs with all others that a check of the files finds, on every rank."""
+    try:
+        yield
+    except UserError as error:
+        first, others = str(error).splitlines(), list[str]()
+        with kept(others):
+            make_plan(config, world_size)
+        with kept(others):
+            check_inputs(config)
+        if set(others) <= set(first):
+            raise
+        raise UserError("\n".join(dict.fromkeys([*first, *others]))) from error
+
+
 def _own_output(config: RunConfig, parallel: ParallelContext, stack: ExitStack) -> None:
-    """Until the stack ends, by the first rank for all. Collective."""
+    """Own the output directory until the stack ends; the first rank does so for all. Collective."""
     refusal = None
     if parallel.rank == 0:
         try:
@@ -126,7 +145,7 @@ def _own_output(config: RunConfig, parallel: ParallelContext, stack: ExitStack) 
 
 
 def _warn(config: RunConfig, inputs: Inputs, prompts: list[Prompt], heldout: list[Prompt]) -> None:
-    """Of what is valid and probably not meant."""
+    """Warn of what is valid and probably not meant."""
     shared = seen_in_training(heldout, prompts, f"evaluation.path={config.evaluation.path}")
     for line in [*config_warnings(config), *shared, *nothing_to_learn(config, inputs, prompts)]:
         log.warning("%s", line)
@@ -155,7 +174,7 @@ def _load_prompts(config: RunConfig, student: ModelTokenizer, teacher: ModelToke
 
 
 def _load_heldout(config: RunConfig, student: ModelTokenizer, teacher: ModelTokenizer) -> list[Prompt]:
-    """The teacher answers the problem itself here, whatever its prompt in training."""
+    """The held-out prompts. The teacher answers the problem itself here, whatever its prompt in training."""
     evaluation, settings = config.evaluation, config.evaluation.prompts(config.prompts)
     if settings is None:
         return []
@@ -171,14 +190,14 @@ def _load_heldout(config: RunConfig, student: ModelTokenizer, teacher: ModelToke
 
 
 def _build_model(
-    config: RunConfig, model: ModelSettings, parallel: ParallelContext, *, spread_hidden_states: bool
+    config: RunConfig, model: ModelSettings, parallel: ParallelContext, *, sequence_parallel_output: bool
 ) -> list[Decoder]:
     return build_model(
         model.path,
         parallel,
         precision=config.training.precision,
         sequence_parallel=config.parallel.sequence_parallel,
-        spread_hidden_states=spread_hidden_states,
+        sequence_parallel_output=sequence_parallel_output,
         recompute_granularity=config.training.recompute_granularity,
         attention_backend=config.training.attention_backend,
     )
@@ -187,9 +206,9 @@ def _build_model(
 def _build_learner(
     config: RunConfig, student: ModelTokenizer, teacher: ModelTokenizer, parallel: ParallelContext
 ) -> tuple[Learner, list[Decoder]]:
-    teacher_chunks = _build_model(config, config.teacher, parallel, spread_hidden_states=False)
+    teacher_chunks = _build_model(config, config.teacher, parallel, sequence_parallel_output=False)
     frozen = Teacher(teacher_chunks, offload=config.teacher.offload)
-    student_chunks = _build_model(config, config.student, parallel, spread_hidden_states=True)  # the loss gathers
+    student_chunks = _build_model(config, config.student, parallel, sequence_parallel_output=True)  # the loss gathers
     _check_top_k(config, student_chunks[0].config.vocab_size)
     ddp_chunks, optimizer, scheduler = build_optimizer(student_chunks, config.training, parallel)
     heads = Heads(
@@ -200,7 +219,7 @@ def _build_learner(
         vocab_size=student_chunks[0].config.vocab_size,  # the teacher's too: check_pair has seen to it
         scratch_bytes=config.training.scratch_bytes,
         group=parallel.tp if parallel.tp_size > 1 else None,
-        spread=config.parallel.sequence_parallel,
+        sequence_parallel=config.parallel.sequence_parallel,
     )
     supervisor = Supervisor(config, parallel.dp if parallel.dp_size > 1 else None)
     return Learner(ddp_chunks, frozen, optimizer, scheduler, heads, supervisor, parallel), student_chunks

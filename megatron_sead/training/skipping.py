@@ -43,7 +43,7 @@ def ended_while_writing(run: Run, step: int, asked: list[int], error: NotFiniteN
 
 
 def _keep_batch(run: Run, step: int, rollouts: list[Rollout], reports: list[Report]) -> str:
-    """Where it is, in words, on every rank."""
+    """Keep a skipped step's batch and reports, and say on every rank where they are."""
     where = f"{KEPT} steps are kept in {run.config.output / FOLDER} already"
     if run.parallel.rank == 0:
         folder = write_reports(run.config.output, step, reports)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +11,12 @@ import torch
 from megatron_sead.distillation import NotFiniteError, Thresholds, TokenScores
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
+from megatron_sead.reporting.timing import PhaseTimer
 from megatron_sead.training.measure import measure_tokens
 from megatron_sead.training.not_finite import Report, gather_reports, own_grad_norm
-from megatron_sead.training.pipeline import run_schedule
+from megatron_sead.training.pipeline import OnHidden, run_schedule
 from megatron_sead.training.scoring import Heads, score_student
-from megatron_sead.training.supervision import Supervision, Supervisor, gather_tokens
+from megatron_sead.training.supervision import StepTokens, Supervision, Supervisor
 from megatron_sead.training.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -52,21 +52,12 @@ def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, 
     that no mean of means arises. A step whose numbers are not finite on any rank is skipped on all, by the rule of
     `not_finite`; its result has the ranks' reports.
     """
-    started = time.perf_counter()
-    teacher_hidden = learner.teacher.hidden_states(micro_batches, learner.parallel)
-    problems: list[str] = []
-    decided: list[tuple[TokenScores, Supervision]] | None = None
-    if learner.supervisor.needs_whole_step() and len(micro_batches) > 1:  # a single one is the whole step
-        scores = score_student(
-            learner.student, micro_batches, teacher_hidden, learner.heads, learner.parallel, problems
-        )
-        reports = gather_reports(learner.parallel, learner.student, _first(problems))
-        if reports is not None:
-            return _skipped(learner, reports)
-        if learner.parallel.is_last_stage:
-            supervised = learner.supervisor.supervise_step(scores, micro_batches, alpha, step)
-            decided = list(zip(scores, supervised, strict=True))
-    scored = time.perf_counter()
+    timer, problems = PhaseTimer(), list[str]()
+    with timer.phase("score"):
+        teacher_hidden = learner.teacher.hidden_states(micro_batches, learner.parallel)
+        decided, reports = _score_step(learner, micro_batches, teacher_hidden, alpha, step)
+    if reports is not None:
+        return _skipped(learner, reports)
 
     def distill(index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
         micro_batch, heads = micro_batches[index], learner.heads
@@ -92,28 +83,59 @@ def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, 
             return nothing, torch.zeros((), dtype=torch.int, device=hidden.device), None
         return loss, supervision.count.int(), (loss.detach(), score, supervision)
 
+    with timer.phase("train"):
+        outcomes = _forward_backward(learner, micro_batches, distill)
+        loss, count = _global_loss(outcomes, learner.parallel)
+        norm = own_grad_norm(learner.optimizer)
+        reports = gather_reports(learner.parallel, learner.student, _first(problems), loss=loss, grad_norm=norm)
+        if reports is not None:
+            return _skipped(learner, reports)
+        result, thresholds = StepResult(), None
+        if learner.parallel.is_last_stage:
+            result, thresholds = _measure(learner, micro_batches, outcomes)
+        result.metrics |= {"loss": loss, "active_tokens": count} | _update(learner, count, step)
+    result.metrics |= timer.metrics()
+    result.metrics, thresholds = _from_last_stage((result.metrics, thresholds), learner.parallel)
+    learner.supervisor.remember(thresholds)
+    if learner.parallel.rank == 0:
+        learner.supervisor.warn_of_floor(thresholds, step)
+    return result
+
+
+def _score_step(
+    learner: Learner,
+    micro_batches: list[MicroBatch],
+    teacher_hidden: list[torch.Tensor],
+    alpha: float,
+    step: int,
+) -> tuple[list[tuple[TokenScores, Supervision]] | None, list[Report] | None]:
+    """Score and supervise the whole step before it trains, where the policy or its zones need all tokens together.
+
+    Returns:
+        What was decided for each micro-batch; None before the last stage, and where the training pass decides. And
+        the reports of a step that must be skipped.
+    """
+    if not learner.supervisor.needs_whole_step() or len(micro_batches) == 1:  # a single one is the whole step
+        return None, None
+    problems: list[str] = []
+    scores = score_student(learner.student, micro_batches, teacher_hidden, learner.heads, learner.parallel, problems)
+    reports = gather_reports(learner.parallel, learner.student, _first(problems))
+    if reports is not None or not learner.parallel.is_last_stage:
+        return None, reports
+    supervised = learner.supervisor.supervise_step(scores, micro_batches, alpha, step)
+    return list(zip(scores, supervised, strict=True)), None
+
+
+def _forward_backward(learner: Learner, micro_batches: list[MicroBatch], distill: OnHidden) -> list[Any]:
+    """The training pass, from empty gradients to those that the optimizer is about to apply."""
     for chunk in learner.student:
         chunk.zero_grad_buffer()  # type: ignore[operator]  # Megatron's DistributedDataParallel
     learner.optimizer.zero_grad()
     outcomes = run_schedule(
         learner.student, micro_batches, "student", distill, parallel=learner.parallel, forward_only=False
     )
-    loss, count = _global_loss(outcomes, learner.parallel)
     learner.optimizer.prepare_grads()
-    norm = own_grad_norm(learner.optimizer)
-    reports = gather_reports(learner.parallel, learner.student, _first(problems), loss=loss, grad_norm=norm)
-    if reports is not None:
-        return _skipped(learner, reports)
-    result, thresholds = StepResult(), None
-    if learner.parallel.is_last_stage:
-        result, thresholds = _measure(learner, micro_batches, outcomes)
-    result.metrics |= {"loss": loss, "active_tokens": count} | _update(learner, count, step)
-    result.metrics |= {"score_seconds": scored - started, "train_seconds": time.perf_counter() - scored}
-    result.metrics, thresholds = _from_last_stage((result.metrics, thresholds), learner.parallel)
-    learner.supervisor.remember(thresholds)
-    if learner.parallel.rank == 0:
-        learner.supervisor.warn_of_floor(thresholds, step)
-    return result
+    return outcomes
 
 
 def _first(problems: list[str]) -> str | None:
@@ -153,14 +175,14 @@ def _decide(
 
 
 def _skipped(learner: Learner, reports: list[Report]) -> StepResult:
-    """The step is over, and the student as it was."""
+    """End a skipped step: only the schedule moves on."""
     learning_rate = learner.optimizer.param_groups[0]["lr"]
     learner.scheduler.step(increment=1)
     return StepResult({"learning_rate": learning_rate}, reports=reports)
 
 
 def _from_last_stage(found: Any, parallel: ParallelContext) -> Any:
-    """What the last pipeline stage has, which alone saw the tokens, on every rank."""
+    """Send what the last pipeline stage has found to every rank; it alone saw the tokens."""
     first_of_last_stage = parallel.world_size - parallel.world_size // parallel.pp_size
     box = [found]
     torch.distributed.broadcast_object_list(box, src=first_of_last_stage, group=parallel.control)
@@ -179,7 +201,7 @@ def _global_loss(outcomes: list[Any], parallel: ParallelContext) -> tuple[float,
 
 
 def _update(learner: Learner, count: int, step: int) -> dict[str, float]:
-    """Clip and apply the gradients; a step in which no token teaches changes nothing, momentum included."""
+    """Clip and apply the gradients. A step in which no token teaches changes nothing, momentum included."""
     learning_rate = learner.optimizer.param_groups[0]["lr"]
     grad_norm = 0.0
     if count > 0:
@@ -194,7 +216,7 @@ def _update(learner: Learner, count: int, step: int) -> dict[str, float]:
 def _measure(learner: Learner, micro_batches: list[MicroBatch], outcomes: list[Any]) -> tuple[StepResult, Thresholds]:
     """Metrics of the tokens that were just trained on, and where the step's quantile zones begin."""
     scores = [score for _, score, _ in outcomes]
-    tokens = gather_tokens(scores, micro_batches)
+    tokens = StepTokens.of(scores, micro_batches)
     zones = torch.cat([supervision.zones for _, _, supervision in outcomes])
     thresholds = outcomes[0][2].thresholds
     if thresholds is None:

@@ -1,7 +1,7 @@
-"""Which tokens of a step teach, with which divergence: zones, then the policy, then the normaliser.
+"""Which tokens of a step teach, with which divergence: zones, then the policy, then the normalizer.
 
-Quantile zones need both entropies of the whole step before the first backward pass, so they cost the student an
-extra forward pass. Everything else is decided a micro-batch at a time, inside the training pass.
+Quantile zones need both entropies of the whole step before the first backward pass, so they cost the student an extra
+forward pass. Everything else is decided a micro-batch at a time, inside the training pass.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from megatron_sead.distillation import (
     rescue_confident_errors,
     zones_and_thresholds,
 )
-from megatron_sead.distillation.policies import WrongWeightsError, with_options
+from megatron_sead.distillation.policies import with_options
+from megatron_sead.distillation.policy_interface import WrongWeightsError
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.packing import MicroBatch
 
@@ -51,7 +52,7 @@ class Supervision:
 
 @dataclass
 class StepTokens:
-    """The response tokens of several micro-batches, side by side."""
+    """The response tokens of this rank's micro-batches, concatenated in order."""
 
     statistics: TokenStatistics
     rollout_index: torch.Tensor  # [n]
@@ -63,21 +64,21 @@ class StepTokens:
         """[n] a key of the token that no layout changes; breaks ties between equal entropies."""
         return self.rollout_index * (1 << 32) + self.position
 
-
-def gather_tokens(scores: list[TokenScores], micro_batches: list[MicroBatch]) -> StepTokens:
-    """Concatenate micro-batches, in order."""
-    statistics = TokenStatistics(
-        **{
-            field.name: torch.cat([getattr(s.statistics, field.name) for s in scores])
-            for field in fields(TokenStatistics)
-        }
-    )
-    return StepTokens(
-        statistics,
-        torch.cat([m.rollout_index for m in micro_batches]),
-        torch.cat([m.position for m in micro_batches]),
-        torch.cat([m.valid for m in micro_batches]),
-    )
+    @staticmethod
+    def of(scores: list[TokenScores], micro_batches: list[MicroBatch]) -> StepTokens:
+        """Concatenate what is known of the tokens of each micro-batch."""
+        statistics = TokenStatistics(
+            **{
+                field.name: torch.cat([getattr(s.statistics, field.name) for s in scores])
+                for field in fields(TokenStatistics)
+            }
+        )
+        return StepTokens(
+            statistics,
+            torch.cat([m.rollout_index for m in micro_batches]),
+            torch.cat([m.position for m in micro_batches]),
+            torch.cat([m.valid for m in micro_batches]),
+        )
 
 
 def policy_of(config: RunConfig) -> Policy:
@@ -97,7 +98,7 @@ class Supervisor:
 
     Args:
         config: the run's settings.
-        group: data-parallel ranks, over which the tokens of a step are spread.
+        group: data-parallel ranks, which share the tokens of a step.
     """
 
     def __init__(self, config: RunConfig, group: ProcessGroup | None) -> None:
@@ -130,7 +131,7 @@ class Supervisor:
         self, scores: list[TokenScores], micro_batches: list[MicroBatch], alpha: float, step: int
     ) -> list[Supervision]:
         """Weights of a whole step. Collective over the data-parallel group."""
-        tokens = gather_tokens(scores, micro_batches)
+        tokens = StepTokens.of(scores, micro_batches)
         thresholds = None
         if not self.reads_zones or self._by_quantiles_of_the_step():
             zones, thresholds = self.quantile_zones(tokens)
@@ -148,13 +149,16 @@ class Supervisor:
         self, scores: TokenScores, micro_batch: MicroBatch, alpha: float, step: int
     ) -> Supervision:
         """Weights of one micro-batch, from what is known without the others."""
-        tokens = gather_tokens([scores], [micro_batch])
+        tokens = StepTokens.of([scores], [micro_batch])
         zones = self._local_zones(tokens)
         return self._normalized(self._weights(tokens, zones, alpha, step), zones, micro_batch)
 
     def quantile_zones(self, tokens: StepTokens) -> tuple[torch.Tensor, Thresholds]:
-        """By the quantiles of all tokens of the step: zones [n] int8, confident errors rescued where asked for, and
-        tau_t and tau_s in nats. Collective over the data-parallel group."""
+        """Zones [n] int8 by the quantiles of all tokens of the step, and tau_t and tau_s in nats.
+
+        Confident errors are moved to zone B where zones.rescue_threshold asks for it. Collective over the data-parallel
+        group.
+        """
         statistics = tokens.statistics
         zones, thresholds = zones_and_thresholds(
             statistics.student_entropy,
@@ -171,7 +175,7 @@ class Supervisor:
         self._running.update(thresholds)
 
     def warn_of_floor(self, thresholds: Thresholds, step: int) -> None:
-        """Say, once, when the teacher is so sure everywhere that what is in zone C is arbitrary."""
+        """Warn, once, when the teacher is so sure everywhere that it is arbitrary which tokens are in zone C."""
         floor = self._zones.teacher_entropy_floor
         if self.reads_zones and thresholds.teacher < floor and not self._told_of_floor:
             self._told_of_floor = True
@@ -227,7 +231,7 @@ class Supervisor:
         thresholds: Thresholds | None = None,
         place: slice = slice(None),
     ) -> Supervision:
-        """Of the tokens at `place`, which are the micro-batch's."""
+        """Divide the micro-batch's weights, which are those at `place`, by what the normalizer says."""
         forward, reverse, zones = weights.forward[place], weights.reverse[place], zones[place]
         active = (forward != 0) | (reverse != 0) if weights.active is None else weights.active[place]
         count = micro_batch.valid.sum() if self._normalizer == "valid" else active.sum()

@@ -32,7 +32,7 @@ class Teacher:
         self.chunks = chunks
         head = chunks[-1].head_weight
         self.head = None if head is None else head.detach()
-        self._visiting = _VisitingWeights(chunks, head) if offload else None
+        self._offloaded = _OffloadedWeights(chunks, head) if offload else None
 
     def hidden_states(self, micro_batches: list[MicroBatch], parallel: ParallelContext) -> list[torch.Tensor]:
         """Final hidden states [n, h] at the response positions, a micro-batch each, in host memory.
@@ -47,37 +47,37 @@ class Teacher:
             return host.copy_(hidden)
 
         chunks = list[torch.nn.Module](self.chunks)
-        if self._visiting is None:
+        if self._offloaded is None:
             return run_schedule(chunks, micro_batches, "teacher", to_host, parallel=parallel, forward_only=True)
-        with self._visiting:
+        with self._offloaded:
             return run_schedule(chunks, micro_batches, "teacher", to_host, parallel=parallel, forward_only=True)
 
 
-class _VisitingWeights:
-    """Parameters whose home is host memory; inside ``with`` they are on the device that they came from.
+class _OffloadedWeights:
+    """Frozen parameters that are kept in host memory; inside ``with`` they are on their device.
 
-    They are frozen, so leaving copies nothing back: the device's copy is let go, and the home was never touched.
+    Since they are frozen, leaving copies nothing back: the device's copy is freed, and the host's is still the same.
     """
 
     def __init__(self, chunks: list[Decoder], stays: torch.Tensor | None) -> None:
-        self._homes: list[tuple[torch.nn.Parameter, torch.device, torch.Tensor]] = []
+        self._host_copies: list[tuple[torch.nn.Parameter, torch.device, torch.Tensor]] = []
         for chunk in chunks:
             for parameter in chunk.parameters():
                 if parameter is not stays:
-                    home = parameter.data.cpu()
-                    home = home.pin_memory() if parameter.is_cuda else home
-                    self._homes.append((parameter, parameter.device, home))
-        self._go_home()
+                    host = parameter.data.cpu()
+                    host = host.pin_memory() if parameter.is_cuda else host
+                    self._host_copies.append((parameter, parameter.device, host))
+        self._offload()
 
     def __enter__(self) -> None:
-        for parameter, device, home in self._homes:
-            parameter.data = home.to(device, non_blocking=True)
+        for parameter, device, host in self._host_copies:
+            parameter.data = host.to(device, non_blocking=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._go_home()
+        self._offload()
 
-    def _go_home(self) -> None:
-        for parameter, _, home in self._homes:
-            parameter.data = home
+    def _offload(self) -> None:
+        for parameter, _, host in self._host_copies:
+            parameter.data = host

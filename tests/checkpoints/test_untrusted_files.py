@@ -204,7 +204,7 @@ def test_a_models_directory_runs_nothing(model: Path, tmp_path: Path) -> None:
     from megatron_sead.prompts.tokenizer import load_tokenizer
     from megatron_sead.rollouts.engine import Sampling
     from megatron_sead.rollouts.transformers_engine import TransformersEngine
-    from megatron_sead.training.identity import probe_tokens
+    from megatron_sead.training.parity import probe_tokens
 
     load_tokenizer(ModelSettings(path=model, stop_token_ids=[0]), "student")
     probe_tokens(model, [(1, 2)])

@@ -36,17 +36,17 @@ def test_competence_never_falls(pass_rates: list[float]) -> None:
     tracker, last = CompetenceTracker(target=0.6, smoothing=0.5), 0.0
     for pass_rate in pass_rates:
         tracker.update(pass_rate)
-        assert 0 <= tracker.progress <= 1 and tracker.progress >= last
-        last = tracker.progress
+        assert 0 <= tracker.u <= 1 and tracker.u >= last
+        last = tracker.u
 
 
 def test_competence_scales_from_start_to_target() -> None:
     tracker = CompetenceTracker(target=0.7, smoothing=0.5)
-    assert tracker.value == 0 and tracker.progress == 0
+    assert tracker.value == 0 and tracker.u == 0
     seen = []
     for pass_rate in (0.3, 0.5, 0.1, 1.0, 1.0):
         tracker.update(pass_rate)
-        seen.append((round(tracker.value, 6), round(tracker.progress, 6)))
+        seen.append((round(tracker.value, 6), round(tracker.u, 6)))
     assert seen == [(0.3, 0), (0.4, 0.25), (0.25, 0.25), (0.625, 0.8125), (0.8125, 1.0)]
 
 
@@ -60,13 +60,13 @@ def test_competence_resumes() -> None:
     second.load_state_dict(first.state_dict())
     for rate in rates[2:]:
         second.update(rate)
-    assert second.state_dict() == whole.state_dict() and second.progress == whole.progress
+    assert second.state_dict() == whole.state_dict() and second.u == whole.u
 
 
 def test_a_student_that_starts_above_the_target_is_done() -> None:
     tracker = CompetenceTracker(target=0.5)
     tracker.update(0.5)
-    assert tracker.progress == 1
+    assert tracker.u == 1
 
 
 @pytest.mark.parametrize("values", [{"target": 0}, {"target": 1.1}, {"smoothing": 1.0}, {"smoothing": -0.1}])

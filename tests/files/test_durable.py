@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,30 @@ from megatron_sead.files.durable import replace_text
 from megatron_sead.reporting.metrics import MetricsWriter
 
 
-@pytest.mark.parametrize("link", ["file", "file.tmp"])
-def test_a_link_is_replaced_and_what_it_names_stays(tmp_path: Path, link: str) -> None:
+def test_a_link_is_replaced_and_what_it_names_stays(tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.write_text("precious")
-    (tmp_path / link).symlink_to(theirs)
+    (tmp_path / "file").symlink_to(theirs)
     replace_text(tmp_path / "file", "new")
     assert theirs.read_text() == "precious"
     assert (tmp_path / "file").read_text() == "new"
     assert not (tmp_path / "file").is_symlink()
-    assert not (tmp_path / "file.tmp").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["file.tmp", f".file.{os.getpid()}-0.tmp"])
+def test_no_file_is_taken_for_the_temporary_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("precious")
+    replace_text(tmp_path / "file", "new")
+    assert (tmp_path / name).read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["file", name])
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    replace_text(tmp_path / "file", "old")
+    with pytest.raises(UnicodeEncodeError):
+        replace_text(tmp_path / "file", "\ud800")
+    assert (tmp_path / "file").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_metrics_continue_whatever_stands_between_their_lines(tmp_path: Path) -> None:

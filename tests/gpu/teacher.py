@@ -34,7 +34,7 @@ def teacher(report: Report) -> None:
         pass_seconds=passes, tokens_per_second=tokens / passes[1], states_pinned=states.is_pinned() if CUDA else None
     )
     report.expect("states", bool(states.isfinite().all()) and len(states) == RESPONSE, "finite, one a response token")
-    visiting = frozen._visiting
+    visiting = frozen._offloaded
     arrivals = [once(visiting.__enter__) for _ in range(3)]
     report.add(arrival_seconds=arrivals, host_to_device_gb_per_second=weights / min(arrivals) / 1e9, **_memory("there"))
     report.expect("bits", _checksums(model) == before, "the weights' bits after visits are those before")

@@ -99,7 +99,7 @@ def _learner(config: Any, folder: Path, parallel: Any) -> Any:
         vocab_size=vocabulary(folder),
         scratch_bytes=config.training.scratch_bytes,
         group=None,
-        spread=False,
+        sequence_parallel=False,
     )
     return Learner(ddp_chunks, frozen, optimizer, scheduler, heads, Supervisor(config, None), parallel)
 

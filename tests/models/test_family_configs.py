@@ -11,8 +11,9 @@ import pytest
 import transformers
 
 from megatron_sead.errors import UserError
-from megatron_sead.models.family import FOLDERS, config_fields, family_of, read_config_fields
-from megatron_sead.models.weights import Weight, named_weights
+from megatron_sead.models.family import config_fields, families, family_of, read_config_fields
+from megatron_sead.models.weight_tables import Weight
+from megatron_sead.models.weights import named_weights
 
 SOURCE = Path("config.json")
 LLAMA3: dict[str, Any] = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
@@ -159,7 +160,7 @@ def test_what_a_family_does_not_have_is_refused(hf: dict[str, Any], changes: dic
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("model_type", FOLDERS)
+@pytest.mark.parametrize("model_type", families())
 def test_what_transformers_saves_is_read_with_the_same_defaults(model_type: str, tmp_path: Path) -> None:
     """A configuration nobody has filled in: sizes, heads, epsilon, rotary base and head."""
     architecture = family_of(model_type).architectures[model_type]
@@ -173,7 +174,7 @@ def test_what_transformers_saves_is_read_with_the_same_defaults(model_type: str,
     assert fields["tied_embeddings"] is config.tie_word_embeddings is False
 
 
-@pytest.mark.parametrize("model_type", FOLDERS)
+@pytest.mark.parametrize("model_type", families())
 def test_every_weight_table_undoes_itself(model_type: str) -> None:
     """Joined row numbers, of whole tensors and of a rank's share, split into what they were; `runs` says the same."""
     import torch
@@ -184,10 +185,10 @@ def test_every_weight_table_undoes_itself(model_type: str) -> None:
         parts = _row_numbers(weight)
         joined = weight.join(parts)
         assert all(torch.equal(a, b) for a, b in zip(weight.split(joined), parts, strict=True))
-        for run in weight.runs():
+        for run in weight.row_spans():
             rows = parts[run.part][run.row : run.row + run.rows]
             assert torch.equal(joined[run.megatron_row : run.megatron_row + run.rows], rows)
-        assert sum(run.rows for run in weight.runs()) == len(joined)
+        assert sum(run.rows for run in weight.row_spans()) == len(joined)
 
 
 def _row_numbers(weight: Weight) -> list[Any]:

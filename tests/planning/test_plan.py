@@ -126,6 +126,21 @@ def test_a_layout_that_does_not_fit_is_refused(overrides: list[str], world_size:
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
+def test_a_plan_tells_all_that_does_not_fit(tmp_path: Path) -> None:
+    config = plan_7b("parallel.tensor_model_parallel_size=3", "parallel.pipeline_model_parallel_size=3")
+    config.teacher.path = tmp_path / "missing"
+    config.rollouts.max_new_tokens = 10**6
+    with pytest.raises(UserError) as caught:
+        make_plan(config, 32)
+    assert [line.partition("=")[0].partition(": ")[0] for line in str(caught.value).splitlines()] == [
+        "32 ranks",
+        "parallel.tensor_model_parallel_size",
+        "parallel.pipeline_model_parallel_size",
+        "teacher.path",
+        "rollouts.max_new_tokens",
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [

@@ -144,6 +144,41 @@ def test_mistakes_are_named(
     assert "\n" not in str(caught.value)
 
 
+def told(path: Path, tokenizer: ModelTokenizer, *lines: Any, **changes: Any) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load(path, tokenizer, *lines, **changes)
+    return str(caught.value).splitlines()
+
+
+def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path, tokenizer: ModelTokenizer) -> None:
+    file = tmp_path / "p.jsonl"
+    good = {"prompt": "1+1=", "answer": 2}
+    lines = [good, '{"prompt": ', [1], good | {"answer": None}, good | {"difficulty": 7}, good | {"answer": ""}, good]
+    first, second, third, fourth = told(file, tokenizer, *lines)
+    assert first.startswith(f"{file}, line 2: not valid JSON: ")
+    assert second == f"{file}, line 3: must be a JSON object, not list"
+    assert third == f"{file}, line 4: 'answer' holds no answer (also line 6)"
+    assert fourth.startswith(f"{file}, line 5: difficulty=7: must be 1 - pass rate")
+
+
+def test_many_mistakes_are_counted(tmp_path: Path, tokenizer: ModelTokenizer) -> None:
+    file = tmp_path / "p.jsonl"
+    (line,) = told(file, tokenizer, *[{"question": "1+1=", "answer": 2}] * 500)
+    assert line == (
+        f"{file}, line 1: has no 'prompt', which prompts.prompt_field names; it has 'question', 'answer' "
+        "(also line 2, line 3, line 4 and 496 more)"
+    )
+    lines = told(file, tokenizer, *[{"prompt": "1+1=", "answer": 2, "difficulty": 2 + index} for index in range(15)])
+    assert [line.partition(": ")[0] for line in lines] == [f"{file}, line {number}" for number in range(1, 12)]
+    assert lines[-1] == f"{file}, line 11: and 5 more rows with other mistakes"
+    assert told(
+        file, tokenizer, {"prompt": "1+1= " * 9, "answer": 2}, {"prompt": "1+", "answer": 2}, max_prompt_tokens=1
+    ) == [
+        f"{file}, line 1: prompt '0' has 45 tokens, more than prompts.max_prompt_tokens=1",
+        f"{file}, line 2: prompt '1' has 2 tokens, more than prompts.max_prompt_tokens=1",
+    ]
+
+
 def test_a_response_must_find_room(tmp_path: Path, tokenizer: ModelTokenizer) -> None:
     settings = write(tmp_path / "p.jsonl", GOOD)
     assert load_prompts(settings, tokenizer, max_new_tokens=124)

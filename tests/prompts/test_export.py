@@ -13,7 +13,7 @@ import sentencepiece
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from megatron_sead.config.run import ModelSettings
-from megatron_sead.prompts.export import carry_speech
+from megatron_sead.prompts.export import export_tokenizer
 from megatron_sead.prompts.tokenizer import load_tokenizer
 from tests.prompts.test_chat_prompts import NAMES, TEMPLATES, TURNS, reads_as_sentencepiece, write_model
 
@@ -36,7 +36,7 @@ def export(settings: ModelSettings) -> tuple[Path, list[str]]:
     """The directory that a run writes, without its weights."""
     directory = settings.path.parent / "student-hf"
     shutil.copytree(settings.path, directory)
-    return directory, carry_speech(load_tokenizer(settings, "student"), settings, directory)
+    return directory, export_tokenizer(load_tokenizer(settings, "student"), settings, directory)
 
 
 def require_the_same(directory: Path, settings: ModelSettings) -> None:
@@ -183,5 +183,5 @@ def test_a_directory_that_transformers_does_not_read_is_told_and_kept(model: Pat
     settings = ModelSettings(path=model)
     tokenizer = load_tokenizer(settings, "student")
     (model / "tokenizer.json").write_text("{}")
-    told = carry_speech(tokenizer, settings, model)
+    told = export_tokenizer(tokenizer, settings, model)
     assert "warning: transformers does not read the tokenizer" in told[-1] and "\n" not in told[-1]

@@ -93,6 +93,26 @@ def test_wrong_prompts(pools: Pools, tmp_path: Path, case: str) -> None:
     assert told in refusal(pools, tmp_path / "run", f"prompts.path={path}")
 
 
+def test_all_that_is_wrong_with_files_is_told_at_once(pools: Pools, tmp_path: Path) -> None:
+    for name in ("prompts", "held"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "1+1="}\n' * 2)
+    weights = student(tmp_path, lambda tensors: None)
+    file = tmp_path / "student" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    files = [
+        f"{setting}.path={tmp_path / name}.jsonl" for setting, name in (("prompts", "prompts"), ("evaluation", "held"))
+    ]
+    with pytest.raises(AssertionError) as caught:
+        pools.train(1, tmp_path / "run", [*FAST, weights, *files])
+    told = str(caught.value)
+    for mistake in (
+        "prompts.jsonl, line 1: has no 'answer'",
+        "held.jsonl, line 1: has no 'answer'",
+        "not a whole safetensors",
+    ):
+        assert told.rpartition("UserError: ")[2].count(mistake) == 1
+
+
 def test_wrong_held_out_prompts(pools: Pools, tmp_path: Path) -> None:
     """The file is told by its own setting; difficulty is not asked of it."""
     path = tmp_path / "held.jsonl"

@@ -23,7 +23,7 @@ def progress(**changes: Any) -> Any:
     training = SimpleNamespace(steps=6)
     learner = SimpleNamespace(heads=SimpleNamespace(vocab_size=10))
     run: Any = SimpleNamespace(config=SimpleNamespace(training=training), learner=learner, probe=[5, 6, 7])
-    return Run._progress(run, SAVED | changes)
+    return Run._checked_state(run, SAVED | changes)
 
 
 def test_what_a_run_saved_is_taken() -> None:

@@ -22,8 +22,8 @@ def places_of_weights(device: str) -> tuple[set[str], set[str], str, bool]:
     teacher = Teacher(chunks, offload=True)
     body = [p for p in chunks[0].parameters() if p is not chunks[0].head_weight]
     between = {p.device.type for p in body}
-    assert teacher._visiting is not None and teacher.head is not None
-    with teacher._visiting:
+    assert teacher._offloaded is not None and teacher.head is not None
+    with teacher._offloaded:
         within = {p.device.type for p in body}
     same = all(torch.equal(value.to(device), before[name]) for name, value in chunks[0].named_parameters())
     assert not any(p.requires_grad for p in chunks[0].parameters())

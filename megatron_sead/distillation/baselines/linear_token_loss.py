@@ -11,7 +11,7 @@ from megatron_sead.distillation.checks import agree
 from megatron_sead.distillation.heads import add_head_gradient, gradient_of, hidden_gradient, logit_chunks
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.linear_divergence import LinearOutcome, LinearSetting, linear_loss
-from megatron_sead.distillation.policies import LossInput, TokenLoss
+from megatron_sead.distillation.policy_interface import LossInput, TokenLoss
 
 # Shapes: n tokens; k of them with a weight; r of a chunk; h hidden size; V columns of this rank, c of them real
 
@@ -82,7 +82,7 @@ def _pass(
         real,
         scratch_bytes=setting.scratch_bytes,
         buffers=1,
-        spread=setting.spread,
+        sequence_group=setting.sequence_group,
     ):
         with torch.enable_grad():
             logits = _whole_width(student, len(student_head)).requires_grad_(any(wanted))

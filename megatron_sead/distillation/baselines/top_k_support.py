@@ -7,6 +7,7 @@ that were sent, and what was sent but not chosen belongs to the rest, so each ra
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from megatron_sead.distillation.baselines.normalizers import (
 )
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.partial_sums import VocabularyShard
-from megatron_sead.distillation.policies import Tail
+from megatron_sead.distillation.policy_interface import Tail
 
 # Shapes: n tokens; V columns of this rank, padding included; c real ones; r rows of a block; s = min(k, V), sent
 
@@ -41,7 +42,7 @@ def check_top_k(k: int, tail: str, total: int) -> None:
     """Raises ValueError unless k tokens can be chosen of `total` and the tail is one that we know."""
     if not 0 < k <= total:
         raise ValueError(f"k={k}: must be from 1 to {total}, the tokens of the vocabulary")
-    if tail not in ("renormalize", "bucket"):
+    if tail not in get_args(Tail):
         raise ValueError(f'tail="{tail}": must be "renormalize" or "bucket"')
 
 

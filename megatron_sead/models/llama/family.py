@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sead.models.family import Implementation, ModelFamily, config_fields
-from megatron_sead.models.hf_config import portable_rope, rope_form
+from megatron_sead.models.hf_config import describe_dense, portable_rope
 from megatron_sead.models.llama.hf_config import ARCHITECTURES, llama_fields
-from megatron_sead.models.weights import Weight, attention_weights, gated_mlp_weights, pre_norm_weights
+from megatron_sead.models.weight_tables import Weight, attention_weights, gated_mlp_weights, pre_norm_weights
 
 
 def layer_weights(config: Any) -> list[Weight]:
@@ -33,14 +33,10 @@ def portable_config(hf: dict[str, Any], source: Path) -> dict[str, Any]:
 
 
 def describe(fields: dict[str, Any], hf: dict[str, Any]) -> list[tuple[str, str]]:
-    """Layers, rotary embedding, head."""
+    """Layers, rotary embedding and its scaling, head."""
     scaling = fields["scaling"]
-    return [
-        ("layers", f"{fields['num_layers']}"),
-        ("rope", f"theta {fields['theta']:g}; {rope_form(hf)}"),
-        ("scaling", "none" if scaling is None else f"llama3: factor {scaling.factor:g} from {scaling.original_length}"),
-        ("head", "the embedding" if fields["tied_embeddings"] else "its own"),
-    ]
+    told = "none" if scaling is None else f"llama3: factor {scaling.factor:g} from {scaling.original_length}"
+    return describe_dense(fields, hf, ("scaling", told))
 
 
 def _implementation() -> Implementation:

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_sead.models.family import Implementation, ModelFamily, config_fields
 from megatron_sead.models.hf_config import FULL, LEGACY_FORM, SLIDING, rope_form
 from megatron_sead.models.olmo3.hf_config import ARCHITECTURES, YarnScaling, olmo3_fields
-from megatron_sead.models.weights import Weight, attention_weights, gated_mlp_weights
+from megatron_sead.models.weight_tables import Weight, attention_weights, gated_mlp_weights
 
 
 def layer_weights(config: Any) -> list[Weight]:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sead.models.family import Implementation, ModelFamily, config_fields
-from megatron_sead.models.hf_config import portable_rope, rope_form
+from megatron_sead.models.hf_config import describe_dense, portable_rope
 from megatron_sead.models.qwen3.hf_config import ARCHITECTURES, qwen3_fields
-from megatron_sead.models.weights import Weight, attention_weights, gated_mlp_weights, pre_norm_weights
+from megatron_sead.models.weight_tables import Weight, attention_weights, gated_mlp_weights, pre_norm_weights
 
 
 def layer_weights(config: Any) -> list[Weight]:
@@ -25,15 +25,6 @@ def portable_config(hf: dict[str, Any], source: Path) -> dict[str, Any]:
     return portable_rope(hf, config_fields(hf, source)["theta"], None)
 
 
-def describe(fields: dict[str, Any], hf: dict[str, Any]) -> list[tuple[str, str]]:
-    """Layers, rotary embedding, head."""
-    return [
-        ("layers", f"{fields['num_layers']}"),
-        ("rope", f"theta {fields['theta']:g}; {rope_form(hf)}"),
-        ("head", "the embedding" if fields["tied_embeddings"] else "its own"),
-    ]
-
-
 def _implementation() -> Implementation:
     from megatron_sead.models.qwen3.config import Qwen3Config
     from megatron_sead.models.qwen3.layers import block_spec, rotary
@@ -46,6 +37,6 @@ FAMILY = ModelFamily(
     read=qwen3_fields,
     layer_weights=layer_weights,
     portable_config=portable_config,
-    describe=describe,
+    describe=describe_dense,
     implementation=_implementation,
 )

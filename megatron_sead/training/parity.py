@@ -1,4 +1,4 @@
-"""Proof that every copy of a model is the same model: Hugging Face directory, Megatron ranks, rollout engine.
+"""Parity of every copy of a model: Hugging Face directory, Megatron ranks, rollout engine.
 
 A broken conversion, a wrong window or rotary scale, or stale engine weights leave losses that look plausible. So the
 log-probabilities of a probe text, longer than the sliding window and than YaRN's original length, are compared with
@@ -39,7 +39,10 @@ BLOCK = 64
 
 
 def probe_tokens(directory: Path, texts: list[tuple[int, ...]], limit: int = 16384) -> list[int]:
-    """Token ids of prompts, repeated until no window and no rotary length of the model is long enough to hide in."""
+    """Token ids of prompts, repeated until they are longer than the model's sliding window and original rotary length.
+
+    In a shorter text a wrong window or rotary scaling changes nothing.
+    """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     # One dictionary, or one a layer type; YaRN's is the one with an original length
     rope = getattr(config, "rope_parameters", None) or {}
@@ -70,7 +73,7 @@ def check_models(run: Run, *, fresh: bool) -> None:
 
 
 def _require_finite(run: Run, role: str, directory: Path, chunks: list[Decoder]) -> None:
-    """A row of an embedding that the probe does not need shows when a token needs it, which may be days later."""
+    """Look at all weights: the probe does not reach the embeddings of other tokens, which a run may need days later."""
     if not weights_are_finite(chunks, run.parallel):
         raise UserError(f"{role}.path={directory}: holds weights that are NaN or infinite; copy or download it again")
 
@@ -113,12 +116,17 @@ def both_log_probs(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def student_log_probs(run: Run, tokens: list[int]) -> torch.Tensor:
-    """The student's of a text, [len(tokens) - 1], without a pass of the teacher. Arguments and errors as above."""
+    """The student's log-probabilities [len(tokens) - 1] of a text, without a pass of the teacher. Collective.
+
+    Raises:
+        NotFiniteNumbers: its logits are not finite, on every rank alike.
+    """
     probe, heads = _micro_batches(run, tokens), run.learner.heads
-    nobody = [torch.zeros(len(batch.targets), 1, device=run.parallel.device) for batch in probe]
-    if heads.student is not None:  # a teacher to whom all tokens are alike
+    # Scores are of a pair: a teacher with hidden size 1 and all logits zero takes the place of the real one
+    zeros = [torch.zeros(len(batch.targets), 1, device=run.parallel.device) for batch in probe]
+    if heads.student is not None:
         heads = replace(heads, teacher=heads.student.detach().new_zeros(len(heads.student), 1))
-    return _log_probs(run, probe, nobody, heads, f"student.path={run.config.student.path}")[0]
+    return _log_probs(run, probe, zeros, heads, f"student.path={run.config.student.path}")[0]
 
 
 def _micro_batches(run: Run, tokens: list[int]) -> list[MicroBatch]:

@@ -1,0 +1,43 @@
+"""Where the response positions are in a sequence that is sharded over the tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_sead.prompts.packing import TokenView
+
+# Shapes: b rollouts in a micro-batch, s padded length, n response tokens, h hidden size, tp tensor-parallel ranks
+
+
+@dataclass(frozen=True)
+class ResponsePositions:
+    """The positions that predict the response tokens, among all s * b of a micro-batch, sequence first.
+
+    Each rank holds an equal shard of the s * b positions, as sequence parallelism in Megatron has it.
+    """
+
+    index: torch.Tensor  # [n] into the s * b positions
+    total: int  # s * b
+    shard: slice  # this rank's positions
+
+    @staticmethod
+    def of(view: TokenView, group: ProcessGroup) -> ResponsePositions:
+        """From a view's predictors, whose flattened positions count batch first."""
+        b, s = view.tokens.shape
+        size = b * s // dist.get_world_size(group)
+        first = size * dist.get_rank(group)
+        return ResponsePositions(view.predictors % s * b + view.predictors // s, b * s, slice(first, first + size))
+
+    def scatter(self, values: torch.Tensor, fill: float) -> torch.Tensor:
+        """[s * b] with one value [n] at each response position, and `fill` at all others."""
+        return values.new_full((self.total,), fill).index_copy(0, self.index, values)
+
+    def local_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """[s * b / tp, h] of this rank's shard, from one row [n, h] a response position; zero at all others."""
+        mine = (self.index >= self.shard.start) & (self.index < self.shard.stop)
+        result = rows.new_zeros(self.shard.stop - self.shard.start, rows.shape[1])
+        return result.index_copy_(0, self.index[mine] - self.shard.start, rows[mine])
