@@ -235,6 +235,13 @@ def test_a_circle_is_seen_wherever_the_import_stands(second: str) -> None:
     assert circle == {"p.a", "p.b"} | ({"p.c"} if "p.c" in second else set())
 
 
+def test_the_files_of_a_step_are_where_the_list_says() -> None:
+    listed = re.findall(
+        r"\w+/\w+\.py", ast.get_docstring(ast.parse((PACKAGE / "training/__init__.py").read_text())) or ""
+    )
+    assert len(listed) >= 10 and [name for name in listed if not (PACKAGE / name).is_file()] == []
+
+
 def options_named(path: Path) -> list[str]:
     """Texts of a file, docstrings left out, that name an option of a command."""
     tree = ast.parse(path.read_text())

@@ -24,6 +24,7 @@ from megatron_sead.models.config import ModelConfig
 from megatron_sead.models.norms import RMSNorm
 from megatron_sead.models.weight_tables import EMBEDDING, HEAD
 from megatron_sead.parallel.context import ParallelContext
+from megatron_sead.wording import counted
 
 # Shapes: s tokens of the text, h hidden size, v true vocabulary
 
@@ -87,7 +88,7 @@ def read_tokens(model: HuggingFaceModel, tokens: int | None, text: Path | None) 
         raise ArgumentError(
             "text",
             text or "(the documentation of Python)",
-            f"has {len(ids):,} tokens of the {wanted:,} wanted; "
+            f"has {counted(len(ids), 'token')} of the {wanted:,} wanted; "
             "give a longer file (join several: cat *.txt > long.txt)",
         )
     if max(ids) >= model.config.vocab_size:

@@ -46,6 +46,7 @@ from megatron_sead.errors import UserError
 from megatron_sead.files.durable import rename_directory
 from megatron_sead.files.outputs import delete_unfinished
 from megatron_sead.parallel.context import ParallelContext
+from megatron_sead.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ class CheckpointStore:
             self._log("checkpoint %s is damaged (%s); trying the one before it", path, problem)
         if problems:
             raise UserError(
-                f"{self.directory}: none of {len(problems)} checkpoints is whole ({'; '.join(problems)}); "
+                f"{self.directory}: of {counted(len(problems), 'checkpoint')} none is whole ({'; '.join(problems)}); "
                 "restore one from a copy, or delete the folder to start over"
             )
         return None

@@ -22,6 +22,7 @@ from megatron_sead.commands.model_checks import checks
 from megatron_sead.errors import ArgumentError
 from megatron_sead.files.names import no_directory
 from megatron_sead.files.outputs import require_apart
+from megatron_sead.wording import counted, first_of
 
 if TYPE_CHECKING:
     from megatron_sead.checkpoints.conversion import Conversion
@@ -154,7 +155,7 @@ def parse_size(text: str) -> int:
 
 def tell(done: Conversion, output: Path, seconds: float) -> None:
     if done.ignored:
-        print(f"left out {len(done.ignored)} buffers that no model needs, among them {done.ignored[0]}")
+        print(f"left out {counted(len(done.ignored), 'tensor')} that no model needs: {first_of(done.ignored)}")
     for name in done.all_zero:
         print(f"warning: {name} is all zeros in {done.source}", file=sys.stderr)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes

@@ -168,9 +168,9 @@ def config_warnings(config: RunConfig) -> list[str]:
     furthest = training.lr * training.steps  # an Adam step moves a weight by about the learning rate
     if training.precision == "bf16" and furthest < half_spacing:
         lines.append(
-            f"training.lr={training.lr:g} is below bf16's resolution: {training.steps} steps move a weight by at most "
-            f"about {furthest:.1e}, and bf16 rounds away what is under {half_spacing:.1e} at a weight of 0.02; "
-            "most weights that write the rollouts will never change"
+            f"training.lr={training.lr:g} is below bf16's resolution: in {counted(training.steps, 'step')} a weight "
+            f"moves by {furthest:.1e} at most, and bf16 rounds away what is under {half_spacing:.1e} at a weight of "
+            "0.02; most weights that write the rollouts will never change"
         )
     if training.lr_warmup_steps >= training.steps:
         lines.append(
@@ -217,6 +217,6 @@ def opening_line(config: RunConfig) -> str:
     if mode == "sorted":
         return f"{name}: prompts are asked once each, from easy to hard"
     if opening is None:
-        return f"{name}: prompts of every difficulty are open at none of {steps} steps"
+        return f"{name}: prompts of every difficulty are open at none of {counted(steps, 'step')}"
     latest = ", at the latest" if mode == "mastery" else ""
     return f"{name}: prompts of every difficulty are open from step {opening} of {steps} on{latest}"

@@ -142,7 +142,7 @@ class Curriculum:
         if count < self._batch_size and not self._told_of_widening:
             self._told_of_widening = True
             log.warning(
-                "curriculum: step %d admits %d prompts, fewer than a batch: the easiest %d are asked instead "
+                "curriculum: prompts that step %d admits: %d, fewer than a batch; the easiest %d are asked instead "
                 "(told once)",
                 step,
                 count,

@@ -206,9 +206,13 @@ def notes_on_writing(rows: list[Row], difficulty_field: str) -> list[str]:
                 ) from None
     replaced = sum(difficulty_field in row.fields for row in rows)
     emptied = [row.place for row in rows if holds_no_number(row.fields)]
-    notes = [f"{replaced} rows have a {difficulty_field!r} already; the output has the new one"] if replaced else []
+    notes = []
+    if replaced:
+        has = "has" if replaced == 1 else "have"
+        notes.append(f"{counted(replaced, 'row')} {has} a {difficulty_field!r} already; the output has the new one")
     if emptied:
-        notes.append(f"NaN or infinity, which JSON has not, will be null in {len(emptied)} rows, first {emptied[0]}")
+        where = counted(len(emptied), "row")
+        notes.append(f"NaN or infinity, which JSON has not, will be null in {where}, first {emptied[0]}")
     return notes
 
 

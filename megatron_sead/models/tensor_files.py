@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_sead.errors import UserError
 from megatron_sead.models.weight_files import IGNORED_SUFFIX, locate_tensors
 from megatron_sead.models.weight_tables import Weight
+from megatron_sead.wording import first_of
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE_ROWS = 4096  # that are compared at once
@@ -75,9 +76,9 @@ class TensorFiles:
         again = {named.weight.again: named.names[0] for named in weights if named.weight.again is not None}
         self._again = {second: first for second, first in again.items() if second in self.file_of}
         if missing := sorted(shapes.keys() - self.file_of.keys()):
-            raise UserError(f"{self.hf_dir}: tensors are missing: {_some(missing)}")
+            raise UserError(f"{self.hf_dir}: tensors are missing: {first_of(missing)}")
         if unknown := sorted(self.file_of.keys() - self.ignored() - shapes.keys()):
-            raise UserError(f"{self.hf_dir}: tensors that its config.json does not call for: {_some(unknown)}")
+            raise UserError(f"{self.hf_dir}: tensors that its config.json does not call for: {first_of(unknown)}")
         for name, expected in shapes.items():
             found = self._places[name].shape
             if found != expected:
@@ -155,8 +156,3 @@ class TensorFiles:
 
 def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: not a whole safetensors file ({error}); copy or download it again")
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -17,6 +17,7 @@ from megatron_sead.models.weight_files import has_weights, locate_tensors, read_
 from megatron_sead.planning.tokenizer_files import tokenizer_problems
 from megatron_sead.prompts.problems import Problem, read_problems, repeats, seen_in_training
 from megatron_sead.prompts.rows import is_hub_name
+from megatron_sead.wording import first_of
 
 
 def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> list[str]:
@@ -66,8 +67,7 @@ def _missing_weights(model: ModelSettings, role: str) -> list[str]:
         missing = [file.name for file in weight_files(model.path) if not file.exists()]
     except UserError as error:
         return [] if has_weights(model.path) else [f"{role}.path={error}"]
-    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    return [f"{role}.path={model.path}: {missing[0]}{more} not found"] if missing else []
+    return [f"{role}.path={model.path}: {first_of(missing, 1)} not found"] if missing else []
 
 
 def _damaged_weights(model: ModelSettings) -> list[str]:

@@ -12,6 +12,7 @@ from megatron_sead.errors import UserError
 from megatron_sead.prompts.problems import Problem, read_problems, repeats
 from megatron_sead.prompts.row_mistakes import RowMistakes
 from megatron_sead.prompts.tokenizer import ModelTokenizer
+from megatron_sead.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def _tokens(
     tokens = tokenizer.encode(tokenizer.render(text) if settings.template == "chat" else text)
     if not tokens:
         raise UserError(f"{problem.place}: the prompt is empty: it has no tokens")
-    where = f"{problem.place}: prompt {problem.id!r} has {len(tokens)} tokens"
+    where = f"{problem.place}: prompt {problem.id!r} has {counted(len(tokens), 'token')}"
     if settings.max_prompt_tokens is not None and len(tokens) > settings.max_prompt_tokens:
         raise UserError(f"{where}, more than prompts.max_prompt_tokens={settings.max_prompt_tokens}")
     context = tokenizer.context_length

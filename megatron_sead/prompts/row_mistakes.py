@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_sead.errors import UserError
-from megatron_sead.wording import counted
+from megatron_sead.wording import counted, first_of
 
 MOST_TOLD = 10  # kinds of mistakes of one data set
 MOST_PLACES = 3  # further rows that are named for one kind
@@ -52,8 +52,4 @@ class RowMistakes:
 
 def _also(places: list[str]) -> str:
     """The other rows of one kind, without the file's name."""
-    if not places:
-        return ""
-    named = [place.rpartition(", ")[2] for place in places[:MOST_PLACES]]
-    more = f" and {len(places) - MOST_PLACES:,} more" if len(places) > MOST_PLACES else ""
-    return f" (also {', '.join(named)}{more})"
+    return f" (also {first_of([place.rpartition(', ')[2] for place in places], MOST_PLACES)})" if places else ""

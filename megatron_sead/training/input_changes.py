@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from megatron_sead.config.run import InputName
 from megatron_sead.prompts.dataset import Prompt
+from megatron_sead.wording import counted, first_of
 
 # JSON. By the input's name (`InputName`) a dictionary of values by aspect, and of dictionaries of such; of a prompt
 # set its "count" and "columns": a CRC-32 a prompt, 4 bytes each in base64
@@ -39,7 +40,7 @@ def _values_that_differ(then: dict[str, Any], now: dict[str, Any]) -> str:
     texts = [_changed(key, before[key], after[key]) for key in changed]
     texts += [f"{key} is missing" for key in before if key not in after and str(before[key]).startswith(CHECKSUM)]
     texts += [f"{key} is new" for key in after if key not in before and key.startswith("weights ")]
-    return _some(texts)
+    return first_of(texts, 2, "; ")
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -60,7 +61,7 @@ def _rows_that_differ(then: dict[str, Any], now: dict[str, Any], prompts: list[P
     columns_then, columns_now = then["columns"], now["columns"]
     texts = []
     if then["count"] != now["count"]:
-        texts.append(f"{then['count']} prompts then, {now['count']} now")
+        texts.append(f"{counted(then['count'], 'prompt')} then, {now['count']} now")
     names = columns_then.keys() & columns_now.keys()
     if (order := _order_of_ids(columns_then["id"], columns_now["id"], prompts)) is not None:
         return "; ".join([*texts, order])
@@ -68,8 +69,9 @@ def _rows_that_differ(then: dict[str, Any], now: dict[str, Any], prompts: list[P
         rows = _rows(columns_then[name], columns_now[name])
         if rows:
             what = name.replace("_token_ids", "'s token ids")
-            texts.append(f"{what} of {len(rows)} prompts differ, the first is {_short(prompts[rows[0]].id)}")
-    return _some(texts)
+            differ = "differ, the first is" if len(rows) > 1 else "differ:"
+            texts.append(f"{what} of {counted(len(rows), 'prompt')} {differ} {_short(prompts[rows[0]].id)}")
+    return first_of(texts, 2, "; ")
 
 
 def _order_of_ids(then: str, now: str, prompts: list[Prompt]) -> str | None:
@@ -92,11 +94,6 @@ def _rows(then: str, now: str) -> list[int]:
 def _cells(packed: str) -> list[bytes]:
     data = b64decode(packed)
     return [data[start : start + 4] for start in range(0, len(data), 4)]
-
-
-def _some(texts: list[str], limit: int = 2) -> str:
-    more = f"; and {len(texts) - limit} more" if len(texts) > limit else ""
-    return "; ".join(texts[:limit]) + more
 
 
 def _short(value: Any) -> str:

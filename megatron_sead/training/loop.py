@@ -15,6 +15,7 @@ from megatron_sead.training.run import Run
 from megatron_sead.training.setup import prepare
 from megatron_sead.training.skipping import ended_while_writing, keep_skipped
 from megatron_sead.training.step import train_step
+from megatron_sead.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def distill(run: Run) -> bool:
             if stop or run.checkpoint_due(step):
                 save(run)
             if stop and run.state.step < run.config.training.steps:
-                log.info("stopped after %d steps; saved, the same command continues", run.state.step)
+                log.info("stopped after %s; saved, the same command continues", counted(run.state.step, "step"))
                 return False
     return True
 

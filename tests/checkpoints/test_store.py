@@ -124,7 +124,7 @@ def test_a_save_that_was_killed_is_ignored_and_cleared_away(ranks: RankPool, hf_
 def test_without_a_whole_one_the_run_does_not_start_over(ranks: RankPool, hf_dir: Path, directory: Path) -> None:
     truncate(directory / NEW)
     delete_the_manifest(directory / OLD)
-    with pytest.raises(AssertionError, match=r"UserError: .*none of 2 checkpoints is whole .*manifest.json is missing"):
+    with pytest.raises(AssertionError, match=r"UserError: .*of 2 checkpoints none is whole .*manifest.json is missing"):
         load(ranks, hf_dir, directory)
 
 

@@ -165,7 +165,7 @@ def test_fields_that_are_not_used_are_written_as_they_stood(
     assert estimate(tiny_olmo3, prompts, output) == 0
     assert output.read_text() == f'{{{kept}, "mean": null, "difficulty": 0.0}}\n{{{kept}, "difficulty": 0.0}}\n'
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    for note, part in zip(notes, ["1 of 2 rows have the prompt", "1 rows have a 'd", "null in 1 rows"], strict=True):
+    for note, part in zip(notes, ["1 of 2 rows have the prompt", "1 row has a 'd", "null in 1 row,"], strict=True):
         assert part in note
     answers = [problem.answers for problem in read_problems(PromptSettings(path=str(output)))]
     assert answers == [("12345678901234567890",)] * 2

@@ -68,7 +68,7 @@ def test_a_narrow_gate_is_widened_to_the_easiest_batch(caplog: pytest.LogCapture
         assert asked.eligible_count(0) == BATCH
         assert sorted(asked.next_batch(0)) == [0, 1, *range(7, 13)]
         asked.next_batch(1)
-    assert len(caplog.records) == 1 and "admits 2 prompts" in caplog.text
+    assert len(caplog.records) == 1 and "step 0 admits: 2, fewer" in caplog.text
 
 
 def test_sorted_is_one_pass_from_easy_to_hard(caplog: pytest.LogCaptureFixture) -> None:

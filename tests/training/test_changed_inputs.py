@@ -113,7 +113,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
     "one answer": (
         in_prompts(lambda lines: [*lines[:7], lines[7] | {"answer": "7777"}, *lines[8:]]),
         "prompts",
-        ["answers of 1 prompts differ"],
+        ["answers of 1 prompt differ"],
     ),
     "rows appended": (
         in_prompts(lambda lines: [*lines, lines[0] | {"id": "one more"}]),
@@ -131,7 +131,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
     "a prompt's text": (
         in_prompts(lambda lines: [lines[0] | {"prompt": "1+1="}, *lines[1:]]),
         "prompts",
-        ["student's token ids of 1 prompts differ"],
+        ["student's token ids of 1 prompt differ"],
     ),
     "held-out answers": (
         lambda folder: rows(folder / "heldout.jsonl", lambda lines: [line | {"answer": "7777"} for line in lines]),
