@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from megatron_sead.commands.cli import App, one_line_errors_on_ranks
-from megatron_sead.config.checks import OWNER_FILE, check_output
+from megatron_sead.config.checks import OWNER_FILE, check_output, config_warnings
 from megatron_sead.config.environment import environment_number
 from megatron_sead.config.run import RunConfig, load_config
 from megatron_sead.config.settings_file import repeated_overrides
@@ -73,6 +73,9 @@ def _examine(config: RunConfig, world_size: int, *, show: bool) -> None:
         plan = make_plan(config, world_size)
         if show:
             print_plan(plan, config)
+        else:
+            for line in config_warnings(config):
+                print(f"note: {line}")
     with kept(mistakes):
         for line in check_inputs(config, weights_may_come_later=show):
             print(f"note: {line}")

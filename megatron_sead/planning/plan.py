@@ -17,11 +17,11 @@ from rich.table import Table
 from megatron_sead.config.checks import check_world_size, config_warnings
 from megatron_sead.config.run import ModelSettings, ParallelSettings, RunConfig
 from megatron_sead.errors import UserError, kept
-from megatron_sead.files.names import no_directory
 from megatron_sead.models.family import read_config_fields
 from megatron_sead.models.layout import check_layout
 from megatron_sead.models.token_ids import require_same_rows
 from megatron_sead.models.weights import named_weights, placed_weights
+from megatron_sead.planning.tokenizer_files import require_model_directory
 from megatron_sead.wording import counted
 
 ASSUMED_PROMPT_TOKENS = 1024  # where prompts.max_prompt_tokens is not set
@@ -214,10 +214,7 @@ def read_shape(model: ModelSettings, role: str) -> ModelShape:
     Raises:
         UserError: no such directory, no readable config.json, or what `config_fields` refuses.
     """
-    if not model.path.is_dir():
-        raise UserError(
-            f"{role}.path={model.path}: {no_directory(model.path)}; it is to hold a model in Hugging Face format"
-        )
+    require_model_directory(model, role)
     fields = read_config_fields(model.path)
     return ModelShape(
         layers=fields["num_layers"],

@@ -10,11 +10,11 @@ from typing import Any
 
 from megatron_sead.config.checks import check_batch
 from megatron_sead.config.run import ModelSettings, PromptSettings, RunConfig
-from megatron_sead.errors import UserError
+from megatron_sead.errors import UserError, kept
 from megatron_sead.files.names import no_directory
 from megatron_sead.models.token_ids import embedding_rows
 from megatron_sead.models.weight_files import has_weights, locate_tensors, read_header, weight_files
-from megatron_sead.planning.tokenizer_files import tokenizer_problems
+from megatron_sead.planning.tokenizer_files import require_model_directory, tokenizer_problems
 from megatron_sead.prompts.problems import Problem, read_problems, repeats, seen_in_training
 from megatron_sead.prompts.rows import is_hub_name
 from megatron_sead.wording import first_of
@@ -29,10 +29,17 @@ def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> 
     Raises:
         UserError: all problems, a line each.
     """
-    missing = _missing_weights(config.student, "student") + _missing_weights(config.teacher, "teacher")
-    problems = [] if weights_may_come_later else list(missing)
-    problems += _damaged_weights(config.student) + _damaged_weights(config.teacher)
-    problems += _embedding_problems(config.student) + _embedding_problems(config.teacher)
+    missing: list[str] = []
+    problems: list[str] = []
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        with kept(problems):
+            require_model_directory(model, role)
+            missing += _missing_weights(model, role)
+            problems += _damaged_weights(model) + _embedding_problems(model)
+    if not weights_may_come_later:
+        problems += missing
+        if config.rollouts.UNAVAILABLE is not None:
+            problems.append(f"rollouts.engine={config.rollouts.engine!r}: {config.rollouts.UNAVAILABLE}")
     problems += tokenizer_problems(config)
     prompt_problems, notes = _prompt_problems(config)
     problems += prompt_problems

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_sead.config.run import ModelSettings, RunConfig
 from megatron_sead.errors import UserError, kept
-from megatron_sead.files.names import TOKENIZER_SETTINGS
+from megatron_sead.files.names import TOKENIZER_SETTINGS, no_directory
 from megatron_sead.models.token_ids import (
     embedding_rows,
     named_tokens,
@@ -43,6 +43,8 @@ def tokenizer_problems(config: RunConfig) -> list[str]:
         setting = f"{role}.tokenizer" if model.tokenizer else f"{role}.path"
         candidates = [place] if place.is_file() else [place / "tokenizer.json", place / "tokenizer.model"]
         file = next((c for c in candidates if c.is_file()), None)
+        if file is None and place == model.path and not place.is_dir():
+            continue  # told as that
         if file is None:
             problems.append(f"{setting}={place}: no tokenizer there: needs tokenizer.json or tokenizer.model")
             continue
@@ -62,6 +64,17 @@ def tokenizer_problems(config: RunConfig) -> list[str]:
     with kept(problems):
         require_same_rows(config.student.path, config.teacher.path)
     return problems
+
+
+def require_model_directory(model: ModelSettings, role: str) -> None:
+    """
+    Raises:
+        UserError: there is no such directory.
+    """
+    if not model.path.is_dir():
+        raise UserError(
+            f"{role}.path={model.path}: {no_directory(model.path)}; it is to hold a model in Hugging Face format"
+        )
 
 
 def _unknown_tokens(model: ModelSettings, role: str, tables: TokenTables) -> list[str]:

@@ -42,12 +42,17 @@ class RowMistakes:
         Raises:
             UserError: there are mistakes, a line each kind.
         """
-        lines = [f"{places[0]}: {reason}{_also(places[1:])}" for reason, places in self._places.items()]
+        found = sorted(self._places.items(), key=lambda item: _number(item[1][0]))
+        lines = [f"{places[0]}: {reason}{_also(places[1:])}" for reason, places in found]
         if len(lines) > MOST_TOLD:
-            rest = list(self._places.values())[MOST_TOLD:]
+            rest = [places for _, places in found[MOST_TOLD:]]
             lines[MOST_TOLD:] = [f"{rest[0][0]}: and {counted(sum(map(len, rest)), 'more row')} with other mistakes"]
         if lines:
             raise UserError("\n".join(lines))
+
+
+def _number(place: str) -> int:
+    return int(place.rpartition(" ")[2])
 
 
 def _also(places: list[str]) -> str:

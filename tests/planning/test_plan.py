@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,11 +176,27 @@ def run_inputs(tmp_path: Path) -> Path:
 
 def inputs_config(folder: Path, *overrides: str) -> RunConfig:
     paths = [f"student.path={folder / 'student'}", f"teacher.path={folder / 'teacher'}"]
-    return plan_7b(*paths, f"prompts.path={folder / 'prompts.jsonl'}", f"output={folder / 'run'}", *overrides)
+    paths += [f"prompts.path={folder / 'prompts.jsonl'}", f"output={folder / 'run'}"]
+    return plan_7b(*paths, "rollouts.engine=transformers", *overrides)
 
 
 def test_whole_inputs_pass(run_inputs: Path) -> None:
     assert check_inputs(inputs_config(run_inputs)) == []
+
+
+def test_an_engine_that_is_not_there_is_a_mistake_of_a_run_and_a_note_of_a_plan(run_inputs: Path) -> None:
+    config = inputs_config(run_inputs, "rollouts.engine=vllm")
+    with pytest.raises(UserError, match=r"^rollouts.engine='vllm': vllm is not supported by this version"):
+        check_inputs(config)
+    assert check_inputs(config, weights_may_come_later=True) == []
+    assert any("vllm is not supported" in note for note in make_plan(config, 32).notes)
+
+
+def test_a_model_that_is_not_there_is_told_once(run_inputs: Path) -> None:
+    shutil.rmtree(run_inputs / "student")
+    with pytest.raises(UserError, match=r"^student.path=.*/student: no such directory; it is to hold") as caught:
+        check_inputs(inputs_config(run_inputs))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_same_tokenizer_written_by_another_version_passes(run_inputs: Path) -> None:

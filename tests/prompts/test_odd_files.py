@@ -197,7 +197,7 @@ READ: dict[str, tuple[str, bytes, list[tuple[str, ...]]]] = {
 
 def run_config(model: Path, *overrides: str) -> RunConfig:
     paths = [f"student.path={model}", f"teacher.path={model}", "output=unused", "curriculum.mode=none"]
-    paths += ["training.global_batch_size=1", "teacher.prompt_field=prompt"]
+    paths += ["training.global_batch_size=1", "rollouts.engine=transformers", "teacher.prompt_field=prompt"]
     return load_config(ROOT / "examples/configs/sead_7b.yaml", [*paths, "prompts.template=plain", *overrides])
 
 
