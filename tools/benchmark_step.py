@@ -28,6 +28,7 @@ from rich.table import Table
 
 from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.errors import UserError
+from megatron_sead.wording import counted
 
 ROOT = Path(__file__).parents[1]
 PAIR = ROOT / "examples" / "tiny"
@@ -51,7 +52,7 @@ class Samples:
             UserError: nothing is left after the warm-up.
         """
         if len(seconds) <= warm_up:
-            raise UserError(f"--steps: {len(seconds)} steps were timed and {warm_up} are warm-up; ask for more")
+            raise UserError(f"--steps: of {counted(len(seconds), 'step')} timed {warm_up} are warm-up; ask for more")
         self.seconds += seconds[warm_up:]
         self.tokens += tokens[warm_up:]
 
