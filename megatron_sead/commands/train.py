@@ -79,8 +79,6 @@ def _examine(config: RunConfig, world_size: int, *, show: bool) -> None:
     with kept(mistakes):
         for line in check_inputs(config, weights_may_come_later=show):
             print(f"note: {line}")
-    if not show and (missing := config.rollouts.missing()) is not None:  # a plan is often made on another machine
-        mistakes.append(f"rollouts.engine={config.rollouts.engine}: {missing}")
     with kept(mistakes):
         check_output(config)
         refuse_if_owned(config.output / OWNER_FILE, f"output={config.output}")

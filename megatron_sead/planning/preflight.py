@@ -38,8 +38,8 @@ def check_inputs(config: RunConfig, *, weights_may_come_later: bool = False) -> 
             problems += _damaged_weights(model) + _embedding_problems(model)
     if not weights_may_come_later:
         problems += missing
-        if config.rollouts.UNAVAILABLE is not None:
-            problems.append(f"rollouts.engine={config.rollouts.engine!r}: {config.rollouts.UNAVAILABLE}")
+        if (lacks := config.rollouts.missing()) is not None:
+            problems.append(f"rollouts.engine={config.rollouts.engine!r}: {lacks}")
     problems += tokenizer_problems(config)
     prompt_problems, notes = _prompt_problems(config)
     problems += prompt_problems
