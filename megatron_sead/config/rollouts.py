@@ -21,7 +21,7 @@ class EngineSettings(Settings):
     """What every engine is told."""
 
     # Settings of how it works, not of what it writes: a resumed run may change them
-    MAY_CHANGE_ON_RESUME: ClassVar[tuple[str, ...]] = ("batch_size",)
+    MAY_CHANGE_ON_RESUME: ClassVar[tuple[str, ...]] = ("batch_size", "mismatch_warning")
 
     engine: Annotated[str, ENGINE]
     temperature: float = Field(0.7, ge=0, description="0: greedy. The loss is always at temperature 1")
@@ -39,6 +39,10 @@ class EngineSettings(Settings):
     def writing(self) -> EngineSettings:
         """Settings of the engine that answers held-out prompts: these, unless their engine writes nothing."""
         return self
+
+    mismatch_warning: float = Field(
+        0.1, gt=0, description="nats of sampling_log_prob_difference in a step above which a warning is logged, once"
+    )
 
     def missing(self) -> str | None:
         """What the engine lacks on this machine, and what to do about it; None: it can start."""

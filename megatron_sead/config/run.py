@@ -139,6 +139,9 @@ class TrainingSettings(Settings):
     max_skipped_steps: int = Field(
         3, ge=1, description="the run ends when so many steps in a row were skipped: a loss or gradient was not finite"
     )
+    importance_cap: float | None = Field(
+        None, gt=0, description="tokens count by student's over engine's probability, at most so much; null: all as 1"
+    )
     mask_truncated: bool = Field(False, description="rollouts cut at max_new_tokens teach nothing")
     scratch_bytes: int = Field(256 * 2**20, ge=2**20, description="memory for one chunk of logits in the fused loss")
 

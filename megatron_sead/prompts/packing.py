@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,7 @@ class MicroBatch:
     rollout_index: torch.Tensor  # [n] int64: which rollout of the global step, whatever the layout
     position: torch.Tensor  # [n] int64: place of the token in its response, from 0
     valid: torch.Tensor  # [n] bool: False where the token must not teach (masked truncated rollouts)
+    sampled_log_prob: torch.Tensor | None = None  # [n] fp32: by the engine that wrote the token; NaN: it did not say
 
 
 def pack(
@@ -41,6 +44,7 @@ def pack(
     length_multiple: int,
     pad_token_id: int,
     device: torch.device,
+    log_probs: Sequence[tuple[float, ...] | None] | None = None,
 ) -> list[MicroBatch]:
     """This rank's micro-batches of the global step. All arguments are the global step's, equal on every rank.
 
@@ -48,6 +52,7 @@ def pack(
         responses: with the stop token, which is a response token like any other; prompt and padding are not.
         valid: one a rollout.
         length_multiple: each view is padded to its own longest row, rounded up to this.
+        log_probs: of each response's tokens by the engine; None where it did not say, or for all of them.
 
     Raises:
         ValueError: an empty prompt or response, or rollouts that the ranks' micro-batches cannot share evenly.
@@ -82,9 +87,19 @@ def pack(
                 rollout_index=torch.tensor(rows).repeat_interleave(counts).to(device),
                 position=torch.cat([torch.arange(len(response)) for response in written]).to(device),
                 valid=torch.tensor([valid[i] for i in rows]).repeat_interleave(counts).to(device),
+                sampled_log_prob=None if log_probs is None else _told([log_probs[i] for i in rows], counts).to(device),
             )
         )
     return micro_batches
+
+
+def _told(log_probs: list[tuple[float, ...] | None], counts: torch.Tensor) -> torch.Tensor:
+    return torch.cat(
+        [
+            torch.full((int(count),), math.nan) if values is None else torch.tensor(values, dtype=torch.float32)
+            for values, count in zip(log_probs, counts, strict=True)
+        ]
+    )
 
 
 def deal(lengths: list[int], rank: int, ranks: int) -> list[int]:

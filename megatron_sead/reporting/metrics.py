@@ -87,6 +87,14 @@ METRICS: tuple[Metric, ...] = (
         "training.measure",
     ),
     Metric(
+        "sampling_log_prob_difference",
+        "nats",
+        "mean absolute difference of a sampled token's log-probability between rollout engine and student",
+        "training.mismatch",
+    ),
+    Metric("sampling_log_prob_difference_p99", "nats", "the same, 99th percentile", "training.mismatch"),
+    Metric("sampling_log_prob_difference_max", "nats", "the same, largest", "training.mismatch"),
+    Metric(
         "student_stop_probability", "probability", "of a stop token where a response ends, student", "training.measure"
     ),
     Metric(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -16,6 +17,8 @@ from megatron_sead.training.parity import student_log_probs
 from megatron_sead.training.run import Run
 from megatron_sead.training.skipping import remedy
 from megatron_sead.training.step import StepResult
+
+log = logging.getLogger(__name__)
 
 
 def record_step(
@@ -47,12 +50,27 @@ def record_step(
     }
     if not skipped:
         run.state.skipped_in_a_row = 0
+        _warn_of_mismatch(run, step, metrics.get("sampling_log_prob_difference", 0.0))
     interval = run.config.reporting.rollouts_interval
     if interval and step % interval == 0:
         _record_rollouts(run, step, rollouts, correct, result)
     if run.writer is not None:
         run.writer.write(metrics)
     return metrics
+
+
+def _warn_of_mismatch(run: Run, step: int, difference: float) -> None:
+    limit = run.config.rollouts.mismatch_warning
+    if difference > limit and run.parallel.rank == 0 and not run.told_of_mismatch:
+        run.told_of_mismatch = True
+        log.warning(
+            "step %d: log-probabilities of rollouts.engine=%s and the student differ by %.2g nats a token, "
+            "more than rollouts.mismatch_warning=%g (told once)",
+            step,
+            run.config.rollouts.engine,
+            difference,
+            limit,
+        )
 
 
 def save(run: Run) -> None:

@@ -76,6 +76,7 @@ class Run:
     started: float
     engine: RolloutEngine = field(init=False)  # made when the models have proven to be those of their directories
     engine_scores: EngineScores | None = None  # when the engine was last given weights
+    told_of_mismatch: bool = False
 
     def __post_init__(self) -> None:
         self._by_id = {prompt.id: index for index, prompt in enumerate(self.prompts)}
@@ -134,6 +135,7 @@ class Run:
                 length_multiple=self.length_multiple,
                 pad_token_id=self.tokenizer.pad_token_id,
                 device=self.parallel.device,
+                log_probs=[r.log_probs for r in rollouts],
             )
         except ValueError as error:  # only recorded rollouts can be too many, or empty
             raise UserError(f"rollouts.path={self.config.rollouts.recorded}: {error}") from None

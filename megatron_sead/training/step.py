@@ -13,6 +13,7 @@ from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.reporting.timing import PhaseTimer
 from megatron_sead.training.measure import measure_tokens
+from megatron_sead.training.mismatch import measure_mismatch
 from megatron_sead.training.not_finite import Report, gather_reports, own_grad_norm
 from megatron_sead.training.pipeline import OnHidden, run_schedule
 from megatron_sead.training.scoring import Heads, score_student
@@ -223,5 +224,6 @@ def _measure(learner: Learner, micro_batches: list[MicroBatch], outcomes: list[A
         by_quantiles, thresholds = learner.supervisor.quantile_zones(tokens)
         zones = zones if learner.supervisor.reads_zones else by_quantiles
     metrics = measure_tokens(tokens, zones, scores, micro_batches, learner.parallel.dp)
+    metrics |= measure_mismatch(scores, micro_batches, learner.parallel.dp)
     metrics |= {"tau_teacher": thresholds.teacher, "tau_student": thresholds.student}
     return StepResult(metrics, zones, tokens.rollout_index), thresholds

@@ -34,6 +34,7 @@ from megatron_sead.distillation.policies import with_options
 from megatron_sead.distillation.policy_interface import WrongWeightsError
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.packing import MicroBatch
+from megatron_sead.training.mismatch import importance_weights
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class Supervisor:
         self._weigh = make_policy(self._name, **options)
         self.token_loss = with_options(self._policy.loss, PolicyOptions(**options))
         self._zones = config.zones
-        self._normalizer = config.training.normalizer
+        self._normalizer, self._importance_cap = config.training.normalizer, config.training.importance_cap
         self._seed = config.seed
         self._running = RunningThresholds(decay=config.zones.running_decay)
         self._told_of_floor = False
@@ -139,9 +140,9 @@ class Supervisor:
             zones = self._local_zones(tokens)
         weights = self._weights(tokens, zones, alpha, step)
         parts, start = [], 0
-        for micro_batch in micro_batches:
+        for score, micro_batch in zip(scores, micro_batches, strict=True):
             place = slice(start, start + len(micro_batch.targets))
-            parts.append(self._normalized(weights, zones, micro_batch, thresholds, place))
+            parts.append(self._normalized(weights, zones, score, micro_batch, thresholds, place))
             start = place.stop
         return parts
 
@@ -151,7 +152,7 @@ class Supervisor:
         """Weights of one micro-batch, from what is known without the others."""
         tokens = StepTokens.of([scores], [micro_batch])
         zones = self._local_zones(tokens)
-        return self._normalized(self._weights(tokens, zones, alpha, step), zones, micro_batch)
+        return self._normalized(self._weights(tokens, zones, alpha, step), zones, scores, micro_batch)
 
     def quantile_zones(self, tokens: StepTokens) -> tuple[torch.Tensor, Thresholds]:
         """Zones [n] int8 by the quantiles of all tokens of the step, and tau_t and tau_s in nats.
@@ -227,11 +228,13 @@ class Supervisor:
         self,
         weights: TokenWeights,
         zones: torch.Tensor,
+        scores: TokenScores,
         micro_batch: MicroBatch,
         thresholds: Thresholds | None = None,
         place: slice = slice(None),
     ) -> Supervision:
-        """Divide the micro-batch's weights, which are those at `place`, by what the normalizer says."""
+        """Divide the micro-batch's weights, which are those at `place`, by what the normalizer says; and weigh tokens
+        by their importance, where that is asked for."""
         forward, reverse, zones = weights.forward[place], weights.reverse[place], zones[place]
         active = (forward != 0) | (reverse != 0) if weights.active is None else weights.active[place]
         count = micro_batch.valid.sum() if self._normalizer == "valid" else active.sum()
@@ -240,4 +243,7 @@ class Supervisor:
             size = torch.zeros(len(rollouts), device=active.device).index_add_(0, where, active.float())
             share = 1.0 / size.clamp(min=1)[where]
             forward, reverse, count = forward * share, reverse * share, (size > 0).sum()
+        if self._importance_cap is not None and micro_batch.sampled_log_prob is not None:
+            importance = importance_weights(scores.student_log_prob, micro_batch.sampled_log_prob, self._importance_cap)
+            forward, reverse = forward * importance, reverse * importance
         return Supervision(TokenWeights(forward, reverse), zones, count, thresholds)

@@ -1,0 +1,45 @@
+"""Sampler against trainer: the engine that wrote a token and the student that learns from it compute it differently.
+
+Their log-probabilities of the same token differ by rounding, or by a fault. With importance weights a token counts by
+how likely the student, rather than the engine, was to write it, at most `cap` times: truncated importance sampling.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed import ProcessGroup
+
+from megatron_sead.distillation import TokenScores
+from megatron_sead.distillation.gather import all_gather_rows
+from megatron_sead.prompts.packing import MicroBatch
+
+# Shapes: n response tokens of a micro-batch
+
+
+def importance_weights(student_log_prob: torch.Tensor, sampled_log_prob: torch.Tensor, cap: float) -> torch.Tensor:
+    """[n] min(cap, student's probability / engine's); 1 where the engine did not say. All arguments [n], in nats."""
+    return torch.nan_to_num((student_log_prob - sampled_log_prob).exp(), nan=1.0, posinf=cap).clamp(max=cap)
+
+
+def measure_mismatch(
+    scores: list[TokenScores], micro_batches: list[MicroBatch], group: ProcessGroup | None
+) -> dict[str, float]:
+    """Mean, 99th percentile and maximum of the absolute difference over the valid tokens of the step, in nats.
+
+    Nothing where no engine has said a log-probability. Collective over `group`, the data-parallel ranks.
+    """
+    found = [torch.empty(0)]
+    for score, micro_batch in zip(scores, micro_batches, strict=True):
+        if micro_batch.sampled_log_prob is not None:
+            difference = (score.student_log_prob.float() - micro_batch.sampled_log_prob).abs()
+            found.append(difference[micro_batch.valid & ~difference.isnan()])
+    here = torch.cat([part.to(micro_batches[0].targets.device) for part in found])
+    everywhere, _ = all_gather_rows(here[:, None], () if group is None else (group,))
+    if not len(everywhere):
+        return {}
+    ordered = everywhere[:, 0].sort().values
+    return {
+        "sampling_log_prob_difference": ordered.double().mean().item(),
+        "sampling_log_prob_difference_p99": ordered[int(0.99 * (len(ordered) - 1))].item(),
+        "sampling_log_prob_difference_max": ordered[-1].item(),
+    }
