@@ -194,16 +194,13 @@ def notes_on_writing(rows: list[Row], difficulty_field: str) -> list[str]:
     """What the output will hold differently from the input.
 
     Raises:
-        UserError: a row holds what no JSONL file can.
+        UserError: rows hold what no JSONL file can.
     """
+    mistakes = RowMistakes()
     for row in rows:
-        for name, value in row.fields.items():
-            try:
-                dumps(value)
-            except TypeError as error:
-                raise UserError(
-                    f"{row.place}: {name!r} holds {error}, which a JSONL file cannot hold; drop this field first"
-                ) from None
+        with mistakes.kept(row.place):
+            _require_json(row)
+    mistakes.refuse()
     replaced = sum(difficulty_field in row.fields for row in rows)
     emptied = [row.place for row in rows if holds_no_number(row.fields)]
     notes = []
@@ -214,6 +211,16 @@ def notes_on_writing(rows: list[Row], difficulty_field: str) -> list[str]:
         where = counted(len(emptied), "row")
         notes.append(f"NaN or infinity, which JSON has not, will be null in {where}, first {emptied[0]}")
     return notes
+
+
+def _require_json(row: Row) -> None:
+    for name, value in row.fields.items():
+        try:
+            dumps(value)
+        except TypeError as error:
+            raise UserError(
+                f"{row.place}: {name!r} holds {error}, which a JSONL file cannot hold; drop this field first"
+            ) from None
 
 
 def start_engine(settings: EstimateSettings, tokenizer: ModelTokenizer) -> RolloutEngine:

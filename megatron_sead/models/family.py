@@ -1,4 +1,4 @@
-"""The seam between the model families and everything else: what a family must say of itself, and where it is found.
+"""What a model family must say of itself to everything else, and where the families are found.
 
 A family is a folder beside this file. Its ``family.py``, which brings no torch, holds a `ModelFamily` by the name of
 FAMILY, which says what ``model_type`` of a config.json it serves. docs/adding-a-model.md says how to add one.
