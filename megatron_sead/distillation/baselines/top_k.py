@@ -159,7 +159,7 @@ def _bucket_gradient(
 ) -> torch.Tensor:
     """G [n, b]."""
     w_forward, w_reverse = forward_weight.unsqueeze(-1), reverse_weight.unsqueeze(-1)
-    own = torch.where(p == 0, 0.0, p * (log_ratio - reverse.unsqueeze(-1)))
+    own = _weigh(p, log_ratio - reverse.unsqueeze(-1))
     return _weigh(w_forward, p - q) + _weigh(w_reverse, own)
 
 
@@ -176,4 +176,4 @@ def _share_of_rest(x: torch.Tensor, maximum: torch.Tensor, log_sum: torch.Tensor
 
 def _expectation(probability: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """[n] Σ probability * value over the buckets; where the first is zero its limit is zero, whatever the second."""
-    return torch.where(probability == 0, 0.0, probability * value).sum(-1)
+    return _weigh(probability, value).sum(-1)
