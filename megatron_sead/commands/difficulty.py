@@ -13,6 +13,7 @@ import typer
 from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.errors import ArgumentError
 from megatron_sead.files.durable import DISK_REFUSES
+from megatron_sead.files.outputs import require_free
 from megatron_sead.launch.ownership import sole_owner
 
 app = App()
@@ -33,7 +34,7 @@ def main(
 ) -> None:
     """Write K rollouts a prompt, grade them, and store 1 - pass rate beside each prompt. Resumes where it stopped."""
     with one_line_errors():
-        from megatron_sead.evaluation.difficulty import estimate, load_estimate_settings, partial_path, require_free
+        from megatron_sead.evaluation.difficulty import estimate, load_estimate_settings, partial_path
 
         given = [f"model.path={model}"] if model is not None else []
         given += [f"prompts.path={prompts}"] if prompts is not None else []

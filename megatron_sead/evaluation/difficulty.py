@@ -27,6 +27,7 @@ from megatron_sead.config.settings import Settings
 from megatron_sead.config.settings_file import dotted_keys, load_settings, read_yaml, settings_from
 from megatron_sead.errors import UserError
 from megatron_sead.files.durable import replace_text
+from megatron_sead.files.outputs import require_free
 from megatron_sead.grading.grader import GRADER_VERSION, Grader
 from megatron_sead.prompts.dataset import Prompt, tokenize
 from megatron_sead.prompts.exact_json import dumps, holds_no_number
@@ -302,18 +303,6 @@ def partial_path(output: Path) -> Path:
 
 def provenance_path(output: Path) -> Path:
     return output.with_name(output.name + ".provenance.json")
-
-
-def require_free(path: Path, own: str | None = None) -> None:
-    """Check that nothing is at a place where this command will write, not even a link to nowhere.
-
-    A file that this command left there, with the same content, is no obstacle.
-
-    Raises:
-        UserError: something else does.
-    """
-    if os.path.lexists(path) and (own is None or not path.is_file() or path.read_bytes() != own.encode()):
-        raise UserError(f"{path}: exists already; choose another output, or move it away")
 
 
 def _write_whole(path: Path, text: str) -> None:

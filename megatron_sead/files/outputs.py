@@ -157,6 +157,16 @@ class Output:
         return file
 
 
+def require_free(path: Path, own: str | None = None) -> None:
+    """Where a file is to be written nothing stands, not even a link to nowhere; or `own`, which would be written again.
+
+    Raises:
+        UserError: something else does.
+    """
+    if os.path.lexists(path) and (own is None or not path.is_file() or path.read_bytes() != own.encode()):
+        raise UserError(f"{path}: exists already; choose another output, or move it away")
+
+
 def require_apart(directory: Path, inputs: Iterable[Path]) -> None:
     """Refuse to write into, above or below what is read, whatever links lead there.
 
