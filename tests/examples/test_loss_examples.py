@@ -1,4 +1,4 @@
-"""The page docs/loss.md and the two programs that it shows: what is written there runs, and learns what it should."""
+"""The page docs/loss.md and the three programs that it shows: what is written there runs, and learns what it should."""
 
 from __future__ import annotations
 
@@ -44,6 +44,14 @@ def test_excerpts_are_what_the_programs_say() -> None:
         source = (ROOT / match["source"]).read_text(encoding="utf-8")
         indents = {re.match(" *", line)[0] for line in source.splitlines()}  # type: ignore[index]
         assert any(textwrap.indent(match["code"], indent) in source for indent in indents), match["code"]
+
+
+def test_the_plain_torch_loop_lowers_the_reverse_divergence() -> None:
+    """Of each step's own rollouts, so it varies: means of four steps."""
+    output = run(sys.executable, EXAMPLES / "torch_loop.py", "--steps", "16")
+    divergences = [float(line.split()[-1]) for line in output.splitlines() if line.startswith("step")]
+    assert len(divergences) == 16
+    assert sum(divergences[-4:]) < 0.9 * sum(divergences[:4])
 
 
 def losses_of_megatron_loop(tensor: int, pipeline: int = 1) -> list[float]:
