@@ -30,6 +30,7 @@ from rich.console import Console
 from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.commands.conversion_console import prepare_megatron
 from megatron_sead.files.durable import flush_file
+from megatron_sead.files.outputs import require_free
 
 ROOT = Path(__file__).parents[1]
 COMMAND = Path(__file__).with_name("convert_checkpoint.py")
@@ -55,9 +56,12 @@ def main(
     shape: Annotated[Path, typer.Option(help="directory with a config.json")] = ROOT / "examples/shapes/olmo3-7b",
     layers: Annotated[int | None, typer.Option(min=1, help="fewer than the shape has")] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 2,
-    write: Annotated[Path | None, typer.Option(help="WRITE.json and WRITE.md")] = None,
+    write: Annotated[Path | None, typer.Option(help="new files: WRITE.json and WRITE.md")] = None,
 ) -> None:
     """Measure, print, and write the figures with the machine."""
+    with one_line_errors():
+        for suffix in (".md", ".json") if write is not None else ():
+            require_free(write.with_suffix(suffix))
     with one_line_errors(), tempfile.TemporaryDirectory(dir=workdir, prefix="conversion-") as folder:
         source, middle, back = (Path(folder) / name for name in ("hf", "megatron", "back"))
         # in a process of its own: the system would count this one's memory as that of the commands that it starts

@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.errors import UserError
+from megatron_sead.files.outputs import require_free
 
 FITS = 0.8  # of the memory that is free at the start
 
@@ -57,11 +58,13 @@ def main(
     also: Annotated[
         list[Path], typer.Option(exists=True, dir_okay=False, help="Python file with a list LOSSES of further ones")
     ] = [],  # noqa: B006  (typer copies it)
-    write: Annotated[Path | None, typer.Option(help="WRITE.md, WRITE.json and WRITE.png")] = None,
+    write: Annotated[Path | None, typer.Option(help="new files: WRITE.md, WRITE.json and WRITE.png")] = None,
 ) -> None:
     """Measure, print a table, write it with the machine, the versions and the command."""
     with one_line_errors():
         _choices("--device", device, ("cpu", "cuda"))
+        for suffix in (".md", ".json", ".png") if write is not None else ():
+            require_free(write.with_suffix(suffix))
         losses = all_losses(also)
         cases = _cases(forms, tokens, vocab, hidden, dtypes, tp, shares)
         families = _families(only, losses)

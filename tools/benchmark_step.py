@@ -28,6 +28,7 @@ from rich.table import Table
 
 from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.errors import UserError
+from megatron_sead.files.outputs import require_free
 from megatron_sead.wording import counted
 
 ROOT = Path(__file__).parents[1]
@@ -80,10 +81,12 @@ def main(
     micro_batch_size: Annotated[int, typer.Option(min=1, help="rollouts in one forward pass")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="most tokens of a response")] = 40,
     lr: Annotated[float, typer.Option(help="learning rate, constant")] = 1e-3,
-    output: Annotated[Path, typer.Option(help="written as OUTPUT.json and OUTPUT.md")] = ROOT / "benchmarks/step_cpu",
+    write: Annotated[Path | None, typer.Option(help="new files: WRITE.json and WRITE.md")] = None,
 ) -> None:
     """Time both, print a table, write it with the machine, the versions and the command."""
     with one_line_errors():
+        for suffix in (".md", ".json") if write is not None else ():
+            require_free(write.with_suffix(suffix))
         if prompts % micro_batch_size:
             raise UserError(f"--micro-batch-size {micro_batch_size}: must divide --prompts {prompts}")
         settings = {
@@ -100,10 +103,11 @@ def main(
     result = {name: s.summary() | s.facts for name, s in samples.items()}
     result |= {"settings": settings | {"rounds": rounds, "warm_up": WARM_UP}, "machine": machine()}
     result |= {"date": date.today().isoformat(), "command": command_line(sys.argv[1:])}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
     _print(result)
+    if write is not None:
+        write.parent.mkdir(parents=True, exist_ok=True)
+        write.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
 
 
 def _measure(

@@ -24,6 +24,7 @@ from rich.table import Table
 from megatron_sead.commands.cli import App, one_line_errors_on_ranks
 from megatron_sead.config.run import load_config
 from megatron_sead.errors import UserError
+from megatron_sead.files.outputs import require_free
 from megatron_sead.launch.rank_failures import ending_together
 
 WARM_UP = 3  # first steps, not counted
@@ -91,10 +92,12 @@ class Clock:
 def main(
     config: Annotated[Path, typer.Option(help="YAML file with the run's settings; it must run on a CPU")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value ...")] = None,
-    write: Annotated[Path | None, typer.Option(help="also write the table as JSON")] = None,
+    write: Annotated[Path | None, typer.Option(help="also write the table as JSON, a new file")] = None,
 ) -> None:
     """Train as the settings say, with clocks."""
     with one_line_errors_on_ranks():
+        if write is not None:
+            require_free(write)
         settings = load_config(config, overrides or [])
         if settings.device != "cpu":
             raise UserError(f"device={settings.device}: must be cpu; a GPU works on while the host's clock reads it")
