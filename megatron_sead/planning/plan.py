@@ -116,7 +116,7 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
         table.add_row(label, *(f"{v:,}" if "parameters" in label else _gib(v) for v in values))
     console.print(table)
     for note in plan.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
 
 
 ROWS = (

@@ -85,4 +85,4 @@ def _print_results(run: Run, results: dict[str, dict[str, Any] | None]) -> None:
                 cells = [f"{r[f'{kind}_by_level'][level]['mean']:.3f}" for r in measured.values()]
                 table.add_row(f"  level {level}", *cells)
         run.console.print(table)
-    run.console.print(f"run directory: {run.config.output}", soft_wrap=True, highlight=False)
+    run.console.print(f"run directory: {run.config.output}", soft_wrap=True, highlight=False, markup=False)
