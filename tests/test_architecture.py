@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS | LEAVES} | {
     "checkpoints": {"models", "parallel"},
     "rollouts": {"models"},
     "prompts": {"models"},
-    "evaluation": {"rollouts", "grading", "prompts"},
+    "evaluation": {"rollouts", "grading", "prompts", "parallel", "checkpoints", "models"},
     "training": PARTS | {"evaluation", "launch", "planning"},
     "planning": {"models", "prompts"},
     "launch": set(),

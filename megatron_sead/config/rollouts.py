@@ -36,6 +36,11 @@ class EngineSettings(Settings):
         return None
 
     @property
+    def asked_at_once(self) -> int:
+        """Rollouts of one call, a rank, where many are measured and kept on the way: what a kill can cost at most."""
+        return self.batch_size
+
+    @property
     def writing(self) -> EngineSettings:
         """Settings of the engine that answers held-out prompts: these, unless their engine writes nothing."""
         return self

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch.distributed import ProcessGroup
 
+from megatron_sead.evaluation.asking import ask
+from megatron_sead.evaluation.statistics import mean_and_error
 from megatron_sead.grading.grader import Grader
 from megatron_sead.prompts.dataset import Prompt
 from megatron_sead.prompts.tokenizer import ModelTokenizer
-from megatron_sead.rollouts.engine import GenerationRequest, Rollout, RolloutEngine, Sampling
+from megatron_sead.rollouts.engine import Rollout, RolloutEngine, Sampling
 
 EVALUATION_STEP = -1  # no training step: evaluations before and after a run draw the same numbers, and no other does
 
@@ -62,36 +63,23 @@ def evaluate(
     """
     if not prompts:
         raise ValueError("no prompts to evaluate on")
-    greedy = _ask(engine, tokenizer, prompts, 1, Sampling(0.0, 1.0, max_new_tokens))
-    sampled = _ask(engine, tokenizer, prompts, samples, Sampling(temperature, top_p, max_new_tokens)) if samples else []
-    rollouts = greedy + sampled
+    rollouts = ask(engine, tokenizer, [(p, 0) for p in prompts], EVALUATION_STEP, Sampling(0.0, 1.0, max_new_tokens))
+    if samples:
+        asked = [(prompt, sample) for sample in range(samples) for prompt in prompts]
+        rollouts += ask(engine, tokenizer, asked, EVALUATION_STEP, Sampling(temperature, top_p, max_new_tokens))
     copies = list(prompts) * (1 + samples)
     responses = [tokenizer.decode(rollout.response_token_ids) for rollout in rollouts]
     correct = grader.grade_all(responses, [prompt.answers for prompt in copies], group)
 
     count = len(prompts)
-    greedy_by_prompt = _by_prompt(greedy, correct[:count], count)
-    sampled_by_prompt = _by_prompt(sampled, correct[count:], count)
+    greedy_by_prompt = _by_prompt(rollouts[:count], correct[:count], count)
+    sampled_by_prompt = _by_prompt(rollouts[count:], correct[count:], count)
     return EvaluationResult(
         greedy=_accuracy(greedy_by_prompt),
         sampled=_accuracy(sampled_by_prompt) if samples else None,
         greedy_by_level=_by_level(prompts, greedy_by_prompt),
         sampled_by_level=_by_level(prompts, sampled_by_prompt) if samples else {},
     )
-
-
-def _ask(
-    engine: RolloutEngine, tokenizer: ModelTokenizer, prompts: Sequence[Prompt], samples: int, sampling: Sampling
-) -> list[Rollout]:
-    """All prompts' sample 0, then all prompts' sample 1, and so on."""
-    requests = [
-        GenerationRequest(
-            prompt.id, sample, prompt.teacher_token_ids if tokenizer.role == "teacher" else prompt.student_token_ids
-        )
-        for sample in range(samples)
-        for prompt in prompts
-    ]
-    return engine.generate(requests, EVALUATION_STEP, sampling)
 
 
 # A prompt's outcome: its share of right answers, and its share of truncated responses.
@@ -108,10 +96,8 @@ def _by_prompt(rollouts: list[Rollout], correct: list[bool], count: int) -> list
 
 
 def _accuracy(outcomes: list[Outcome]) -> Accuracy:
+    mean, error = mean_and_error([right for right, _ in outcomes])
     count = len(outcomes)
-    mean = sum(right for right, _ in outcomes) / count
-    squares = sum((right - mean) ** 2 for right, _ in outcomes)
-    error = math.sqrt(squares / (count - 1) / count) if count > 1 else 0.0
     return Accuracy(mean, error, sum(truncated for _, truncated in outcomes) / count, count)
 
 
@@ -120,10 +106,11 @@ def _by_level(prompts: Sequence[Prompt], outcomes: list[Outcome]) -> dict[str, A
     for prompt, outcome in zip(prompts, outcomes, strict=True):
         if prompt.level is not None:
             levels.setdefault(prompt.level, []).append(outcome)
-    return {level: _accuracy(levels[level]) for level in sorted(levels, key=_numbers_first)}
+    return {level: _accuracy(levels[level]) for level in sorted(levels, key=numbers_first)}
 
 
-def _numbers_first(level: str) -> tuple[bool, float, str]:
+def numbers_first(level: str) -> tuple[bool, float, str]:
+    """In what order levels are shown: 2 before 10, and names behind numbers."""
     try:
         return (False, float(level), level)
     except ValueError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_sead.config.checks import data_parallel_size
-from megatron_sead.config.environment import check_rank_variables, environment_number
 from megatron_sead.config.run import ParallelSettings
-from megatron_sead.errors import UserError
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.parallel.cpu_adaptor import is_adapted
+from megatron_sead.parallel.joining import join_world, local_gpu
 
 
 def initialize_parallel(settings: ParallelSettings, device: str, seed: int) -> ParallelContext:
@@ -38,7 +36,7 @@ def initialize_parallel(settings: ParallelSettings, device: str, seed: int) -> P
     """
     torch_device = _choose_device(device)
     if not dist.is_initialized():
-        _join(device)
+        join_world(device)
     data_parallel_size(settings, dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
@@ -85,24 +83,10 @@ def _choose_device(device: str) -> torch.device:
         if not is_adapted():
             raise RuntimeError("device cpu: adapt_to_cpu() must run before megatron is imported")
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("device: cuda, but no GPU is visible; use device=cpu, or start on a machine with GPUs")
-    local, visible = environment_number("LOCAL_RANK", 0, least=0) or 0, torch.cuda.device_count()
-    if local >= visible:
-        raise UserError(f"device: cuda, but {visible} GPUs are visible to local rank {local}; start fewer ranks a node")
-    torch.cuda.set_device(local)
+    gpu = local_gpu()
     # It plans anew for every length, tens of milliseconds each, and its backward pass is NaN for some masked lengths
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return torch.device("cuda", local)
-
-
-def _join(device: str) -> None:
-    backend = "nccl" if device == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        check_rank_variables()
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return gpu
 
 
 def _context(settings: ParallelSettings, device: torch.device) -> ParallelContext:

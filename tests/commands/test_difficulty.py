@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,13 @@ from datasets import Dataset
 from megatron_sead.commands.difficulty import main
 from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
-from megatron_sead.evaluation.difficulty import Tally, load_estimate_settings
+from megatron_sead.evaluation.asking import Questions
+from megatron_sead.evaluation.difficulty import load_estimate_settings
+from megatron_sead.evaluation.tally import Graded, Tally
+from megatron_sead.grading.grader import GRADER_VERSION
 from megatron_sead.launch.ownership import sole_owner
-from megatron_sead.prompts.dataset import Prompt
 from megatron_sead.prompts.problems import read_problems
+from tests.conftest import make_olmo3
 
 TOOL = Path(__file__).parents[2] / "tools" / "estimate_difficulty.py"
 PROMPTS = 12
@@ -62,27 +67,29 @@ def test_rows_keep_their_fields_and_batches_do_not_matter(tiny_olmo3: Path, prom
     assert all(0 <= row["difficulty"] <= 1 and (row["difficulty"] * 64).is_integer() for row in rows)
     assert {row["difficulty"] for row in rows} != {1.0}
     provenance = json.loads((tmp_path / "out" / "with.jsonl.provenance.json").read_text())
-    assert (provenance["samples"], provenance["seed"], provenance["grader_version"]) == (64, 0, "3")
+    assert (provenance["samples"], provenance["seed"], provenance["grader_version"]) == (64, 0, GRADER_VERSION)
     assert provenance["sampling"] == {"temperature": 3.0, "top_p": 1.0, "max_new_tokens": 1}
-    assert sorted(path.name for path in output.parent.iterdir()) == ["with.jsonl", "with.jsonl.provenance.json"]
+    names = ["with.jsonl", "with.jsonl.answers.jsonl", "with.jsonl.provenance.json"]
+    assert sorted(path.name for path in output.parent.iterdir()) == names
+    assert "difficulty  prompts\n     0.000" in done.stdout
+    assert f"{PROMPTS} prompts, mean difficulty" in done.stdout
 
-    # Continued from half of the prompts and a line that a kill cut short, in other batches
-    partial, other = tmp_path / "other.jsonl.partial", tmp_path / "other.jsonl"
-    measurement = {k: v for k, v in provenance.items() if k not in ("difficulty", "prompt_count")}
-    passes = [{"id": str(i), "passes": round(64 * (1 - row["difficulty"]))} for i, row in enumerate(rows[:6])]
-    lines = [{"measurement": measurement}, *passes]
-    partial.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"id": "6", "pas')
-    done = run(command(tiny_olmo3, prompts, other, "samples=64", "rollouts.batch_size=128"))
+    # Continued from half of the answers and a line that a kill cut short, in other batches, by two ranks
+    answers = (output.parent / names[1]).read_bytes()
+    kept, other = tmp_path / "other.jsonl.answers.jsonl", tmp_path / "other.jsonl"
+    kept.write_bytes(answers[: len(answers) // 2])
+    done = run([*command(tiny_olmo3, prompts, other, "samples=64", "rollouts.batch_size=48"), "--nproc-per-node", "2"])
     assert done.returncode == 0, done.stderr
     assert other.read_text() == output.read_text()
-    assert not partial.exists()
+    assert kept.read_bytes().splitlines()[:100] == answers.splitlines()[:100]
+    assert sorted(kept.read_bytes().splitlines()) == sorted(answers.splitlines())
 
 
 def test_ctrl_c_loses_nothing(tiny_olmo3: Path, prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    partial = tmp_path / "out.jsonl.partial"
+    partial = tmp_path / "out.jsonl.answers.jsonl"
     # One prompt at a time with many samples, so that the signal finds it at work
-    arguments = command(tiny_olmo3, prompts, output, "samples=3000", "rollouts.batch_size=64")
+    arguments = command(tiny_olmo3, prompts, output, "samples=400", "rollouts.batch_size=16")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while process.poll() is None and not (partial.exists() and partial.read_text().count("\n") > 2):
@@ -92,7 +99,7 @@ def test_ctrl_c_loses_nothing(tiny_olmo3: Path, prompts: Path, tmp_path: Path) -
     assert process.returncode == 130
     assert "the same command continues" in errors
     assert "Traceback" not in errors
-    assert 1 < partial.read_text().count("\n") < PROMPTS + 1
+    assert 1 < partial.read_text().count("\n") < 400 * PROMPTS + 1
     assert run(arguments).returncode == 0
     assert len(difficulties(output)) == PROMPTS
 
@@ -101,7 +108,7 @@ def test_mistakes_are_one_line(
     tiny_olmo3: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out.jsonl"
-    (tmp_path / "begun.jsonl.partial").write_text('{"measurement": {"seed": 1}}\n')
+    (tmp_path / "begun.jsonl.answers.jsonl").write_text('{"measurement": {"seed": 1}}\n')
     cases: list[tuple[Path, Path, Path, list[str], str]] = [
         (tiny_olmo3, tmp_path / "no.jsonl", output, [], "no such file"),
         (tmp_path, prompts, output, [], "no tokenizer there"),
@@ -136,14 +143,18 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every prompt passes every time, without a model; the list says which ones were measured."""
     measured: list[str] = []
 
-    def measure(
-        _: object, _settings: object, _tokenizer: object, prompts: list[Prompt], tally: Tally, done: int
-    ) -> None:
-        for prompt in prompts:
-            measured.append(prompt.id)
-            tally.add(prompt.id, 8)
+    class Solver:
+        def ask_missing(self, questions: Questions, tally: Tally, _: object) -> None:
+            for prompt, sample in questions.asked:
+                if (prompt.id, sample) not in tally.answers:
+                    measured.append(prompt.id)
+                    tally.add([(Graded(prompt.id, sample, 1, finished=True, correct=True), "")])
 
-    monkeypatch.setattr("megatron_sead.evaluation.difficulty.measure", measure)
+    @contextmanager
+    def examiner(*_: object) -> Iterator[Solver]:
+        yield Solver()
+
+    monkeypatch.setattr("megatron_sead.evaluation.difficulty.examiner", examiner)
     return measured
 
 
@@ -202,13 +213,13 @@ def test_what_cannot_be_written_is_told_before_anything_is_measured(
     (tmp_path / "file").touch()
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "nowhere")
     (tmp_path / "noted.jsonl.provenance.json").write_text("{}")
-    (tmp_path / "mine.jsonl.partial").write_text("my notes")
+    (tmp_path / "mine.jsonl.answers.jsonl").write_text("my notes")
     cases = [
         (image, "out.jsonl", [], "row 1: 'image' holds bytes, which a JSONL file cannot hold"),
         (good, "file/out.jsonl", [], "out.jsonl: cannot be written"),
         (good, "link.jsonl", [], "link.jsonl: exists already"),
         (good, "noted.jsonl", [], "noted.jsonl.provenance.json: exists already"),
-        (good, "mine.jsonl", [], "mine.jsonl.partial: not a partial result of this command"),
+        (good, "mine.jsonl", [], "mine.jsonl.answers.jsonl, line 1: not written by this command"),
         (good, "out.parquet", [], "JSON lines are written, not parquet"),
         (good, "out.jsonl", ["prompts.difficulty_field=answer"], "prompts.difficulty_field=answer: must not be"),
     ]
@@ -226,50 +237,18 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(
-    ("partial", "message"),
-    [
-        (b"\xff\n", "not a partial result of this command, or damaged"),
-        (b"[]\n", "not a partial result"),
-        (b'{"measurement": []}\n{"id": []}\n', "not a partial result"),
-        (b"\0\0\0\n", "not a partial result"),
-        (b'{"measurement": {"samples": 4}}\n', "was begun with .*=None, now"),
-        ("LAST", "damaged: says that prompt '1' passed 9 of 8 times"),
-    ],
-    ids=str,
-)
-def test_a_damaged_partial_result_is_left_as_it_is(
-    partial: bytes | str,
-    message: str,
-    tiny_olmo3: Path,
-    prompts: Path,
-    tmp_path: Path,
-    solved: list[str],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    path = tmp_path / "out.jsonl.partial"
-    path.write_bytes(
-        begun(tiny_olmo3, prompts, tmp_path, '{"id": "1", "passes": 9}\n') if partial == "LAST" else partial
-    )
-    before = path.read_bytes()
-    assert estimate(tiny_olmo3, prompts, tmp_path / "out.jsonl") == 2
-    assert re.search(message, capsys.readouterr().err)
-    assert path.read_bytes() == before
+def kept_answers(output: Path) -> Path:
+    return output.with_name(output.name + ".answers.jsonl")
 
 
-def begun(model: Path, prompts: Path, folder: Path, lines: str) -> bytes:
-    """A partial result of the same command with these lines."""
-    assert estimate(model, prompts, folder / "other.jsonl") == 0
-    provenance = json.loads((folder / "other.jsonl.provenance.json").read_text())
-    measurement = {k: v for k, v in provenance.items() if k not in ("difficulty", "prompt_count")}
-    return (json.dumps({"measurement": measurement}) + "\n" + lines).encode()
-
-
-def test_a_partial_result_is_continued_with_the_same_prompts_alone(
+def test_answers_are_continued_with_the_same_prompts_alone(
     tiny_olmo3: Path, prompts: Path, tmp_path: Path, solved: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, output = tmp_path / "out.jsonl.partial", tmp_path / "out.jsonl"
-    path.write_bytes(begun(tiny_olmo3, prompts, tmp_path, '{"id": "0", "passes": 4}\n'))
+    output, other = tmp_path / "out.jsonl", tmp_path / "other.jsonl"
+    assert estimate(tiny_olmo3, prompts, other) == 0
+    lines = kept_answers(other).read_text().splitlines(keepends=True)
+    halves = [line.replace('"correct": true', '"correct": false') for line in lines[1:5]] + lines[5:9]
+    kept_answers(output).write_text(lines[0] + "".join(halves))
     text = prompts.read_text()
     for changed in (
         text.replace('"answer": 3', '"answer": 4'),
@@ -282,9 +261,41 @@ def test_a_partial_result_is_continued_with_the_same_prompts_alone(
     prompts.write_text(text.replace("kept", "changed, and not used"))
     solved.clear()
     assert estimate(tiny_olmo3, prompts, output) == 0
-    assert solved == [str(i) for i in range(1, PROMPTS)]
+    assert solved == [str(i) for i in range(1, PROMPTS) for _ in range(8)]
     assert difficulties(output) == [0.5] + [0.0] * (PROMPTS - 1)
-    assert not path.exists()
+
+
+def test_other_weights_are_another_measurement(
+    tiny_olmo3: Path, prompts: Path, tmp_path: Path, solved: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    assert estimate(tiny_olmo3, prompts, output) == 0
+    output.unlink()
+    (tmp_path / "out.jsonl.provenance.json").unlink()
+    other = make_olmo3(tmp_path / "other", seed=1)
+    assert estimate(other, prompts, output) == 2
+    assert "out.jsonl.answers.jsonl: was begun with weights=" in capsys.readouterr().err
+    shutil.copytree(tiny_olmo3, tmp_path / "copy")
+    assert estimate(tmp_path / "copy", prompts, output) == 0
+
+
+def test_prompts_are_counted_by_level_and_source(
+    tiny_olmo3: Path, tmp_path: Path, solved: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": f"{i}=", "answer": i, "level": [10, 2][i % 2], "source": f"set {i // 6}"} for i in range(PROMPTS)
+    ]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert estimate(tiny_olmo3, prompts, tmp_path / "out.jsonl") == 0
+    told = capsys.readouterr().out
+    assert (
+        told.index("by level")
+        < told.index("│ 2 ")
+        < told.index("│ 10 ")
+        < told.index("by source")
+        < told.index("set 1")
+    )
 
 
 def test_two_commands_do_not_write_one_output(

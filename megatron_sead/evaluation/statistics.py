@@ -1,0 +1,82 @@
+"""Accuracies with their errors. Prompts are the units: a prompt's samples are not independent of each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_sead.evaluation.tally import Graded
+
+RESAMPLES = 10_000  # of the bootstrap: the ends of an interval are exact to about a hundredth of its width
+MOST_AT_ONCE = 2**22  # resampled prompts in memory together
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Of one value a prompt: the mean, and its standard error over prompts, which is 0 with a single prompt."""
+    count = len(values)
+    mean = sum(values) / count
+    squares = sum((value - mean) ** 2 for value in values)
+    return mean, math.sqrt(squares / (count - 1) / count) if count > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a model's answers to a benchmark come to."""
+
+    prompts: int
+    samples: int  # answers a prompt
+    accuracy: float
+    standard_error: float
+    accuracy_if_finished: float | None  # of the answers that were not cut; None: all were
+    truncated: float  # share of answers cut at max_new_tokens
+    mean_tokens: float
+
+
+def summarize(answers: Sequence[Sequence[Graded]]) -> Summary:
+    """Of every prompt's answers, each prompt with as many."""
+    every = [answer for of_prompt in answers for answer in of_prompt]
+    finished = [answer for answer in every if answer.finished]
+    accuracy, error = mean_and_error(pass_rates(answers))
+    return Summary(
+        prompts=len(answers),
+        samples=len(answers[0]),
+        accuracy=accuracy,
+        standard_error=error,
+        accuracy_if_finished=sum(answer.correct for answer in finished) / len(finished) if finished else None,
+        truncated=1 - len(finished) / len(every),
+        mean_tokens=sum(answer.tokens for answer in every) / len(every),
+    )
+
+
+def pass_rates(answers: Sequence[Sequence[Graded]]) -> list[float]:
+    """The share of right answers of each prompt."""
+    return [sum(answer.correct for answer in of_prompt) / len(of_prompt) for of_prompt in answers]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more often one model is right than another on the same prompts."""
+
+    mean: float
+    low: float  # the 95 % interval
+    high: float
+
+
+def paired_bootstrap(rates: Sequence[float], others: Sequence[float], seed: int = 0) -> Difference:
+    """The difference of two models' pass rates on the same prompts, which are drawn anew with replacement.
+
+    Args:
+        others: of the model that is compared with, in the same order of prompts.
+    """
+    differences = np.array(rates) - np.array(others)
+    generator = np.random.default_rng(seed)
+    count, at_once = len(differences), max(1, MOST_AT_ONCE // len(differences))
+    means = [
+        differences[generator.integers(count, size=(min(at_once, RESAMPLES - start), count))].mean(axis=1)
+        for start in range(0, RESAMPLES, at_once)
+    ]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return Difference(float(differences.mean()), float(low), float(high))
