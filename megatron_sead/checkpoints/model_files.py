@@ -15,11 +15,11 @@ from typing import Any, Self
 import torch
 import yaml
 
-from megatron_sead.checkpoints.manifest import FILE_NAME, STEP, Damage, Manifest, read_manifest
+from megatron_sead.checkpoints.finding import find_checkpoint
+from megatron_sead.checkpoints.manifest import Damage, Manifest, read_manifest
 from megatron_sead.checkpoints.torch_dist_reader import SavedTensor, TorchDistCheckpoint
 from megatron_sead.config.run import ModelSettings
-from megatron_sead.errors import ArgumentError, UserError
-from megatron_sead.files.names import no_directory
+from megatron_sead.errors import UserError
 from megatron_sead.models.config import ModelConfig
 from megatron_sead.models.family import family_of, read_config_fields
 from megatron_sead.models.tensor_files import TensorFiles
@@ -228,59 +228,6 @@ def open_model(directory: Path, iteration: int | None = None) -> ModelFiles:
     if has_weights(directory) or (any(directory.glob("*.safetensors*")) and not is_checkpoint):
         return HuggingFaceModel(directory)
     return MegatronModel(find_checkpoint(directory, iteration))
-
-
-def find_checkpoint(directory: Path, iteration: int | None = None) -> Path:
-    """The checkpoint that `directory` is or holds: converted, a step's folder, a run, or a run's ``checkpoints``.
-
-    Args:
-        iteration: step to take; None: the latest that is whole.
-
-    Raises:
-        UserError: there is none, or not at that step, or none is whole.
-    """
-    if not directory.is_dir():
-        raise UserError(f"{directory}: {no_directory(directory)}")
-    if (directory / "metadata.json").exists():
-        match = STEP.fullmatch(directory.absolute().name)
-        if iteration is not None and iteration != (int(match[1]) if match else 0):
-            raise ArgumentError(
-                "iteration", iteration, f"{directory} is one checkpoint; give its run's directory instead"
-            )
-        if (directory / FILE_NAME).exists() and (problem := _incomplete(directory)):
-            raise UserError(f"{directory}: not a whole checkpoint: {problem}")
-        return directory
-    folder = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
-    steps = {int(match[1]): path for path in folder.iterdir() if (match := STEP.fullmatch(path.name))}
-    if not steps:
-        raise UserError(
-            f"{directory}: holds no checkpoint; must be a Megatron-Core distributed checkpoint (with metadata.json), "
-            "or a training run's directory"
-        )
-    if iteration is not None and iteration not in steps:
-        there = ", ".join(map(str, sorted(steps)))
-        raise ArgumentError("iteration", iteration, f"{folder} holds none of that step; there are {there}")
-    wanted = sorted(steps, reverse=True) if iteration is None else [iteration]
-    problems = []
-    for step in wanted:
-        problem = _incomplete(steps[step])
-        if problem is None:
-            return steps[step]
-        problems.append(f"{steps[step].name}: {problem}")
-    raise UserError(f"{folder}: no whole checkpoint ({'; '.join(problems)})")
-
-
-def _incomplete(directory: Path) -> str | None:
-    """Why a run's checkpoint is not whole, by its manifest; sizes alone, contents are checked as they are read."""
-    try:
-        manifest = read_manifest(directory)
-    except Damage as damage:
-        return str(damage)
-    for name, (size, _) in manifest.files.items():
-        path = directory / name
-        if not path.exists() or path.stat().st_size != size:
-            return f"{name} is missing or has not {size:,} bytes"
-    return None
 
 
 def _manifest(directory: Path) -> Manifest | None:

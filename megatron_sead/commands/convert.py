@@ -78,7 +78,7 @@ def megatron_to_hf(
     with one_line_errors():
         prepare_megatron()
         from megatron_sead.checkpoints.conversion import megatron_to_huggingface
-        from megatron_sead.checkpoints.model_files import find_checkpoint
+        from megatron_sead.checkpoints.finding import find_checkpoint
 
         limit = parse_size(max_shard_size)
         require_apart(output, [source])  # a run's directory holds the checkpoint that is read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -40,6 +41,7 @@ def measuring(device: str, output: Path, lock: Path, kept: Path) -> Iterator[Ran
     """
     from megatron_sead.evaluation.ranks import joined_ranks
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what transformers tells its own authors
     try:
         with ending_together(), joined_ranks(device) as ranks, ExitStack() as stack:
             ranks.on_first(lambda: stack.enter_context(sole_owner(lock, f"--output={output}")))

@@ -61,8 +61,9 @@ def verify(
     """
     with one_line_errors():
         prepare_megatron()
+        from megatron_sead.checkpoints.finding import find_checkpoint
         from megatron_sead.checkpoints.layerwise import compare_on_text, read_tokens
-        from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel, find_checkpoint
+        from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel
         from megatron_sead.checkpoints.verification import compare_tensors, meaning_differences
         from megatron_sead.config.run import ParallelSettings
         from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel

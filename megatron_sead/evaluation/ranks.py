@@ -39,7 +39,7 @@ class Ranks:
         outcome = from_first_rank(outcome, self.group)
         if isinstance(outcome, UserError):
             raise outcome
-        return outcome  # type: ignore[return-value] # what the first rank's action returned
+        return outcome
 
 
 @contextmanager

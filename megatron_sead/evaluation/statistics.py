@@ -46,9 +46,16 @@ def summarize(answers: Sequence[Sequence[Graded]]) -> Summary:
         accuracy=accuracy,
         standard_error=error,
         accuracy_if_finished=sum(answer.correct for answer in finished) / len(finished) if finished else None,
-        truncated=1 - len(finished) / len(every),
+        truncated=(len(every) - len(finished)) / len(every),
         mean_tokens=sum(answer.tokens for answer in every) / len(every),
     )
+
+
+def mean_of_summaries(summaries: Sequence[Summary]) -> tuple[float, float]:
+    """The mean accuracy of benchmarks, each counting alike, and its standard error: they are independent."""
+    count = len(summaries)
+    error = math.sqrt(sum(summary.standard_error**2 for summary in summaries)) / count
+    return sum(summary.accuracy for summary in summaries) / count, error
 
 
 def pass_rates(answers: Sequence[Sequence[Graded]]) -> list[float]:

@@ -90,7 +90,7 @@ def convert(model: Path, output: Path, **options: Any) -> Any:
 
 def export(checkpoint: Path, output: Path, **options: Any) -> Any:
     from megatron_sead.checkpoints.conversion import megatron_to_huggingface
-    from megatron_sead.checkpoints.model_files import find_checkpoint
+    from megatron_sead.checkpoints.finding import find_checkpoint
 
     iteration = options.pop("iteration", None)
     return megatron_to_huggingface(find_checkpoint(checkpoint, iteration), output, **options)
@@ -282,8 +282,8 @@ def export_on_one_rank(run: Path) -> dict[int | None, dict[str, torch.Tensor]]:
 
 
 def test_a_damaged_latest_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    from megatron_sead.checkpoints.finding import find_checkpoint
     from megatron_sead.checkpoints.manifest import Manifest, write_manifest
-    from megatron_sead.checkpoints.model_files import find_checkpoint
 
     for step in (1, 2, 3):
         folder = tmp_path / "checkpoints" / f"step-{step:08d}"

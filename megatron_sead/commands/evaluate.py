@@ -1,0 +1,75 @@
+"""How often models are right: ``sead evaluate --model DIR --benchmark math500=FILE --output DIR [key=value ...]``.
+
+On several GPUs with ``--nproc-per-node N``, or as ranks of ``sead launch ... tools/evaluate.py ...``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_sead.commands.cli import App
+from megatron_sead.commands.measuring import RANKS_HELP, measuring, start_ranks, told_in_one_line
+
+app = App()
+
+
+@app.command()
+def main(
+    model: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[LABEL=]PLACE",
+            help="Hugging Face directory, or a run's (RUN: its student-hf; RUN@STEP: that checkpoint); several are "
+            "compared with the first",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="folder for every answer with its grade, and for the results")],
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=PLACE]",
+            help="math500, minerva_math, olympiadbench, amc23, aime24, aime25, gsm8k, or NAME=FILE of your own; PLACE "
+            "is a file, its folder or a hub data set; default: the first six",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="folder with a folder a benchmark, as math500/test.jsonl; default: the hub")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file: a training run's, or one with model, rollouts, prompts, ..."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="key=value ...", help="as rollouts.engine=vllm or limit=20")
+    ] = None,
+    nproc_per_node: Annotated[int | None, typer.Option(min=1, help=RANKS_HELP)] = None,
+) -> None:
+    """Ask models benchmarks, keep every answer with its grade, and compare. Resumes where it stopped."""
+    with told_in_one_line():
+        from megatron_sead.evaluation.benchmarks import choose_benchmarks
+        from megatron_sead.evaluation.evaluate import evaluate_models, load_evaluate_settings
+        from megatron_sead.evaluation.models import choose_models
+        from megatron_sead.evaluation.report import FILES, print_results, tabulate, write_results
+        from megatron_sead.files.replaceable import require_replaceable
+
+        models = choose_models(model, output)
+        benchmarks = choose_benchmarks(benchmark or [], data)
+        settings = load_evaluate_settings(config, overrides or [], models[0].place)
+        require_replaceable(output, FILES)
+        if nproc_per_node is not None:
+            options = {"--model": model, "--benchmark": benchmark, "--output": [output], "--data": [data]}
+            options |= {"--config": [config]}
+            pairs = [(name, value) for name, values in options.items() for value in values or () if value is not None]
+            given = [str(part) for pair in pairs for part in pair]
+            start_ranks(nproc_per_node, "evaluate", [*given, "--", *(overrides or [])])
+        with measuring(settings.device, output, output / "evaluate.lock", output) as ranks:
+            answers = evaluate_models(settings, models, benchmarks, output, ranks)
+            if ranks.rank == 0:
+                results = tabulate(answers, benchmarks)
+                write_results(results, models, settings, output)
+                print_results(results)
+                print(f"{output}: {', '.join(FILES)}, and every answer with its grade")
+            ranks.on_first(lambda: None)  # the others leave when all is written

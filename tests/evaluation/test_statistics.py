@@ -1,0 +1,78 @@
+"""Accuracies and errors against numbers worked out by hand or by simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from megatron_sead.evaluation.statistics import mean_of_summaries, paired_bootstrap, summarize
+from megatron_sead.evaluation.tally import Graded
+
+
+def answers(*prompts: str) -> list[list[Graded]]:
+    """A word a prompt: r right, w wrong, x cut and wrong, y cut and right; the n-th of all answers has n tokens."""
+    found: list[list[Graded]] = []
+    for number, word in enumerate(prompts):
+        of_prompt = [
+            Graded(str(number), sample, 1 + sample + number * len(word), mark in "rw", mark in "ry")
+            for sample, mark in enumerate(word)
+        ]
+        found.append(of_prompt)
+    return found
+
+
+def test_a_summary_counts_prompts_as_units() -> None:
+    summary = summarize(answers("rr", "rw", "wx", "yx"))
+    rates = [1, 0.5, 0, 0.5]
+    assert (summary.prompts, summary.samples, summary.accuracy) == (4, 2, 0.5)
+    assert summary.standard_error == pytest.approx(math.sqrt(sum((rate - 0.5) ** 2 for rate in rates) / 3 / 4))
+    assert summary.accuracy_if_finished == pytest.approx(3 / 5)
+    assert summary.truncated == pytest.approx(3 / 8)
+    assert summary.mean_tokens == 4.5
+
+
+def test_of_answers_that_were_all_cut_nothing_is_said() -> None:
+    summary = summarize(answers("x"))
+    assert (summary.accuracy, summary.standard_error, summary.accuracy_if_finished) == (0, 0, None)
+    assert summary.truncated == 1
+
+
+def test_the_average_counts_benchmarks_alike() -> None:
+    summaries = [summarize(answers("r", "w")), summarize(answers("r", "r", "r", "w"))]
+    mean, error = mean_of_summaries(summaries)
+    assert mean == pytest.approx((1 / 2 + 3 / 4) / 2)
+    assert error == pytest.approx(math.hypot(*(summary.standard_error for summary in summaries)) / 2)
+
+
+def test_pairs_say_more_than_two_accuracies() -> None:
+    """Two models that differ on few prompts: the interval is as the normal one of the differences, and far narrower
+    than that of two independent accuracies."""
+    generator = np.random.default_rng(3)
+    before = (generator.random(400) < 0.5).astype(float)
+    after = np.where(generator.random(400) < 0.1, 1.0, before)
+    found = paired_bootstrap(after.tolist(), before.tolist())
+    differences = after - before
+    half = 1.96 * differences.std(ddof=1) / 20
+    assert found.mean == pytest.approx(differences.mean())
+    assert found.low == pytest.approx(differences.mean() - half, abs=0.004)
+    assert found.high == pytest.approx(differences.mean() + half, abs=0.004)
+    assert found.low > 0
+    assert paired_bootstrap(after.tolist(), before.tolist()) == found  # the same table whenever it is made
+    mirrored = paired_bootstrap(before.tolist(), after.tolist())
+    assert (mirrored.mean, mirrored.low, mirrored.high) == pytest.approx((-found.mean, -found.high, -found.low))
+
+
+def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
+    generator, covered = np.random.default_rng(5), 0
+    for seed in range(200):
+        rates = generator.binomial(32, [[0.4], [0.3]], (2, 60)) / 32
+        found = paired_bootstrap(rates[0].tolist(), rates[1].tolist(), seed)
+        covered += found.low <= 0.1 <= found.high
+    assert 0.89 < covered / 200 < 0.985
+
+
+def test_the_same_answers_do_not_differ() -> None:
+    found = paired_bootstrap([1.0, 0.0, 0.5], [1.0, 0.0, 0.5])
+    assert (found.mean, found.low, found.high) == (0, 0, 0)
