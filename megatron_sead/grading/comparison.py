@@ -64,6 +64,10 @@ _MISREAD = re.compile(
     r"\d\)?\s*\}?_|\\[lc]?dots|\.\.\.|\b\d+\s+\d"
 )  # a numeral's base, what dots stand for, 1 2 as 1 + 2
 _LABELLED = re.compile(r"[a-zA-Z\\][^=<>+*/^-]*=([^=]+)")
+_QUANTITY = re.compile(  # P(X = 2) = 1/3, whose first sign is no equation's, and functions that the parser computes
+    r"(?:(?:P|Pr|E|Var|\\(?:Pr|gcd|max|min|det|deg)(?![a-zA-Z])|\\(?:mathbb|text|operatorname)\s*\{[A-Za-z]+\})"
+    r"\s*(?:\([^()]*\)|\[[^\[\]]*\])|\|[A-Z]+\|)\s*=\s*(.+)"
+)
 _COORDINATES = {"x", "y", "z"}
 _REAL = tuple(Rational(*pair) for pair in ((7, 3), (13, 11), (5, 17), (-9, 7), (4, 1), (19, 2), (-6, 1)))
 _NATURAL = tuple(Rational(n) for n in (5, 9, 14, 20, 27, 6, 11, 13, 22, 34, 2, 1))
@@ -73,6 +77,9 @@ def same(reference: str, given: str) -> bool:
     """Whether two answers in LaTeX are the same. Sympy raises anything at odd input."""
     if any(_MISREAD.search(text) for text in (reference, given)):
         return False
+    named, given_named = _QUANTITY.fullmatch(reference), _QUANTITY.fullmatch(given)
+    if (named is None) != (given_named is None):  # the other one states the value alone
+        reference, given = named[1] if named else reference, given_named[1] if given_named else given
     is_real = not (should_treat_as_complex(reference) or should_treat_as_complex(given))
     gold, answer = _read(reference, is_real), _read_or_right_side(given, is_real)
     if isinstance(answer, FiniteSet) and re.search(r"\bor\b", given) and all(map(_is_inequality, answer.args)):

@@ -18,7 +18,7 @@ from megatron_sead.grading.notation import as_text, without_unit
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-GRADER_VERSION = "3"  # goes up when a change of code or of Math-Verify changes verdicts: difficulties depend on it
+GRADER_VERSION = "4"  # goes up when a change of code or of Math-Verify changes verdicts: difficulties depend on it
 
 
 class Grader:
