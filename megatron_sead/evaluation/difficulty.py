@@ -31,6 +31,7 @@ from megatron_sead.prompts.exact_json import dumps, holds_no_number
 from megatron_sead.prompts.problems import check_rows, repeats
 from megatron_sead.prompts.row_mistakes import RowMistakes
 from megatron_sead.prompts.rows import Row, read_rows
+from megatron_sead.wording import counted
 
 RUN_KEYS = dotted_keys(RunConfig)
 DIFFICULTY_STEP = -2  # neither a training step (0 and up) nor an evaluation (-1): their draws are others
