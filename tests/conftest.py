@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from transformers import Olmo3Config, Olmo3ForCausalLM, PreTrainedTokenizerFast
+
+from tests.distributed.ranks import RankPools
 
 SPECIAL = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHARACTERS = "0123456789+-*=;#().,\\{} \nabcdefghijklmnopqrstuvwxyz"
@@ -70,6 +73,14 @@ def make_olmo3(directory: Path, *, seed: int = 0, **changes: object) -> Path:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[RankPools]:
+    """Real ranks, shared by all tests of this process."""
+    pools = RankPools()
+    yield pools
+    pools.stop()
 
 
 @pytest.fixture(scope="session")

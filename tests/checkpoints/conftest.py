@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import make_olmo3
-from tests.distributed.ranks import RankPool
+from tests.distributed.ranks import RankPool, RankPools
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    with RankPool(2) as pool:
-        yield pool
+@pytest.fixture(scope="session")
+def ranks(pools: RankPools) -> RankPool:
+    return pools.of(2)
 
 
 @pytest.fixture(scope="session")

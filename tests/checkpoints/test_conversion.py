@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Olmo2C
 
 from tests.checkpoints.training import train
 from tests.conftest import make_olmo3, make_tokenizer
-from tests.distributed.ranks import RankPool
+from tests.distributed.ranks import RankPool, RankPools
 from tests.models.parity import Layout
 
 LAYERS = ["sliding_attention", "full_attention"] * 2
 FORMAT = {"format": "pt"}
 
 
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[RankPool]:
-    with RankPool(4) as pool:
-        yield pool
+@pytest.fixture(scope="session")
+def four_ranks(pools: RankPools) -> RankPool:
+    return pools.of(4)
 
 
 @pytest.fixture(scope="module", params=[(4, "float32"), (2, "bfloat16")], ids=["all-kv-heads-fp32", "grouped-bf16"])
@@ -240,8 +238,9 @@ def convert_on_one_rank(model: Path, output: Path) -> None:
     if torch.distributed.get_rank() == 0:
         from megatron_sead.checkpoints import conversion
 
-        conversion.PIECE_BYTES = 5000
-        convert(model, output)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(conversion, "PIECE_BYTES", 5000)
+            convert(model, output)
     torch.distributed.barrier()
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.distillation.ranks import Ranks
+from tests.distillation.ranks import SIZE, Ranks
+from tests.distributed.ranks import RankPools
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(tmp_path_factory.mktemp("ranks")) as started:
-        yield started
+def ranks(pools: RankPools) -> Ranks:
+    return Ranks(pools.of(SIZE))

@@ -6,6 +6,8 @@ logits are fp32 products too) leave a factor of about four, and a wrong gradient
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,14 +150,21 @@ def test_loss_on_logits(ranks: Ranks, tp: str, vocab_size: int, reuse: bool) -> 
     assert not gradient[..., vocab_size:].any()
 
 
+@contextmanager
+def overlapping(overlap: bool) -> Iterator[None]:
+    """Collectives go on beside products, as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_divergence, "_overlaps", lambda group, device: overlap and group is not None)
+        yield
+
+
 def fused_loss_on_rank(
     groups: Groups, tp: str, vocab_size: int, upstream: str | None, scratch_bytes: int, overlap: bool
 ) -> dict[str, Any]:
     case = make_case(vocab_size)
-    linear_divergence._overlaps = lambda group, device: overlap and group is not None  # as on a GPU
     hidden = case.student_hidden.requires_grad_()
     head = shard(case.student_head, groups, tp, 0).requires_grad_()
-    with CountedCollectives() as sizes:
+    with overlapping(overlap), CountedCollectives() as sizes:
         loss = linear_weighted_divergence(
             hidden,
             head,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_olmo3
-from tests.distributed.ranks import RankPool
+from tests.distributed.ranks import RankPool, RankPools
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    with RankPool(4) as pool:
-        yield pool
+@pytest.fixture(scope="session")
+def ranks(pools: RankPools) -> RankPool:
+    return pools.of(4)
 
 
 @pytest.fixture(scope="session")

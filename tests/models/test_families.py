@@ -6,7 +6,6 @@ Tolerance: as in test_parity.py, of which the faults that only OLMo-3 can have a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from megatron_sead.planning.plan import read_shape
 from tests.checkpoints.test_conversion import bits_differ, convert, convert_on_one_rank, export, wrong_weights
 from tests.checkpoints.test_resume import last_stage
 from tests.checkpoints.training import train
-from tests.distributed.ranks import RankPool
+from tests.distributed.ranks import RankPool, RankPools
 from tests.models.families import FAMILIES, LENGTHS, make_model
 from tests.models.parity import Layout, Measured, make_batch, megatron_step, merge, reference_step, relative
 from tests.models.test_huggingface import round_trip
@@ -36,10 +35,9 @@ LAYOUTS = [
 TIED = [name for name in FAMILIES if name.endswith("-tied")]
 
 
-@pytest.fixture(scope="module")
-def three_ranks() -> Iterator[RankPool]:
-    with RankPool(3) as pool:
-        yield pool
+@pytest.fixture(scope="session")
+def three_ranks(pools: RankPools) -> RankPool:
+    return pools.of(3)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

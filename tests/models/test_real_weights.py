@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tests.checkpoints.test_conversion import bits_differ, convert, export
-from tests.distributed.ranks import RankPool
+from tests.distributed.ranks import RankPool, RankPools
 from tests.models.parity import Batch, Layout, Measured, megatron_step, merge, reference_step
-from tests.training.launching import Pools, metrics_of
+from tests.training.launching import metrics_of, train_tiny
 
 # Relative to the largest entry of each tensor, fp32. Thirty layers of summation order; a fault gives a hundred times it
 TOLERANCE = 1e-4
@@ -58,15 +58,15 @@ def reference(real_model: Path, batch: Batch) -> Measured:
 
 
 @pytest.fixture(scope="module")
-def pools() -> Iterator[Pools]:
-    started = Pools(timeout=900.0)
+def pools() -> Iterator[RankPools]:
+    started = RankPools(timeout=900.0)
     yield started
     started.stop()
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=3), Layout(tp=3, sp=True), Layout(pp=2)], ids=str)
 def test_logits_and_gradients_on_real_text(
-    pools: Pools, real_model: Path, batch: Batch, reference: Measured, layout: Layout
+    pools: RankPools, real_model: Path, batch: Batch, reference: Measured, layout: Layout
 ) -> None:
     ranks: RankPool = pools.of(layout.tp * layout.pp)
     worst = merge(ranks.run(megatron_step, real_model, layout, batch)).worst(reference)
@@ -94,7 +94,7 @@ def damaged(source: Path, directory: Path) -> Path:
     return directory
 
 
-def test_a_damaged_copy_learns_from_the_whole_one(pools: Pools, real_model: Path, tmp_path: Path) -> None:
+def test_a_damaged_copy_learns_from_the_whole_one(pools: RankPools, real_model: Path, tmp_path: Path) -> None:
     """Ten steps of the main job: the divergence from the teacher falls."""
     prompts = tmp_path / "prompts.jsonl"
     questions = [f"What is {a} + {b}?" for a in range(2, 6) for b in range(3, 7)]
@@ -112,7 +112,7 @@ def test_a_damaged_copy_learns_from_the_whole_one(pools: Pools, real_model: Path
         "rollouts.max_new_tokens=16",
         "curriculum.mode=none",
     ]
-    pools.train(1, tmp_path / "run", overrides)
+    train_tiny(pools, 1, tmp_path / "run", overrides)
     divergence = [line["forward_kl"] for line in metrics_of(tmp_path / "run")]
     print(divergence)
     assert len(divergence) == STEPS and all(map(math.isfinite, divergence))

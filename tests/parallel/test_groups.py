@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,13 +11,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_sead.config.run import ParallelSettings
-from tests.distributed.ranks import RankPool
+from tests.distributed.ranks import RankPool, RankPools
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    with RankPool(4) as pool:
-        yield pool
+@pytest.fixture(scope="session")
+def ranks(pools: RankPools) -> RankPool:
+    return pools.of(4)
 
 
 def place(**sizes: Any) -> dict[str, Any]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from megatron_sead.grading.grader import Grader
 from megatron_sead.rollouts.engine import GenerationRequest, Sampling
 from megatron_sead.rollouts.records import read_records, write_records
 from megatron_sead.rollouts.transformers_engine import TransformersEngine
+from tests.distributed.ranks import RankPools
 
 REQUESTS = [GenerationRequest(str(i), i % 2, tuple(range(4, 7 + i % 5))) for i in range(11)]
 RANKS = 2
@@ -24,24 +23,18 @@ def make_engine(directory: Path, group: dist.ProcessGroup | None) -> Transformer
     )
 
 
-def work(rank: int, directory: Path, results: Path) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{results / 'meet'}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
+def work(directory: Path, results: Path) -> list[bool | None]:
     group = dist.group.WORLD
-    write_records(results / f"rank-{rank}.jsonl", make_engine(directory, group).generate(REQUESTS, step=1))
+    write_records(results / f"rank-{dist.get_rank()}.jsonl", make_engine(directory, group).generate(REQUESTS, step=1))
     with Grader() as grader:
-        verdicts = grader.grade_all([r"\boxed{\frac12}", "2", "3"], [["0.5"], ["2"], ["4"]], group)
-    (results / f"verdicts-{rank}").write_text(str(verdicts))
-    dist.destroy_process_group()
+        return grader.grade_all([r"\boxed{\frac12}", "2", "3"], [["0.5"], ["2"], ["4"]], group)
 
 
-def test_the_number_of_ranks_changes_nothing(tiny_olmo3: Path, tmp_path: Path) -> None:
-    mp.spawn(work, (tiny_olmo3, tmp_path), nprocs=RANKS)
+def test_the_number_of_ranks_changes_nothing(pools: RankPools, tiny_olmo3: Path, tmp_path: Path) -> None:
+    assert pools.of(RANKS).run(work, tiny_olmo3, tmp_path) == [[True, True, False]] * RANKS
     alone = make_engine(tiny_olmo3, None).generate(REQUESTS, step=1)
     for rank in range(RANKS):
         together = read_records(tmp_path / f"rank-{rank}.jsonl")
         assert [(r.prompt_id, r.sample, r.response_token_ids, r.finished) for r in together] == [
             (r.prompt_id, r.sample, r.response_token_ids, r.finished) for r in alone
         ]
-        assert (tmp_path / f"verdicts-{rank}").read_text() == "[True, True, False]"

@@ -1,12 +1,8 @@
-"""Ranks of a real run, one of which fails where a test says: started without torchrun, which would end the others.
-
-A process that has imported Megatron is forked for each rank: importing takes longer than the run.
-"""
+"""Ranks of a real run, one of which fails where a test says: started without torchrun, which would end the others."""
 
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import signal
 import socket
@@ -24,6 +20,7 @@ from megatron_sead.commands import train
 from megatron_sead.commands.cli import one_line_errors_on_ranks
 from megatron_sead.config.run import load_config
 from megatron_sead.errors import UserError
+from tests.distributed.ranks import forkserver
 from tests.training.launching import SHORT, TINY
 
 RANKS = 4
@@ -89,8 +86,7 @@ class Ended:
 
 def run_failing(folder: Path, phase: str, kind: str, failing: int) -> Ended:
     """The ranks of a run, of which one fails; as torchrun starts them, but nobody ends them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.parallel.adapted"])
+    context = forkserver()
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -7,13 +7,12 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_sead.config.run import load_config
-from tests.distributed.ranks import RankPool
+from tests.distributed.ranks import RankPools
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "configs" / "sead_tiny.yaml"
@@ -32,41 +31,17 @@ SHORT = [
 ]
 
 
-class Pools:
-    """Pools of 1, 2 and 4 ranks, started when first needed and used again: importing Megatron takes seconds."""
-
-    def __init__(self, timeout: float = 240.0) -> None:
-        self.timeout = timeout
-        self._pools: dict[int, RankPool] = {}
-
-    def of(self, ranks: int) -> RankPool:
-        """The pool of so many ranks."""
-        if ranks not in self._pools:
-            self._pools[ranks] = RankPool(ranks, self.timeout)
-        return self._pools[ranks]
-
-    def train(self, ranks: int, output: Path, overrides: list[str], interrupt_at: int | None = None) -> list[Any]:
-        """Run the loop with `SHORT` and the overrides; what `run` returned on each rank."""
-        meeting_point = Path(mkdtemp()) / "store"
-        return self.of(ranks).run(
-            _train, ranks, str(meeting_point), [*SHORT, f"output={output}", *overrides], interrupt_at
-        )
-
-    def stop(self) -> None:
-        for pool in self._pools.values():
-            pool.stop()
+def train_tiny(
+    pools: RankPools, ranks: int, output: Path, overrides: list[str], interrupt_at: int | None = None
+) -> list[Any]:
+    """Run the loop with `SHORT` and the overrides; what `run` returned on each rank."""
+    return pools.of(ranks).run(_train, [*SHORT, f"output={output}", *overrides], interrupt_at)
 
 
-def _train(ranks: int, meeting_point: str, overrides: list[str], interrupt_at: int | None) -> bool:
-    from megatron_sead.parallel.groups import destroy_parallel
+def _train(overrides: list[str], interrupt_at: int | None) -> bool:
     from megatron_sead.training import loop
 
-    destroy_parallel()  # a run that failed leaves its groups
-    import os
-
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=ranks)
-    with _signal_at(interrupt_at if rank == ranks - 1 else None):
+    with _signal_at(interrupt_at if dist.get_rank() == dist.get_world_size() - 1 else None):
         return loop.run(load_config(TINY, overrides))
 
 

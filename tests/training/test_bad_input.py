@@ -11,16 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.training.launching import ROOT, Pools
+from tests.distributed.ranks import RankPools
+from tests.training.launching import ROOT, train_tiny
 
 TINY = ROOT / "examples" / "tiny"
 FAST = ["training.steps=2", "training.lr_warmup_steps=0", "training.global_batch_size=8"]
 
 
-def refusal(pools: Pools, output: Path, *overrides: str) -> str:
+def refusal(pools: RankPools, output: Path, *overrides: str) -> str:
     """The UserError that ends a run on one rank."""
     with pytest.raises(AssertionError) as caught:
-        pools.train(1, output, [*FAST, *overrides])
+        train_tiny(pools, 1, output, [*FAST, *overrides])
     last = str(caught.value).strip().splitlines()[-1]
     assert last.startswith(("megatron_sead.errors.UserError: ", "megatron_sead.errors.NotFiniteNumbers: ")), last
     return last.partition(": ")[2]
@@ -51,13 +52,13 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
-def test_wrong_weights(pools: Pools, tmp_path: Path, case: str) -> None:
+def test_wrong_weights(pools: RankPools, tmp_path: Path, case: str) -> None:
     change, told = WEIGHTS[case]
     assert told in refusal(pools, tmp_path / "run", student(tmp_path, change))
     assert not (tmp_path / "run").exists()
 
 
-def test_truncated_weights(pools: Pools, tmp_path: Path) -> None:
+def test_truncated_weights(pools: RankPools, tmp_path: Path) -> None:
     setting = student(tmp_path, lambda tensors: None)
     file = tmp_path / "student" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -86,14 +87,14 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("case", PROMPTS)
-def test_wrong_prompts(pools: Pools, tmp_path: Path, case: str) -> None:
+def test_wrong_prompts(pools: RankPools, tmp_path: Path, case: str) -> None:
     lines, told = PROMPTS[case]
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(line + "\n" for line in lines))
     assert told in refusal(pools, tmp_path / "run", f"prompts.path={path}")
 
 
-def test_all_that_is_wrong_with_files_is_told_at_once(pools: Pools, tmp_path: Path) -> None:
+def test_all_that_is_wrong_with_files_is_told_at_once(pools: RankPools, tmp_path: Path) -> None:
     for name in ("prompts", "held"):
         (tmp_path / f"{name}.jsonl").write_text('{"prompt": "1+1="}\n' * 2)
     weights = student(tmp_path, lambda tensors: None)
@@ -113,7 +114,7 @@ def test_all_that_is_wrong_with_files_is_told_at_once(pools: Pools, tmp_path: Pa
         assert told.rpartition("UserError: ")[2].count(mistake) == 1
 
 
-def test_wrong_held_out_prompts(pools: Pools, tmp_path: Path) -> None:
+def test_wrong_held_out_prompts(pools: RankPools, tmp_path: Path) -> None:
     """The file is told by its own setting; difficulty is not asked of it."""
     path = tmp_path / "held.jsonl"
     path.write_text('{"prompt": "1+1=", "answer": 2}\n{"prompt": "1+2=", "answer": NaN}\n')
@@ -127,9 +128,9 @@ def test_wrong_held_out_prompts(pools: Pools, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def recorded(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorded(pools: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("recorded") / "run"
-    pools.train(1, output, FAST)
+    train_tiny(pools, 1, output, FAST)
     return output
 
 
@@ -141,7 +142,7 @@ RECORDS = {
 
 
 @pytest.mark.parametrize("case", RECORDS)
-def test_edited_rollouts(pools: Pools, recorded: Path, tmp_path: Path, case: str) -> None:
+def test_edited_rollouts(pools: RankPools, recorded: Path, tmp_path: Path, case: str) -> None:
     change, told = RECORDS[case]
     folder = shutil.copytree(recorded / "rollouts", tmp_path / "rollouts")
     first, *rest = (folder / "step-0.jsonl").read_text().splitlines()
@@ -150,7 +151,7 @@ def test_edited_rollouts(pools: Pools, recorded: Path, tmp_path: Path, case: str
     assert told in refusal(pools, tmp_path / "run", "rollouts.engine=replay", f"rollouts.path={folder}")
 
 
-def test_rollouts_that_micro_batches_cannot_share(pools: Pools, recorded: Path, tmp_path: Path) -> None:
+def test_rollouts_that_micro_batches_cannot_share(pools: RankPools, recorded: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(recorded / "rollouts", tmp_path / "rollouts")
     lines = (folder / "step-0.jsonl").read_text().splitlines(keepends=True)
     (folder / "step-0.jsonl").write_text("".join(lines[:-1]))
@@ -158,7 +159,7 @@ def test_rollouts_that_micro_batches_cannot_share(pools: Pools, recorded: Path, 
     assert "7 rollouts cannot be shared" in told
 
 
-def test_the_directory_of_another_run_stays_as_it_is(pools: Pools, recorded: Path) -> None:
+def test_the_directory_of_another_run_stays_as_it_is(pools: RankPools, recorded: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in recorded.rglob("*")}
     assert "training.lr is 0.001 there and 0.5 here" in refusal(pools, recorded, "training.lr=0.5")
     assert {path: path.stat().st_mtime_ns for path in recorded.rglob("*")} == before

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sead.config.run import load_config
-from tests.training.launching import ROOT, SHORT, Pools, metrics_of
+from tests.distributed.ranks import RankPools
+from tests.training.launching import ROOT, SHORT, metrics_of, train_tiny
 from tests.training.launching import TINY as TINY_CONFIG
 
 TINY = ROOT / "examples" / "tiny"
@@ -55,10 +56,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def begun(pools: Pools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def begun(pools: RankPools, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Interrupted after two of its steps."""
     output = tmp_path_factory.mktemp("begun") / "run"
-    assert pools.train(1, output, settings(inputs), interrupt_at=1) == [False]
+    assert train_tiny(pools, 1, output, settings(inputs), interrupt_at=1) == [False]
     return output
 
 
@@ -225,10 +226,10 @@ def test_recorded_rollouts_are_inputs(inputs: Path, tmp_path: Path) -> None:
     assert found == {"rollouts": "step-1.jsonl differs; step-2.jsonl is missing"}
 
 
-def start_again(pools: Pools, begun: Path, folder: Path, *overrides: str) -> str:
+def start_again(pools: RankPools, begun: Path, folder: Path, *overrides: str) -> str:
     """What refuses it, or ""."""
     try:
-        assert pools.train(1, begun, [*settings(folder), *overrides]) == [True]
+        assert train_tiny(pools, 1, begun, [*settings(folder), *overrides]) == [True]
     except AssertionError as error:
         return str(error).strip().splitlines()[-1].removeprefix("megatron_sead.errors.UserError: ")
     return ""
@@ -245,7 +246,7 @@ def changed(inputs: Path, tmp_path: Path) -> Iterator[Callable[[Callable[[Path],
 Change = Callable[[Callable[[Path], object]], None]
 
 
-def test_a_resume_with_changed_inputs_is_refused(pools: Pools, begun: Path, inputs: Path, changed: Change) -> None:
+def test_a_resume_with_changed_inputs_is_refused(pools: RankPools, begun: Path, inputs: Path, changed: Change) -> None:
     before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
     changed(in_prompts(lambda lines: lines[1:]))
     told = start_again(pools, begun, inputs)
@@ -258,14 +259,14 @@ def test_a_resume_with_changed_inputs_is_refused(pools: Pools, begun: Path, inpu
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_one_bit_of_a_model_is_seen(pools: Pools, begun: Path, inputs: Path, changed: Change, role: str) -> None:
+def test_one_bit_of_a_model_is_seen(pools: RankPools, begun: Path, inputs: Path, changed: Change, role: str) -> None:
     changed(one_weight(role))
     told = start_again(pools, begun, inputs)
     assert f"{role} ({role}.path={inputs}/{role}): weights model.embed_tokens.weight differs; bring" in told
 
 
 def test_allowed_changes_are_kept_in_mind(
-    pools: Pools, begun: Path, inputs: Path, tmp_path: Path, changed: Change
+    pools: RankPools, begun: Path, inputs: Path, tmp_path: Path, changed: Change
 ) -> None:
     """Though the first prompts were the text that proves that the student came back. What is allowed once needs no
     second word, since the next checkpoint is of the new inputs."""
@@ -279,7 +280,7 @@ def test_allowed_changes_are_kept_in_mind(
 
 
 def test_another_evaluation_measures_the_initial_student_again(
-    pools: Pools, begun: Path, inputs: Path, tmp_path: Path
+    pools: RankPools, begun: Path, inputs: Path, tmp_path: Path
 ) -> None:
     """Before and after are of the same prompts."""
     output = Path(shutil.copytree(begun, tmp_path / "run"))
@@ -288,7 +289,9 @@ def test_another_evaluation_measures_the_initial_student_again(
     assert [evaluation[when]["greedy"]["prompts"] for when in ("before", "after")] == [6, 6]
 
 
-def test_a_checkpoint_of_an_earlier_version_continues(pools: Pools, begun: Path, inputs: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_an_earlier_version_continues(
+    pools: RankPools, begun: Path, inputs: Path, tmp_path: Path
+) -> None:
     """Without inputs, and without the text of the proof."""
     output = Path(shutil.copytree(begun, tmp_path / "run"))
     without_inputs(output / "checkpoints" / "step-00000002")

@@ -6,14 +6,13 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from tests.training.launching import ROOT, SHORT, TINY, Pools
+from tests.distributed.ranks import RankPools
+from tests.training.launching import ROOT, SHORT, TINY
 
 SETTINGS = [*SHORT, "training.steps=2", "training.global_batch_size=8", "rollouts.max_new_tokens=8"]
 HELDOUT = [f"evaluation.path={ROOT / 'examples' / 'tiny' / 'heldout.jsonl'}", "evaluation.limit=4"]
@@ -21,14 +20,11 @@ HELDOUT += ["evaluation.samples=0", "evaluation.teacher=false"]
 VERBS = ("generate", "load_weights", "score", "sleep", "wake", "close")
 
 
-def drive(meeting_point: str, overrides: list[str], fault: str | None) -> tuple[list[str], list[str]]:
+def drive(overrides: list[str], fault: str | None) -> tuple[list[str], list[str]]:
     """On a rank: a run, with a fault in its engine; what the engine was asked, and what was logged."""
     from megatron_sead.config.run import load_config
-    from megatron_sead.parallel.groups import destroy_parallel
     from megatron_sead.training import loop
 
-    destroy_parallel()  # a run that failed leaves its groups
-    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=0, world_size=1)
     with listening() as lines, watching(fault) as asked:
         loop.run(load_config(TINY, overrides))
     return asked, lines
@@ -101,14 +97,13 @@ def spoil(engine: Any, load: Any, weights: Any) -> None:
 FAULTS = {"old weights": keep_old, "one old weight": keep_one, "not finite": spoil}
 
 
-def run(pools: Pools, output: Path, *overrides: str, fault: str | None = None) -> tuple[list[str], list[str]]:
-    meeting_point = str(Path(mkdtemp()) / "store")
-    (answer,) = pools.of(1).run(drive, meeting_point, [*SETTINGS, f"output={output}", *overrides], fault)
+def run(pools: RankPools, output: Path, *overrides: str, fault: str | None = None) -> tuple[list[str], list[str]]:
+    (answer,) = pools.of(1).run(drive, [*SETTINGS, f"output={output}", *overrides], fault)
     return answer
 
 
 @pytest.fixture(scope="module")
-def whole(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def whole(pools: RankPools, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     output = tmp_path_factory.mktemp("whole") / "run"
     asked, lines = run(pools, output, *HELDOUT)
     compared = [line for line in lines if line.startswith("rollouts.engine=transformers and student: log-prob")]
@@ -134,14 +129,14 @@ def test_the_engine_sleeps_while_the_student_trains_and_is_checked_after_every_u
         ("not finite", "rollouts.engine=transformers and the student do not agree: log-probabilities differ by inf"),
     ],
 )
-def test_an_engine_with_other_weights_ends_the_run(pools: Pools, tmp_path: Path, fault: str, told: str) -> None:
+def test_an_engine_with_other_weights_ends_the_run(pools: RankPools, tmp_path: Path, fault: str, told: str) -> None:
     with pytest.raises(AssertionError) as caught:
         run(pools, tmp_path / "run", "training.lr_warmup_steps=0", fault=fault)
     last = str(caught.value).strip().splitlines()[-1]
     assert last.startswith(f"megatron_sead.errors.UserError: {told}"), last
 
 
-def test_replay_is_not_checked_and_says_so(pools: Pools, whole: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_replay_is_not_checked_and_says_so(pools: RankPools, whole: tuple[Path, list[str]], tmp_path: Path) -> None:
     """Held-out prompts are answered by transformers in its place."""
     replay = ["rollouts.engine=replay", f"rollouts.path={whole[0]}"]
     asked, lines = run(pools, tmp_path / "run", *replay, *HELDOUT)

@@ -15,13 +15,14 @@ from transformers import AutoTokenizer, GenerationConfig
 from megatron_sead.config.run import load_config
 from megatron_sead.prompts.dataset import load_prompts
 from megatron_sead.prompts.tokenizer import load_tokenizer
-from tests.training.launching import ROOT, Pools
+from tests.distributed.ranks import RankPools
+from tests.training.launching import ROOT, train_tiny
 
 TINY = ROOT / "examples" / "tiny"
 
 
 @pytest.fixture(scope="module")
-def run(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(pools: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of one step; tokenizer, chat template, system prompt and stop tokens are not the student's own."""
     folder = tmp_path_factory.mktemp("speech")
     tokenizer = folder / "tokenizer"
@@ -36,7 +37,7 @@ def run(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes = [f"student.{name}={value}" for name, value in spoken.items()]
     changes += ["training.steps=1", "training.lr_warmup_steps=0", "training.global_batch_size=8", "seed=0"]
     changes += ["training.micro_batch_size=8", "rollouts.max_new_tokens=8"]
-    pools.train(1, folder / "run", changes)
+    train_tiny(pools, 1, folder / "run", changes)
     return folder / "run"
 
 

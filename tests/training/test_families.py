@@ -14,8 +14,9 @@ import transformers
 from safetensors.torch import load_file
 
 from tests.conftest import make_tokenizer
+from tests.distributed.ranks import RankPools
 from tests.models.families import FAMILIES, SIZES
-from tests.training.launching import Pools, metrics_of
+from tests.training.launching import metrics_of, train_tiny
 
 STEPS = 3
 BOUND = 1e-4  # Adam's first steps divide by the square root of gradients that are nearly zero
@@ -38,7 +39,7 @@ def make_speaker(name: str, directory: Path) -> str:
     return str(directory)
 
 
-def test_one_family_teaches_another_under_any_layout(pools: Pools, tmp_path: Path) -> None:
+def test_one_family_teaches_another_under_any_layout(pools: RankPools, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"id": "{i}", "prompt": "{i}+{i}=", "answer": "{2 * i}"}}\n' for i in range(8)))
     overrides = [
@@ -51,8 +52,8 @@ def test_one_family_teaches_another_under_any_layout(pools: Pools, tmp_path: Pat
         "rollouts.max_new_tokens=12",
         "curriculum.mode=none",
     ]
-    assert pools.train(1, tmp_path / "one", overrides) == [True]
-    assert pools.train(4, tmp_path / "four", [*overrides, *FOUR_RANKS]) == [True] * 4
+    assert train_tiny(pools, 1, tmp_path / "one", overrides) == [True]
+    assert train_tiny(pools, 4, tmp_path / "four", [*overrides, *FOUR_RANKS]) == [True] * 4
     lines = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "four")
     for theirs, ours in zip(*lines, strict=True):
         for key in ("loss", "grad_norm", "forward_kl", "reverse_kl"):

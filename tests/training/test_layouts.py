@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sead.reporting.metrics import NAMES
-from tests.training.launching import Pools, metrics_of, zones_of
+from tests.distributed.ranks import RankPools
+from tests.training.launching import metrics_of, train_tiny, zones_of
 
 STEPS = 10
 BOUND = 1e-5
@@ -41,17 +42,17 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def recorded(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorded(pools: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("recorded") / "run"
-    assert pools.train(1, output, [f"training.steps={STEPS}"]) == [True]
+    assert train_tiny(pools, 1, output, [f"training.steps={STEPS}"]) == [True]
     return output
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_replayed_steps_are_the_same(layout: str, pools: Pools, recorded: Path, tmp_path: Path) -> None:
+def test_replayed_steps_are_the_same(layout: str, pools: RankPools, recorded: Path, tmp_path: Path) -> None:
     ranks, overrides = LAYOUTS[layout]
     replay = ["rollouts.engine=replay", f"rollouts.path={recorded}", f"training.steps={STEPS}"]
-    assert pools.train(ranks, tmp_path / "run", [*replay, *overrides]) == [True] * ranks
+    assert train_tiny(pools, ranks, tmp_path / "run", [*replay, *overrides]) == [True] * ranks
     expected, found = metrics_of(recorded), metrics_of(tmp_path / "run")
     assert len(found) == len(expected) == STEPS
     for step, (theirs, ours) in enumerate(zip(expected, found, strict=True)):
@@ -63,10 +64,10 @@ def test_replayed_steps_are_the_same(layout: str, pools: Pools, recorded: Path, 
 
 
 @pytest.mark.mcore_lane
-def test_two_layouts_generate_and_train_alike(pools: Pools, tmp_path: Path) -> None:
+def test_two_layouts_generate_and_train_alike(pools: RankPools, tmp_path: Path) -> None:
     """Not replayed: each layout writes its own rollouts, which depend on (seed, step, prompt, sample) alone."""
-    assert pools.train(1, tmp_path / "one", ["training.steps=4"]) == [True]
-    assert pools.train(2, tmp_path / "tp2", ["training.steps=4", *TP2, *SP]) == [True, True]
+    assert train_tiny(pools, 1, tmp_path / "one", ["training.steps=4"]) == [True]
+    assert train_tiny(pools, 2, tmp_path / "tp2", ["training.steps=4", *TP2, *SP]) == [True, True]
     for theirs, ours in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "tp2"), strict=True):
         for key in ("loss", "grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=BOUND), key

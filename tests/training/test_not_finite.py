@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -18,7 +17,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from tests.training.launching import SHORT, TINY, Pools, metrics_of
+from tests.distributed.ranks import RankPools
+from tests.training.launching import SHORT, TINY, metrics_of
 
 STEPS, AT, LATER = 5, 2, [0, 1, 3, 4]
 SETTINGS = [*SHORT, f"training.steps={STEPS}", "rollouts.max_new_tokens=8", "training.global_batch_size=8"]
@@ -28,18 +28,12 @@ PP2 = ["parallel.pipeline_model_parallel_size=2", "training.micro_batch_size=4"]
 NAN = float("nan")
 
 
-def train(meeting_point: str, overrides: list[str], fault: str, steps: list[int]) -> bool:
+def train(overrides: list[str], fault: str, steps: list[int]) -> bool:
     """On each of two ranks: a run in which something happens at `steps`."""
-    import os
-
     from megatron_sead.config.run import load_config
-    from megatron_sead.parallel.groups import destroy_parallel
     from megatron_sead.training import loop
 
-    destroy_parallel()  # a run that failed leaves its groups
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=2)
-    with at_steps(steps, FAULTS[fault](rank)):
+    with at_steps(steps, FAULTS[fault](dist.get_rank())):
         return loop.run(load_config(TINY, overrides))
 
 
@@ -136,10 +130,8 @@ FAULTS = {
 }
 
 
-def run(pools: Pools, output: Path, overrides: list[str], fault: str, steps: list[int]) -> Any:
-    pool = pools.of(2)
-    meeting_point = Path(mkdtemp()) / "store"
-    return pool.run(train, str(meeting_point), [*SETTINGS, f"output={output}", *overrides], fault, steps)
+def run(pools: RankPools, output: Path, overrides: list[str], fault: str, steps: list[int]) -> Any:
+    return pools.of(2).run(train, [*SETTINGS, f"output={output}", *overrides], fault, steps)
 
 
 def refusal(*arguments: Any) -> str:
@@ -151,7 +143,7 @@ def refusal(*arguments: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def without_update(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def without_update(pools: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("without") / "run"
     assert run(pools, output, TP2, "no update", [AT]) == [True, True]
     return output
@@ -160,7 +152,7 @@ def without_update(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.mark.mcore_lane
 @pytest.mark.parametrize(("fault", "layout"), [("gradient", TP2), ("teacher", DP2), ("teacher", PP2)])
 def test_a_skipped_step_changes_nothing(
-    pools: Pools, without_update: Path, tmp_path: Path, fault: str, layout: list[str]
+    pools: RankPools, without_update: Path, tmp_path: Path, fault: str, layout: list[str]
 ) -> None:
     """Neither weights nor moments, two steps on; the schedule, the curriculum and competence go on."""
     output = tmp_path / "run"
@@ -178,7 +170,7 @@ def test_a_skipped_step_changes_nothing(
     assert json.loads((output / "summary.json").read_text())["skipped_steps"] == 1
 
 
-def test_the_batch_of_a_skipped_step_and_what_each_rank_saw_are_kept(pools: Pools, tmp_path: Path) -> None:
+def test_the_batch_of_a_skipped_step_and_what_each_rank_saw_are_kept(pools: RankPools, tmp_path: Path) -> None:
     output = tmp_path / "run"
     settings = [*TP2, "training.max_skipped_steps=2"]
     told = refusal(pools, output, settings, "gradient", [1, 2])
@@ -194,7 +186,7 @@ def test_the_batch_of_a_skipped_step_and_what_each_rank_saw_are_kept(pools: Pool
     assert (folder.parent / "step-00000001").is_dir()
 
 
-def test_skipped_steps_in_a_row_are_counted_over_a_resume(pools: Pools, tmp_path: Path) -> None:
+def test_skipped_steps_in_a_row_are_counted_over_a_resume(pools: RankPools, tmp_path: Path) -> None:
     output = tmp_path / "run"
     settings = [*TP2, "training.max_skipped_steps=2", "checkpoints.interval=1"]
     assert "2 steps in a row" in refusal(pools, output, settings, "gradient", [1, 2])
@@ -204,7 +196,7 @@ def test_skipped_steps_in_a_row_are_counted_over_a_resume(pools: Pools, tmp_path
     assert run(pools, output, [*TP2, "training.max_skipped_steps=3"], "gradient", [2]) == [True, True]
 
 
-def test_a_student_that_is_spoilt_is_not_saved(pools: Pools, tmp_path: Path) -> None:
+def test_a_student_that_is_spoilt_is_not_saved(pools: RankPools, tmp_path: Path) -> None:
     """`keep` would let an older checkpoint go for it."""
     output = tmp_path / "run"
     told = refusal(pools, output, [*TP2, "checkpoints.interval=2", "checkpoints.keep=1"], "weight", [3])
@@ -213,7 +205,7 @@ def test_a_student_that_is_spoilt_is_not_saved(pools: Pools, tmp_path: Path) -> 
     shutil.rmtree(output)
 
 
-def test_a_learning_rate_that_spoils_the_student_ends_the_run_in_a_line(pools: Pools, tmp_path: Path) -> None:
+def test_a_learning_rate_that_spoils_the_student_ends_the_run_in_a_line(pools: RankPools, tmp_path: Path) -> None:
     output = tmp_path / "run"
     told = refusal(pools, output, [*TP2, "training.lr=1e30", "training.lr_warmup_steps=0"], "no update", [])
     assert told.startswith("step 1: rollout of prompt ") and "logits of token 0 are not finite" in told

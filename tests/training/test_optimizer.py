@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,13 @@ import torch
 from megatron_sead.config.run import ParallelSettings
 from tests.checkpoints.training import settings, train
 from tests.conftest import make_olmo3
-from tests.distributed.ranks import RankPool
+from tests.distributed.ranks import RankPool, RankPools
 from tests.models.parity import Layout
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[RankPool]:
-    with RankPool(2) as pool:
-        yield pool
+@pytest.fixture(scope="session")
+def ranks(pools: RankPools) -> RankPool:
+    return pools.of(2)
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.training.launching import ROOT, Pools, metrics_of
+from tests.distributed.ranks import RankPools
+from tests.training.launching import ROOT, metrics_of
 from tests.training.test_engines import SETTINGS, drive, run
 
 TINY = ROOT / "examples" / "tiny"
 
 
 @pytest.fixture(scope="module")
-def recorded(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorded(pools: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps of a student that does not learn, the one with the lower pass rate first."""
     output = tmp_path_factory.mktemp("recorded") / "run"
     run(pools, output, "rollouts.max_new_tokens=40", "training.lr=1e-12", "training.min_lr=0", "seed=1")
@@ -38,7 +39,7 @@ def replay(recorded: Path) -> list[str]:
     return ["rollouts.engine=replay", f"rollouts.path={recorded}"]
 
 
-def test_mastery_smoothing_weighs_the_past(pools: Pools, recorded: Path, tmp_path: Path) -> None:
+def test_mastery_smoothing_weighs_the_past(pools: RankPools, recorded: Path, tmp_path: Path) -> None:
     low, high = sorted(line["pass_rate"] for line in metrics_of(recorded))
     between = (low + high) / 2
     mastery = ["curriculum.mode=mastery", f"curriculum.mastery_threshold={between}", "curriculum.tiers=4"]
@@ -59,7 +60,7 @@ def test_mastery_smoothing_weighs_the_past(pools: Pools, recorded: Path, tmp_pat
     ],
 )
 def test_a_teacher_that_is_sure_of_everything_is_warned_of_once(
-    pools: Pools, recorded: Path, tmp_path: Path, overrides: list[str], told: bool
+    pools: RankPools, recorded: Path, tmp_path: Path, overrides: list[str], told: bool
 ) -> None:
     _, lines = run(pools, tmp_path / "run", *replay(recorded), *overrides)
     warnings = [line for line in lines if "zones.teacher_entropy_floor" in line]
@@ -71,7 +72,7 @@ def test_a_teacher_that_is_sure_of_everything_is_warned_of_once(
 
 @pytest.mark.parametrize(("beta2", "whole"), [("0", True), ("0.95", False)])
 def test_without_adams_memory_every_weight_moves_by_the_learning_rate(
-    pools: Pools, recorded: Path, tmp_path: Path, beta2: str, whole: bool
+    pools: RankPools, recorded: Path, tmp_path: Path, beta2: str, whole: bool
 ) -> None:
     """Two updates of lr * g / |g| each move a weight by a whole number of learning rates; with memory they do not."""
     adam = ["training.adam_beta1=0", f"training.adam_beta2={beta2}", "training.adam_eps=1e-20", "training.clip_grad=0"]
@@ -86,7 +87,7 @@ def test_without_adams_memory_every_weight_moves_by_the_learning_rate(
     assert bool((off < 0.02).all()) == whole
 
 
-def test_prompts_have_the_ids_of_their_field(pools: Pools, tmp_path: Path) -> None:
+def test_prompts_have_the_ids_of_their_field(pools: RankPools, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (TINY / "prompts.jsonl").read_text().splitlines()[:64]]
     named = [{"number": f"q{index}", **{k: v for k, v in row.items() if k != "id"}} for index, row in enumerate(rows)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
@@ -105,7 +106,7 @@ def test_prompts_have_the_ids_of_their_field(pools: Pools, tmp_path: Path) -> No
     ],
 )
 def test_a_policy_of_ones_own_that_is_not_there_is_told_before_anything_is_loaded(
-    pools: Pools, tmp_path: Path, name: str, told: str
+    pools: RankPools, tmp_path: Path, name: str, told: str
 ) -> None:
     with pytest.raises(AssertionError) as caught:
         run(pools, tmp_path / "run", f"policy.name={name}")
@@ -114,20 +115,22 @@ def test_a_policy_of_ones_own_that_is_not_there_is_told_before_anything_is_loade
     assert not (tmp_path / "run").exists()
 
 
-def test_a_policy_of_ones_own_whose_weights_do_not_fit_is_told(pools: Pools, recorded: Path, tmp_path: Path) -> None:
+def test_a_policy_of_ones_own_whose_weights_do_not_fit_is_told(
+    pools: RankPools, recorded: Path, tmp_path: Path
+) -> None:
     told = r"UserError: policy\.name=tests\S+crooked: forward weights must be a tensor of shape \[\d+\], one a token"
     with pytest.raises(AssertionError, match=told):
         run(pools, tmp_path / "run", *replay(recorded), "policy.name=tests.training.own_policy:crooked")
 
 
-def test_more_tokens_than_there_are_is_told(pools: Pools, tmp_path: Path) -> None:
+def test_more_tokens_than_there_are_is_told(pools: RankPools, tmp_path: Path) -> None:
     with pytest.raises(
         AssertionError, match=r"UserError: policy\.top_k=400: must be at most 307, the tokens there are"
     ):
         run(pools, tmp_path / "run", "policy.name=top_k", "policy.top_k=400")
 
 
-def gatherings(meeting_point: str, overrides: list[str]) -> int:
+def gatherings(overrides: list[str]) -> int:
     """On a rank: how often a run brings all ranks' tokens together for their zones."""
     from megatron_sead.distillation import zones
 
@@ -139,7 +142,7 @@ def gatherings(meeting_point: str, overrides: list[str]) -> int:
 
     zones._quantile_zones = counted
     try:
-        drive(meeting_point, overrides, None)
+        drive(overrides, None)
     finally:
         zones._quantile_zones = whole
     return len(calls)
@@ -157,8 +160,8 @@ def gatherings(meeting_point: str, overrides: list[str]) -> int:
     ids=str,
 )
 def test_tokens_are_gathered_for_their_zones_once_a_step(
-    pools: Pools, recorded: Path, tmp_path: Path, overrides: list[str]
+    pools: RankPools, recorded: Path, tmp_path: Path, overrides: list[str]
 ) -> None:
     settings = [*SETTINGS, *replay(recorded), f"output={tmp_path / 'run'}", *overrides]
-    (count,) = pools.of(1).run(gatherings, str(tmp_path / "store"), settings)
+    (count,) = pools.of(1).run(gatherings, settings)
     assert count == 2  # steps

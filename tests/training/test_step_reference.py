@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sead.config.run import load_config
 from tests.distillation.test_policies import splitmix64
-from tests.training.launching import ROOT, SHORT, TINY, Pools, metrics_of, zones_of
+from tests.distributed.ranks import RankPools
+from tests.training.launching import ROOT, SHORT, TINY, metrics_of, train_tiny, zones_of
 
 STEP = ["training.steps=1", "training.lr_warmup_steps=0"]
 TP2 = ["parallel.tensor_model_parallel_size=2"]
@@ -45,9 +46,9 @@ class Tokens:
 
 
 @pytest.fixture(scope="module")
-def recorded(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorded(pools: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("recorded") / "run"
-    assert pools.train(1, output, STEP) == [True]
+    assert train_tiny(pools, 1, output, STEP) == [True]
     _cut_every_fourth(output / "rollouts" / "step-0.jsonl")
     return output
 
@@ -235,10 +236,10 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_is_the_formula(case: str, pools: Pools, recorded: Path, student: Any, tmp_path: Path) -> None:
+def test_a_step_is_the_formula(case: str, pools: RankPools, recorded: Path, student: Any, tmp_path: Path) -> None:
     policy, ranks, overrides = CASES[case]
     replay = ["rollouts.engine=replay", f"rollouts.path={recorded}", "training.clip_grad=1000"]
-    assert pools.train(ranks, tmp_path / "run", [*STEP, *replay, *overrides]) == [True] * ranks
+    assert train_tiny(pools, ranks, tmp_path / "run", [*STEP, *replay, *overrides]) == [True] * ranks
     found = metrics_of(tmp_path / "run")[0]
 
     student.zero_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed.ranks import RankPool
+from tests.distributed.ranks import RankPools
 from tests.training.launching import ROOT
 
 
@@ -31,9 +31,8 @@ def places_of_weights(device: str) -> tuple[set[str], set[str], str, bool]:
     return between, within, teacher.head.device.type, same
 
 
-def test_on_a_cpu_nothing_moves_and_nothing_changes() -> None:
-    with RankPool(1) as ranks:
-        assert ranks.run(places_of_weights, "cpu") == [({"cpu"}, {"cpu"}, "cpu", True)]
+def test_on_a_cpu_nothing_moves_and_nothing_changes(pools: RankPools) -> None:
+    assert pools.of(1).run(places_of_weights, "cpu") == [({"cpu"}, {"cpu"}, "cpu", True)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: weights move between it and host memory")
