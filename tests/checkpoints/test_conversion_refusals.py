@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sead.errors import UserError
 from tests.checkpoints.test_conversion import bits_differ, convert, export, weights_of
-
-ROOT = Path(__file__).parents[2]
+from tests.distributed.programs import ROOT, exit_code, run_program
 
 
 def refused(action: Callable[[], Any]) -> str:
@@ -240,27 +239,24 @@ def test_a_disk_that_fills_up_leaves_nothing(
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
-adapt_to_cpu()
-from megatron_sead.checkpoints import conversion, shard_writer, torch_dist_writer
+def convert_and_die(direction: str, source: Path, output: Path) -> None:
+    """Killed when it adds rows for the 20th time."""
+    from megatron_sead.checkpoints import conversion, shard_writer, torch_dist_writer
 
-calls = 0
-def die_after(method):
-    def wrapper(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == 20:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return method(*args, **kwargs)
-    return wrapper
+    calls: list[int] = []
 
-for writer in (torch_dist_writer.TorchDistWriter, shard_writer.ShardWriter):
-    writer.add_rows = die_after(writer.add_rows)
-getattr(conversion, sys.argv[1])(Path(sys.argv[2]), Path(sys.argv[3]))
-"""
+    def die_after(method: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return method(*args, **kwargs)
+
+        return wrapper
+
+    for writer in (torch_dist_writer.TorchDistWriter, shard_writer.ShardWriter):
+        writer.add_rows = die_after(writer.add_rows)
+    getattr(conversion, direction)(source, output)
 
 
 @pytest.mark.parametrize("direction", ["huggingface_to_megatron", "megatron_to_huggingface"])
@@ -268,9 +264,7 @@ def test_a_killed_conversion_leaves_nothing_under_its_name(
     hf_dir: Path, checkpoint: Path, tmp_path: Path, direction: str
 ) -> None:
     source, run = (hf_dir, convert) if direction == "huggingface_to_megatron" else (checkpoint, export)
-    arguments = [sys.executable, "-W", "ignore", "-c", KILLED, direction, str(source), str(tmp_path / "out")]
-    killed = subprocess.run(arguments, cwd=ROOT, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    assert exit_code(convert_and_die, direction, source, tmp_path / "out") == -signal.SIGKILL
     assert not (tmp_path / "out").exists() and [path.name for path in tmp_path.glob(".*")] == [".out.tmp"]
     run(source, tmp_path / "out")  # again: starts clean
     assert not list(tmp_path.glob(".*"))
@@ -281,16 +275,16 @@ def test_a_killed_conversion_leaves_nothing_under_its_name(
 
 
 def test_the_command_converts_and_ends_a_mistake_in_one_line(hf_dir: Path, tmp_path: Path) -> None:
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        program = [sys.executable, "tools/convert_checkpoint.py", *arguments]
-        return subprocess.run(program, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
-
-    there = command("hf-to-megatron", "--input", str(hf_dir), "--output", str(tmp_path / "m"), "--dtype", "bf16")
+    tool = ROOT / "tools" / "convert_checkpoint.py"
+    there = subprocess.run(
+        [sys.executable, tool, "hf-to-megatron", "--input", hf_dir, "--output", tmp_path / "m", "--dtype", "bf16"],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
     assert (there.returncode, there.stderr) == (0, ""), there.stderr
     assert "47 tensors" in there.stdout and "in bf16" in there.stdout
-    back = command("megatron-to-hf", "--input", str(tmp_path / "m"), "--output", str(tmp_path / "b"))
+    back = run_program(tool, "megatron-to-hf", "--input", str(tmp_path / "m"), "--output", str(tmp_path / "b"))
     assert (back.returncode, back.stderr) == (0, ""), back.stderr
-    wrong = command("megatron-to-hf", "--input", str(hf_dir), "--output", str(tmp_path / "c"))
+    wrong = run_program(tool, "megatron-to-hf", "--input", str(hf_dir), "--output", str(tmp_path / "c"))
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1, wrong.stderr
     assert wrong.stderr.startswith(f"error: {hf_dir}: holds no checkpoint; must be")
 

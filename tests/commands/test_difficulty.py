@@ -27,6 +27,7 @@ from megatron_sead.grading.grader import GRADER_VERSION
 from megatron_sead.launch.ownership import sole_owner
 from megatron_sead.prompts.problems import read_problems
 from tests.conftest import make_olmo3
+from tests.distributed.programs import run_program
 
 TOOL = Path(__file__).parents[2] / "tools" / "estimate_difficulty.py"
 PROMPTS = 12
@@ -41,16 +42,11 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def command(model: Path, prompts: Path, output: Path, *overrides: str) -> list[str]:
+def options(model: Path, prompts: Path, output: Path, *overrides: str) -> list[str]:
     return [
-        *(sys.executable, str(TOOL), "--model", str(model), "--prompts", str(prompts), "--output", str(output)),
+        *("--model", str(model), "--prompts", str(prompts), "--output", str(output)),
         *("prompts.template=plain", "rollouts.max_new_tokens=1", "rollouts.temperature=3", "device=cpu", *overrides),
     ]
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
 
 
 def difficulties(output: Path) -> list[float]:
@@ -59,7 +55,7 @@ def difficulties(output: Path) -> list[float]:
 
 def test_rows_keep_their_fields_and_batches_do_not_matter(tiny_olmo3: Path, prompts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "with.jsonl"
-    done = run(command(tiny_olmo3, prompts, output, "samples=64"))
+    done = run_program(TOOL, *options(tiny_olmo3, prompts, output, "samples=64"))
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     originals = [json.loads(line) for line in prompts.read_text().splitlines()]
@@ -78,7 +74,8 @@ def test_rows_keep_their_fields_and_batches_do_not_matter(tiny_olmo3: Path, prom
     answers = (output.parent / names[1]).read_bytes()
     kept, other = tmp_path / "other.jsonl.answers.jsonl", tmp_path / "other.jsonl"
     kept.write_bytes(answers[: len(answers) // 2])
-    done = run([*command(tiny_olmo3, prompts, other, "samples=64", "rollouts.batch_size=48"), "--nproc-per-node", "2"])
+    two = ["--nproc-per-node", "2"]
+    done = run_program(TOOL, *options(tiny_olmo3, prompts, other, "samples=64", "rollouts.batch_size=48"), *two)
     assert done.returncode == 0, done.stderr
     assert other.read_text() == output.read_text()
     assert kept.read_bytes().splitlines()[:100] == answers.splitlines()[:100]
@@ -89,9 +86,10 @@ def test_ctrl_c_loses_nothing(tiny_olmo3: Path, prompts: Path, tmp_path: Path) -
     output = tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.answers.jsonl"
     # One prompt at a time with many samples, so that the signal finds it at work
-    arguments = command(tiny_olmo3, prompts, output, "samples=400", "rollouts.batch_size=16")
+    arguments = options(tiny_olmo3, prompts, output, "samples=400", "rollouts.batch_size=16")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command, environment = [sys.executable, str(TOOL), *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     while process.poll() is None and not (partial.exists() and partial.read_text().count("\n") > 2):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -100,7 +98,7 @@ def test_ctrl_c_loses_nothing(tiny_olmo3: Path, prompts: Path, tmp_path: Path) -
     assert "the same command continues" in errors
     assert "Traceback" not in errors
     assert 1 < partial.read_text().count("\n") < 400 * PROMPTS + 1
-    assert run(arguments).returncode == 0
+    assert run_program(TOOL, *arguments).returncode == 0
     assert len(difficulties(output)) == PROMPTS
 
 
@@ -134,7 +132,7 @@ def test_mistakes_are_one_line(
 
 
 def test_exit_code_of_the_command(prompts: Path, tmp_path: Path) -> None:
-    done = run(command(tmp_path, prompts, tmp_path / "out.jsonl"))
+    done = run_program(TOOL, *options(tmp_path, prompts, tmp_path / "out.jsonl"))
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
 
 

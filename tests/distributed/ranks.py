@@ -195,6 +195,7 @@ def _join(meeting_point: Path, rank: int, size: int) -> None:
 
     destroy_parallel()
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
+    dist.barrier()  # a function that takes the group down at once would do so while others are still joining it
 
 
 def _free_what_was_trained() -> None:

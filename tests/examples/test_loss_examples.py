@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
+import runpy
+import socket
 import subprocess
 import sys
 import textwrap
@@ -13,11 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tests.distributed.ranks import RankPools
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "loss.md"
 EXAMPLES = ROOT / "examples" / "loss"
 BLOCK = re.compile(r"(?:^<!-- from (?P<source>\S+) -->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
 
 
 def run(*command: str | Path) -> str:
@@ -54,22 +64,35 @@ def test_the_plain_torch_loop_lowers_the_reverse_divergence() -> None:
     assert sum(divergences[-4:]) < 0.9 * sum(divergences[:4])
 
 
-def losses_of_megatron_loop(tensor: int, pipeline: int = 1) -> list[float]:
-    ranks = str(tensor * pipeline)
-    output = run(
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks),
-        *(EXAMPLES / "megatron_loop.py", "--tensor", str(tensor), "--pipeline", str(pipeline), "--steps", "8"),
-    )
-    return [float(line.split()[-1]) for line in output.splitlines() if line.startswith("step")]
+def what_megatron_loop_prints(port: int, *arguments: str) -> str:
+    """On a rank, which the program finds as torchrun starts it."""
+    torch.distributed.destroy_process_group()
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.setenv("MASTER_PORT", str(port))
+        patch.setattr(sys, "argv", ["megatron_loop.py", *arguments])
+        runpy.run_path(str(EXAMPLES / "megatron_loop.py"), run_name="__main__")
+    return printed.getvalue()
+
+
+def losses_of(prints: str) -> list[float]:
+    return [float(line.split()[-1]) for line in prints.splitlines() if line.startswith("step")]
 
 
 @pytest.mark.mcore_lane
-def test_megatron_loop_learns_the_same_whatever_the_tensor_parallelism() -> None:
+def test_megatron_loop_learns_the_same_whatever_the_tensor_parallelism(pools: RankPools) -> None:
     """A later step's loss depends on all gradients before it, of which a wrong one under TP would show.
 
     fp32 and eight updates of Adam, which turns a gradient near zero into a whole step; measured 4e-7.
     """
-    whole, split = losses_of_megatron_loop(1), losses_of_megatron_loop(2)
+    options = ("--steps", "8")
+    alone = run(*TORCHRUN, EXAMPLES / "megatron_loop.py", *options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = pools.of(2).run(what_megatron_loop_prints, port, "--tensor", "2", *options)
+    whole, split = losses_of(alone), losses_of("".join(together))
     assert len(whole) == 8
     assert split == pytest.approx(whole, rel=1e-5)
     assert whole[-1] < 0.85 * whole[0]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sead.config.run import ParallelSettings
+from tests.distributed.programs import exit_code
 from tests.distributed.ranks import RankPool, RankPools
 
 
@@ -89,14 +89,14 @@ def test_a_gpu_that_is_not_there_is_refused(ranks: RankPool) -> None:
     assert "device: cuda, but no GPU is visible; use device=cpu" in ranks.run(refusal, {}, "cuda")[0]
 
 
+def alone() -> None:
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
+
+    os.environ.clear()
+    context = initialize_parallel(ParallelSettings(), "cpu", 0)
+    assert (context.world_size, context.is_first_stage, context.is_last_stage) == (1, True, True)
+    destroy_parallel()
+
+
 def test_one_process_without_torchrun() -> None:
-    program = (
-        "from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu; adapt_to_cpu()\n"
-        "from megatron_sead.config.run import ParallelSettings\n"
-        "from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel\n"
-        "context = initialize_parallel(ParallelSettings(), 'cpu', 0)\n"
-        "assert (context.world_size, context.is_first_stage, context.is_last_stage) == (1, True, True)\n"
-        "destroy_parallel()\n"
-    )
-    environment = {"PATH": "", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=environment, check=True, timeout=120)
+    assert exit_code(alone) == 0

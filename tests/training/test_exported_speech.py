@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from megatron_sead.config.run import load_config
 from megatron_sead.prompts.dataset import load_prompts
 from megatron_sead.prompts.tokenizer import load_tokenizer
+from tests.distributed.programs import run_program
 from tests.distributed.ranks import RankPools
 from tests.training.launching import ROOT, train_tiny
 
@@ -44,9 +42,8 @@ def run(pools: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def converted(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("converted") / "student"
-    command = ["tools/convert_checkpoint.py", "megatron-to-hf", "--input", str(run), "--output", str(output)]
-    environment = os.environ | {"PYTHONPATH": "."}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    tool = ROOT / "tools" / "convert_checkpoint.py"
+    done = run_program(tool, "megatron-to-hf", "--input", str(run), "--output", str(output))
     assert (done.returncode, done.stderr) == (0, "")
     for line in ("tokenizer: that of", "chat template: that of student.chat_template=", "eos_token_id: [2] of"):
         assert f"\n{line}" in f"\n{done.stdout}"
