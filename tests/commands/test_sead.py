@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import typer
@@ -24,6 +26,12 @@ def sead(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
         main()
     told = capsys.readouterr()
     return int(left.value.code or 0), told.out, told.err
+
+
+def test_what_is_installed_as_sead_is_this_command() -> None:
+    named = re.search(r'"sead = (\S+:\S+)"', (ROOT / "setup.py").read_text())
+    assert named is not None
+    assert resolve_name(named[1]) is main
 
 
 def test_the_list_of_commands_imports_none_of_them() -> None:

@@ -25,6 +25,29 @@ def test_an_output_directory_takes_the_same_run_in_another_layout_and_no_other_r
 
 
 @pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("student.system_prompt", "Count."),
+        ("teacher.system_prompt", "Count."),
+        ("prompts.instruction", "x"),
+        ("policy.name", "opd"),
+        ("zones.shares", "[60, 30, 10]"),
+        ("annealing.start", "0.5"),
+        ("curriculum.patience", "7"),
+        ("rollouts.temperature", "0.5"),
+        ("rollouts.engine", "replay"),
+        ("training.lr", "0.5"),
+        ("training.precision", "fp32"),
+    ],
+)
+def test_what_a_run_computes_does_not_change_on_resume(tmp_path: Path, setting: str, value: str) -> None:
+    other = [f"{setting}={value}", *(["rollouts.path=recorded"] if value == "replay" else [])]
+    (tmp_path / "config.yaml").write_text(dump_config(config(f"output={tmp_path}")))
+    with pytest.raises(UserError, match=f"another run: .*{setting} is "):
+        check_output(config(f"output={tmp_path}", *other))
+
+
+@pytest.mark.parametrize(
     ("role", "place", "output"),
     [
         ("student", "run/student-hf", "run"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from megatron_sead.distillation import POLICIES, PolicyInput, TokenStatistics, TokenWeights, find_policy, make_policy
+from megatron_sead.distillation.policies import LossInput, PolicyOptions, with_options
 from megatron_sead.distillation.token_selection import uniform_noise
 from tests.distillation.ranks import Groups, Ranks
 
@@ -256,3 +258,40 @@ def test_the_documented_examples_are_policies(monkeypatch: pytest.MonkeyPatch) -
 def test_what_names_no_function_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"must be one of 'sead', .* or package.module:function for one of your own"):
         find_policy(name)
+
+
+def loss_input(**options: object) -> LossInput:
+    """Eight tokens of 30; the student is now e^0.5 as sure of the sampled ones as when it sampled."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 8, 30, generator=generator)
+    targets = torch.arange(8)
+    old = student.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1) - 0.5
+    half = torch.full((8,), 0.5)
+    return LossInput(student, teacher, half, half, targets, old, None, 30, PolicyOptions(**options))  # type: ignore[arg-type]
+
+
+LOSSES: dict[str, list[dict[str, object]]] = {
+    "gkd": [{"beta": 0.2}, {"beta": 0.7}],
+    "opd_sampled": [{"clip": 0.1}, {"clip": 0.9}],
+    "top_k": [{"top_k": 3}, {"top_k": 5}, {"top_k": 3, "top_k_tail": "renormalize"}],
+}
+
+
+def test_every_loss_of_its_own_is_tested_here() -> None:
+    assert LOSSES.keys() == {name for name, policy in POLICIES.items() if policy.loss is not None}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_of_its_own_is_weighted_and_has_its_options(name: str) -> None:
+    policy, values = POLICIES[name], []
+    for options in LOSSES[name]:
+        given, chosen = loss_input(), PolicyOptions(**options)  # type: ignore[arg-type]
+        loss = with_options(policy.loss, chosen)
+        assert loss is not None
+        values.append(loss(given))
+        nothing = loss(replace(given, forward_weight=torch.zeros(8), reverse_weight=torch.zeros(8)))
+        assert values[-1].any() and not nothing.any()
+        twice = loss(replace(given, forward_weight=2 * given.forward_weight, reverse_weight=2 * given.reverse_weight))
+        torch.testing.assert_close(twice, 2 * values[-1])
+    for i, value in enumerate(values):
+        assert not any(torch.allclose(value, other) for other in values[i + 1 :])

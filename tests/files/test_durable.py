@@ -37,6 +37,13 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_p
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_file_stays_as_it_was_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        replace_text(tmp_path / "file", "new" * 10_000 + "\udcff")
+    assert (tmp_path / "file").read_text() == "old"
+
+
 def test_metrics_continue_whatever_stands_between_their_lines(tmp_path: Path) -> None:
     odd = b'null\n[1]\n{"step": "a"}\n{"loss": 1}\n\xff\xfe\x00\n' + b"[" * 100_000 + b'\n{"step": 1, "lo'
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n' + odd)

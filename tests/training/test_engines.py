@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.distributed.ranks import RankPools
 from tests.training.launching import ROOT, SHORT, TINY
@@ -134,6 +135,17 @@ def test_an_engine_with_other_weights_ends_the_run(pools: RankPools, tmp_path: P
         run(pools, tmp_path / "run", "training.lr_warmup_steps=0", fault=fault)
     last = str(caught.value).strip().splitlines()[-1]
     assert last.startswith(f"megatron_sead.errors.UserError: {told}"), last
+
+
+def drive_with_a_fault_on_rank_1(overrides: list[str]) -> None:
+    drive(overrides, "one old weight" if dist.get_rank() == 1 else None)
+
+
+def test_an_engine_with_other_weights_on_one_rank_ends_all(pools: RankPools, tmp_path: Path) -> None:
+    settings = [*SETTINGS, f"output={tmp_path / 'run'}", "training.lr_warmup_steps=0", "training.micro_batch_size=4"]
+    with pytest.raises(AssertionError) as caught:
+        pools.of(2).run(drive_with_a_fault_on_rank_1, settings)
+    assert str(caught.value).count("UserError: rollouts.engine=transformers and the student do not agree: ") == 2
 
 
 def test_replay_is_not_checked_and_says_so(pools: RankPools, whole: tuple[Path, list[str]], tmp_path: Path) -> None:
