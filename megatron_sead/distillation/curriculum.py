@@ -1,14 +1,18 @@
 """The prompt scale: which prompts may be asked at a step, and which of them are.
 
 Difficulty is 1 - pass rate of the initial student. A batch is a function of (seed, step, state) alone, decided before
-any rollout of the step is written; only `mastery` has a state, which grades change.
+any rollout of the step is written; only `mastery` has a state, which grades change. What a step costs does not depend
+on the number of prompts: they are sorted once, and drawn by their place in that order.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from random import Random
 from typing import Any, Literal, get_args
 
@@ -88,14 +92,17 @@ class Curriculum:
         self._batch_size, self._total_steps = batch_size, total_steps
         self._c0, self._k = c0, k
         self._by_difficulty = _easiest_first(difficulties, seed, mode, drop_unsolved)
-        self._difficulties = difficulties
         if not 0 < batch_size <= len(self._by_difficulty):
             raise ValueError(
                 f"batch of {batch_size} different prompts: must be from 1 to {len(self._by_difficulty)}, the prompts "
                 "there are" + (" without the unsolved" if drop_unsolved else "")
             )
         if mode == "sorted":
-            self._order = self._with_noise(noise)
+            self._order = _with_noise(self._by_difficulty, difficulties, noise, seed)
+        found = [difficulties[index] for index in self._by_difficulty]
+        known = array("d", [difficulty for difficulty in found if difficulty is not None])
+        self._ladder = known if len(known) == len(found) else None  # of _by_difficulty; None: not all are measured
+        self._sums = self._running_sums(difficulties)
         self._tiers = _Tiers(len(self._by_difficulty), tiers, mastery_threshold, patience, replay_share, smoothing)
         self._told_of_widening = False
 
@@ -106,22 +113,26 @@ class Curriculum:
             return self._next_in_order(step)
         if self._mode == "mastery":
             return self._mastery_batch(random)
-        return random.sample(self._admitted(step), self._batch_size)
+        return self._at(random.sample(range(self._admitted(step)), self._batch_size))
 
     def eligible_count(self, step: int) -> int:
         """Prompts that step `step` may draw from; sorted: those left in its pass."""
-        return len(self._eligible(step))
+        if self._mode == "sorted":
+            return len(self._order) - step * self._batch_size % len(self._order)
+        return self._admitted(step)
 
     def eligible_difficulty(self, step: int) -> float | None:
         """Mean difficulty of these prompts; None where one was never measured."""
-        found = [self._difficulties[index] for index in self._eligible(step)]
-        known = [difficulty for difficulty in found if difficulty is not None]
-        return sum(known) / len(known) if len(known) == len(found) else None
+        count = self.eligible_count(step)
+        return None if self._sums is None else self._sums[count - 1] / count
 
-    def _eligible(self, step: int) -> list[int]:
+    def _running_sums(self, difficulties: Sequence[float | None]) -> array[float] | None:
+        """Sum of the first 1, 2, ... difficulties that may be eligible: the easiest, or the last of the pass."""
+        if self._ladder is None:
+            return None
         if self._mode == "sorted":
-            return self._order[step * self._batch_size % len(self._order) :]
-        return self._admitted(step)
+            return array("d", accumulate(difficulties[index] or 0.0 for index in reversed(self._order)))
+        return array("d", accumulate(self._ladder))
 
     def update(self, results: Sequence[tuple[int, bool]]) -> None:
         """Observe a step's grades: (prompt index, correct) of each rollout. Only mastery learns from them."""
@@ -136,8 +147,12 @@ class Curriculum:
         """Continue where `state_dict` left off."""
         self._tiers.load_state_dict(state)
 
-    def _admitted(self, step: int) -> list[int]:
-        """Prompts open at this step, easiest first; at least a batch."""
+    def _at(self, places: list[int]) -> list[int]:
+        """The prompts at these places, counted from the easiest."""
+        return [self._by_difficulty[place] for place in places]
+
+    def _admitted(self, step: int) -> int:
+        """How many prompts are open at this step, from the easiest on; at least a batch."""
         count = self._admitted_count(step)
         if count < self._batch_size and not self._told_of_widening:
             self._told_of_widening = True
@@ -148,28 +163,18 @@ class Curriculum:
                 count,
                 self._batch_size,
             )
-        return self._by_difficulty[: max(count, self._batch_size)]
+        return max(count, self._batch_size)
 
     def _admitted_count(self, step: int) -> int:
         total, done = len(self._by_difficulty), min(1.0, step / self._total_steps)
         if self._mode == "gated":
-            hardest = gate(self._c0, self._k, done)
-            return sum(self._difficulty(index) <= hardest for index in self._by_difficulty)
+            assert self._ladder is not None
+            return bisect_right(self._ladder, gate(self._c0, self._k, done))
         if self._mode == "competence_cdf":
             return math.floor(total * min(1.0, math.sqrt(done * (1 - self._c0**2) + self._c0**2)))
         if self._mode == "mastery":
             return self._tiers.end(self._tiers.open)
         return total
-
-    def _difficulty(self, index: int) -> float:
-        difficulty = self._difficulties[index]
-        assert difficulty is not None
-        return difficulty
-
-    def _with_noise(self, noise: float) -> list[int]:
-        random = Random(f"{self._seed}/sorted")
-        noisy = {index: self._difficulty(index) + random.gauss(0, noise) for index in sorted(self._by_difficulty)}
-        return sorted(noisy, key=noisy.__getitem__)
 
     def _next_in_order(self, step: int) -> list[int]:
         start, total = step * self._batch_size, len(self._order)
@@ -180,11 +185,10 @@ class Curriculum:
     def _mastery_batch(self, random: Random) -> list[int]:
         """From the newest open tier, with a share of the earlier ones; what a tier lacks the others give."""
         newest = self._tiers.end(self._tiers.open - 1)
-        pool = self._admitted(0)
-        earlier, latest = pool[:newest], pool[newest:]
+        earlier, latest = range(newest), range(newest, self._admitted(0))
         replayed = min(len(earlier), round(self._tiers.replay_share * self._batch_size))
         replayed = max(replayed, self._batch_size - len(latest))
-        return random.sample(earlier, replayed) + random.sample(latest, self._batch_size - replayed)
+        return self._at(random.sample(earlier, replayed) + random.sample(latest, self._batch_size - replayed))
 
 
 class _Tiers:
@@ -227,7 +231,7 @@ class _Tiers:
         self.open, self._waited, self._pass_rate = state["open_tiers"], state["waited"], state["pass_rate"]
 
 
-def _easiest_first(difficulties: Sequence[float | None], seed: int, mode: str, drop_unsolved: bool) -> list[int]:
+def _easiest_first(difficulties: Sequence[float | None], seed: int, mode: str, drop_unsolved: bool) -> array[int]:
     """Indices by difficulty; equals in an order drawn by seed, so that the file's order does not decide."""
     missing = [index for index, difficulty in enumerate(difficulties) if difficulty is None]
     if missing and (mode != "none" or drop_unsolved):
@@ -235,10 +239,15 @@ def _easiest_first(difficulties: Sequence[float | None], seed: int, mode: str, d
             f"{len(missing)} of {len(difficulties)} prompts have no difficulty (the first is number {missing[0]}), "
             f"which curriculum mode {mode!r} needs: measure it with `sead difficulty`, or use mode 'none'"
         )
-    known = {index: difficulty for index, difficulty in enumerate(difficulties) if difficulty is not None}
-    wrong = [index for index, difficulty in known.items() if not 0 <= difficulty <= 1]
-    if wrong:
-        raise ValueError(f"difficulty {known[wrong[0]]} of prompt number {wrong[0]}: must be from 0 to 1")
-    order = [index for index in range(len(difficulties)) if not (drop_unsolved and known.get(index) == 1)]
+    for index, difficulty in enumerate(difficulties):
+        if difficulty is not None and not 0 <= difficulty <= 1:
+            raise ValueError(f"difficulty {difficulty} of prompt number {index}: must be from 0 to 1")
+    order = [index for index, difficulty in enumerate(difficulties) if not (drop_unsolved and difficulty == 1)]
     Random(f"{seed}/ties").shuffle(order)
-    return sorted(order, key=lambda index: known.get(index, 0.0))
+    return array("q", sorted(order, key=lambda index: difficulties[index] or 0.0))
+
+
+def _with_noise(order: Sequence[int], difficulties: Sequence[float | None], noise: float, seed: int) -> array[int]:
+    random = Random(f"{seed}/sorted")
+    noisy = {index: (difficulties[index] or 0.0) + random.gauss(0, noise) for index in sorted(order)}
+    return array("q", sorted(noisy, key=noisy.__getitem__))

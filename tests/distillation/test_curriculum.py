@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
+from random import Random
 from typing import Any
 
 import pytest
@@ -39,6 +40,40 @@ def test_a_batch_is_a_function_of_seed_and_step(mode: str, seed: int, step: int)
 def test_steps_and_seeds_differ(mode: str) -> None:
     asked = curriculum(mode=mode)
     assert asked.next_batch(0) != asked.next_batch(1) != curriculum(mode=mode, seed=4).next_batch(1)
+
+
+@pytest.mark.parametrize(("mode", "opened"), [("gated", 60), ("competence_cdf", 72), ("none", 100)])
+def test_draws_are_those_of_a_list_of_the_open_prompts(mode: str, opened: int) -> None:
+    """However they are found: a run is resumed with the batches that it would have had."""
+    order = list(range(100))
+    Random("3/ties").shuffle(order)
+    order = sorted(order, key=[index // 10 for index in range(100)].__getitem__)
+    asked = curriculum([index // 10 / 9 for index in range(100)], mode=mode)
+    count = asked.eligible_count(20)
+    assert count == opened
+    assert asked.next_batch(20) == Random("3/batch/20").sample(order[:count], BATCH)
+    assert asked.eligible_difficulty(20) == pytest.approx(sum(index // 10 / 9 for index in order[:count]) / count)
+
+
+def test_a_step_costs_the_same_whatever_the_number_of_prompts() -> None:
+    """Counted in the prompts that it looks at."""
+
+    class Looked(list[float]):
+        times = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            Looked.times += 1
+            return super().__getitem__(index)
+
+        def __iter__(self) -> Any:
+            Looked.times += len(self)
+            return super().__iter__()
+
+    for mode in MODES:
+        asked = curriculum(Looked(index / 1999 for index in range(2000)), mode=mode)
+        Looked.times = 0
+        asked.next_batch(3), asked.eligible_count(3), asked.eligible_difficulty(3)
+        assert Looked.times <= 2 * BATCH, mode
 
 
 def test_gate_opens_as_in_algorithm_1() -> None:
