@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
+from megatron_sead.prompts.messages import Conversation
 from megatron_sead.prompts.problems import Problem, read_problems, repeats
 from megatron_sead.prompts.row_mistakes import RowMistakes
 from megatron_sead.prompts.tokenizer import ModelTokenizer
@@ -100,7 +101,7 @@ class _Room(NamedTuple):
 def _tokenize_one(
     problem: Problem, settings: PromptSettings, student: ModelTokenizer, teacher: ModelTokenizer | None, room: _Room
 ) -> Prompt:
-    tokens = _tokens(problem.text, problem, settings, student, room)
+    tokens = _tokens(problem.turns, problem, settings, student, room)
     return Prompt(
         id=problem.id,
         text=problem.text,
@@ -109,17 +110,15 @@ def _tokenize_one(
         level=problem.level,
         student_token_ids=tokens,
         teacher_token_ids=(
-            tokens if teacher is None else _tokens(problem.teacher_text, problem, settings, teacher, room)
+            tokens if teacher is None else _tokens(problem.teacher_turns, problem, settings, teacher, room)
         ),
     )
 
 
 def _tokens(
-    text: str, problem: Problem, settings: PromptSettings, tokenizer: ModelTokenizer, room: _Room
+    turns: Conversation, problem: Problem, settings: PromptSettings, tokenizer: ModelTokenizer, room: _Room
 ) -> tuple[int, ...]:
-    tokens = tokenizer.encode(tokenizer.render(text) if settings.template == "chat" else text)
-    if not tokens:
-        raise UserError(f"{problem.place}: the prompt is empty: it has no tokens")
+    tokens = prompt_tokens(turns, problem.place, settings, tokenizer)
     where = f"{problem.place}: prompt {problem.id!r} has {counted(len(tokens), 'token')}"
     if settings.max_prompt_tokens is not None and len(tokens) > settings.max_prompt_tokens:
         raise UserError(f"{where}, more than prompts.max_prompt_tokens={settings.max_prompt_tokens}")
@@ -129,4 +128,22 @@ def _tokens(
             f", which leaves no room for {room.tokens} new ones ({room.setting})" if room.tokens else ", more than fit"
         )
         raise UserError(f"{where}{reason} in the {tokenizer.role}'s context of {context}")
+    return tokens
+
+
+def prompt_tokens(
+    turns: Conversation, place: str, settings: PromptSettings, tokenizer: ModelTokenizer
+) -> tuple[int, ...]:
+    """Token ids of a prompt, whatever their number.
+
+    Raises:
+        UserError: whatever `ModelTokenizer.render` refuses; a prompt without tokens.
+    """
+    try:
+        rendered = tokenizer.render(turns) if settings.template == "chat" else turns[0].content
+    except UserError as error:
+        raise error if len(turns) == 1 else UserError(f"{place}: {error}") from None
+    tokens = tokenizer.encode(rendered)
+    if not tokens:
+        raise UserError(f"{place}: the prompt is empty: it has no tokens")
     return tokens

@@ -1,6 +1,7 @@
 """Checks rows and makes problems of them: which fields a row must have, and what they must hold. Imports no torch.
 
-A run, its held-out evaluation, a check before them and an estimate of difficulty all ask here.
+A field is named as it stands in the row, or by dots through objects and lists: ``reward_model.ground_truth``. A run,
+its held-out evaluation, a check before them and an estimate of difficulty all ask here.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any, Protocol
 
 from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
-from megatron_sead.prompts.answers import MISSING, is_blank, reference_answers, written_number
+from megatron_sead.prompts.answers import reference_answers, written_number
 from megatron_sead.prompts.exact_json import fault
+from megatron_sead.prompts.messages import NO_TEXT, Conversation, as_text, conversation, with_instruction
 from megatron_sead.prompts.row_mistakes import RowMistakes
 from megatron_sead.prompts.rows import Row, read_rows
 
@@ -38,11 +40,15 @@ class Problem:
 
     place: str  # "FILE, line 3"
     id: str
-    text: str
-    teacher_text: str  # the same, unless the teacher has a prompt field of its own
+    turns: Conversation
+    teacher_turns: Conversation  # the same, unless the teacher has a prompt field of its own
     answers: tuple[str, ...]
     difficulty: float | None
     level: str | None
+
+    @property
+    def text(self) -> str:
+        return as_text(self.turns)
 
 
 def read_problems(
@@ -100,7 +106,7 @@ def check_rows(
             problem = _problem(row, number, settings, group, teacher_prompt_field)
             if problem.id in places:
                 first = places[problem.id]
-                if row.fields.get(settings.id_field) is None:
+                if row.value(settings.id_field, None) is None:
                     first += " (a row without one has its number, from 0)"
                 raise UserError(f"{row.place}: {settings.id_field} {problem.id!r} is given twice, first at {first}")
             if needs_difficulty and problem.difficulty is None:
@@ -151,15 +157,15 @@ def seen_in_training(heldout: Sequence[Asked], training: Sequence[Asked], source
 
 
 def _problem(row: Row, number: int, settings: PromptSettings, group: str, teacher_prompt_field: str | None) -> Problem:
-    text = teacher_text = _text(row, settings.prompt_field, f"{group}.prompt_field") + settings.instruction
+    turns = teacher_turns = _turns(row, settings.prompt_field, f"{group}.prompt_field", settings)
     if teacher_prompt_field is not None:
-        teacher_text = _text(row, teacher_prompt_field, "teacher.prompt_field") + settings.instruction
+        teacher_turns = _turns(row, teacher_prompt_field, "teacher.prompt_field", settings)
     given_id = _name(row, settings.id_field, "prompts.id_field")
     return Problem(
         place=row.place,
         id=str(number) if given_id is None else given_id,
-        text=text,
-        teacher_text=teacher_text,
+        turns=turns,
+        teacher_turns=teacher_turns,
         answers=_answers(row, settings.answer_field, f"{group}.answer_field"),
         difficulty=_difficulty(row, settings.difficulty_field),
         level=_name(row, settings.level_field, f"{group}.level_field"),
@@ -167,28 +173,25 @@ def _problem(row: Row, number: int, settings: PromptSettings, group: str, teache
 
 
 def _field(row: Row, name: str, setting: str) -> Any:
-    if name not in row.fields:
-        raise UserError(
-            f"{row.place}: has no {name!r}, which {setting} names; it has {', '.join(map(repr, row.fields))}"
-        )
-    return row.fields[name]
+    try:
+        return row.value(name)
+    except KeyError as error:
+        raise UserError(f"{row.place}: has no {name!r}, which {setting} names; it has {error.args[0]}") from None
 
 
-def _text(row: Row, name: str, setting: str) -> str:
+def _turns(row: Row, name: str, setting: str, settings: PromptSettings) -> Conversation:
     value = _field(row, name, setting)
-    if value is None:
-        value = ""
-    if isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith(('[{"role"', "[{'role'"))):
+    try:
+        turns = conversation("" if value is None else value)
+    except ValueError as error:
+        empty = "the prompt is empty, " if str(error).startswith(NO_TEXT) else ""
+        raise UserError(f"{row.place}: {empty}{name!r} ({setting}) {error}") from None
+    if settings.template == "plain" and len(turns) > 1:
         raise UserError(
-            f"{row.place}: {name!r} ({setting}) must be text, not a list of chat messages: the chat template makes "
-            "the turns; name a field with the user's words alone"
+            f"{row.place}: {name!r} ({setting}) is a conversation of {len(turns)} messages, which only a chat template "
+            "makes into one text; prompts.template must be 'chat', not 'plain'"
         )
-    if not isinstance(value, str):
-        raise UserError(f"{row.place}: {name!r} ({setting}) must be text, not {type(value).__name__}")
-    if is_blank(value) or value.strip() in MISSING:
-        shown = f": it is {value.strip()!r}" if not is_blank(value) else ""
-        raise UserError(f"{row.place}: the prompt is empty, {name!r} ({setting}) holds no text{shown}")
-    return value
+    return with_instruction(turns, settings.instruction)
 
 
 def _answers(row: Row, name: str, setting: str) -> tuple[str, ...]:
@@ -203,7 +206,7 @@ def _answers(row: Row, name: str, setting: str) -> tuple[str, ...]:
 
 def _name(row: Row, name: str, setting: str) -> str | None:
     """An id or a level: text or a number."""
-    value = row.fields.get(name)
+    value = row.value(name, None)
     if value is None or isinstance(value, str):
         return value
     try:
@@ -218,7 +221,7 @@ def _name(row: Row, name: str, setting: str) -> str | None:
 
 
 def _difficulty(row: Row, name: str) -> float | None:
-    value = row.fields.get(name)
+    value = row.value(name, None)
     if value is None:
         return None
     try:

@@ -44,12 +44,56 @@ SIGNATURES = (  # how files begin that are something else
 )
 
 
+ABSENT: Any = object()
+
+
 @dataclass(frozen=True)
 class Row:
     """One row as it stands in the data set. Numbers of a JSON file with a point or an exponent are Decimal."""
 
     place: str  # "FILE, line 3"
     fields: dict[str, Any]
+
+    def value(self, name: str, default: Any = ABSENT) -> Any:
+        """What stands under a name, or, where there is no such field, under the names between its dots: in objects,
+        also those written as JSON into a text, and by number, from 0, in lists.
+
+        Raises:
+            KeyError: there is none, and no default; its argument tells in words what there is.
+        """
+        if name in self.fields:
+            return self.fields[name]
+        value: Any = self.fields
+        path = name.split(".")
+        for depth, part in enumerate(path):
+            value = _written_object(value)
+            if isinstance(value, dict) and part in value:
+                value = value[part]
+            elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+                value = value[int(part)]
+            elif default is not ABSENT:
+                return default
+            else:
+                raise KeyError(_what_there_is(value, ".".join(path[:depth])))
+        return value
+
+
+def _written_object(value: Any) -> Any:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _what_there_is(value: Any, name: str) -> str:
+    held = f"{name!r} with " if name else ""
+    if isinstance(value, dict):
+        return held + (", ".join(map(repr, value)) or "nothing in it")
+    if isinstance(value, list):
+        return f"{held}{len(value)} items, named by their numbers from 0"
+    return f"{name!r}, which is {type(value).__name__} and has no fields"
 
 
 def read_rows(

@@ -14,6 +14,7 @@ from megatron_sead.files.names import TOKENIZER_SETTINGS
 from megatron_sead.models.family import read_config_fields
 from megatron_sead.models.token_ids import pad_token_id, read_json, require_rows, require_token_ids, stop_token_ids
 from megatron_sead.prompts.codecs import Codec, HuggingFaceCodec, Messages, load_codec, one_line
+from megatron_sead.prompts.messages import Conversation, Turn
 from megatron_sead.prompts.token_tables import TokenTables
 
 PROBE = "What is 1+1?"
@@ -56,15 +57,37 @@ class ModelTokenizer:
         """Special tokens are left out."""
         return self.codec.decode(ids)
 
-    def render(self, text: str) -> str:
-        """A user's turn in the chat template, up to where the model's answer begins.
+    def render(self, prompt: str | Conversation) -> str:
+        """A user's turn, or a conversation, in the chat template, up to where the model's answer begins.
 
         The text's tokens are those of transformers' ``apply_chat_template(messages, add_generation_prompt=True)``.
 
         Raises:
-            UserError: the model has no chat template, or the template fails, or leaves out what it is given.
+            UserError: the model has no chat template, or the template fails, or leaves out what it is given; a
+                conversation has a system message other than the settings' system_prompt.
         """
-        return self._render(self._conversation(text, self.system_prompt), self._usable_template)
+        turns = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+        system = self.system_prompt
+        if turns[0].role == "system":
+            self._require_same_system(turns[0].content)
+            system, turns = turns[0].content, turns[1:]
+        rendered = self._render(_messages(turns, system), self._usable_template)
+        if isinstance(prompt, str) or len(prompt) == 1:
+            return rendered
+        if lost := next((t for t in prompt if t.role != "assistant" and t.content.strip() not in rendered), None):
+            raise UserError(
+                f"{self.template_source}: the chat template leaves out the {lost.role}'s message "
+                f"{lost.content.strip()[:40]!r}; set {self.role}.chat_template to another"
+            )
+        return rendered
+
+    def _require_same_system(self, own: str) -> None:
+        """A conversation's own system message stands in the place of the settings', which must not say otherwise."""
+        if self.system_prompt not in (None, own):
+            raise UserError(
+                f"{self.role}.system_prompt={self.system_prompt[:40]!r}: the prompt has a system message of its own, "
+                f"{own[:40]!r}; set {self.role}.system_prompt to null, and those of the prompts count"
+            )
 
     @cached_property
     def _usable_template(self) -> str:
@@ -76,7 +99,7 @@ class ModelTokenizer:
             )
         if self.system_prompt is not None:
             self._require_system_prompt(template, self.system_prompt)
-        first, second = (self._render(self._conversation(t, self.system_prompt), template) for t in (PROBE, "Another?"))
+        first, second = (self._render(_asked(text, self.system_prompt), template) for text in (PROBE, "Another?"))
         if first == second:
             raise UserError(
                 f"{self.template_source}: the chat template leaves out the user's text: it must write "
@@ -87,21 +110,17 @@ class ModelTokenizer:
     def _require_system_prompt(self, template: str, system_prompt: str) -> None:
         """Check that the template writes a system message."""
         try:
-            without = self._render(self._conversation(PROBE, None), template)
+            without = self._render(_asked(PROBE, None), template)
         except UserError:
             return  # with or without one: told as any failure is, when it is rendered
         setting = f"{self.role}.system_prompt={system_prompt[:40]!r}"
         remedy = f"set it to null and write it into the prompts, or set {self.role}.chat_template to another template"
         try:
-            rendered = self._render(self._conversation(PROBE, system_prompt), template)
+            rendered = self._render(_asked(PROBE, system_prompt), template)
         except UserError as error:
             raise UserError(f"{setting}: cannot be used: {error}; {remedy}") from None
         if rendered == without and system_prompt.strip():
             raise UserError(f"{setting}: {self.template_source} leaves a system message out; {remedy}")
-
-    def _conversation(self, text: str, system_prompt: str | None) -> Messages:
-        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        return [*system, {"role": "user", "content": text}]
 
     def _render(self, messages: Messages, template: str) -> str:
         try:
@@ -115,6 +134,15 @@ class ModelTokenizer:
         if named:
             return f" named 'default', and nothing says which of {', '.join(named)} is meant"
         return " (chat_template.json is for processors alone)" if (self.path / "chat_template.json").is_file() else ""
+
+
+def _messages(turns: Conversation, system: str | None) -> Messages:
+    first = () if system is None else (Turn("system", system),)
+    return [turn._asdict() for turn in (*first, *turns)]
+
+
+def _asked(text: str, system: str | None) -> Messages:
+    return _messages((Turn("user", text),), system)
 
 
 def load_tokenizer(settings: ModelSettings, role: str) -> ModelTokenizer:

@@ -127,7 +127,11 @@ GOOD = ROWS[0]
         (GOOD | {"id": "c", "difficulty": "hard"}, {}, r"line 2: difficulty='hard'"),
         (GOOD | {"id": "c", "answer": " "}, {}, r"line 2: 'answer' holds no answer"),
         (GOOD | {"id": "c", "prompt": ""}, {}, r"line 2: the prompt is empty"),
-        (GOOD | {"id": "c", "prompt": 5}, {}, r"line 2: 'prompt' \(prompts.prompt_field\) must be text, not int"),
+        (
+            GOOD | {"id": "c", "prompt": 5},
+            {},
+            r"line 2: 'prompt' \(prompts.prompt_field\) must be text or a list of messages, not int",
+        ),
         (
             GOOD | {"id": "c", "prompt": "1+" * 5},
             {"max_prompt_tokens": 9},

@@ -115,9 +115,25 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "prompt of no width": ("p.jsonl", row(prompt=r'"\u200b\ufeff"'), "the prompt is empty"),
     "prompt null": ("p.jsonl", row(prompt="null"), "the prompt is empty"),
     "prompt nan": ("p.jsonl", row(prompt='"nan"'), "the prompt is empty, .*: it is 'nan'"),
-    "prompt a number": ("p.jsonl", row(prompt="5"), "must be text, not int"),
-    "prompt of messages": ("p.jsonl", row(prompt='[{"role": "user", "content": "1"}]'), "not a list of chat messages"),
-    "prompt of messages as text": ("p.jsonl", row(prompt=r'"[{\"role\": \"user\"}]"'), "not a list of chat messages"),
+    "prompt a number": ("p.jsonl", row(prompt="5"), "must be text or a list of messages, not int"),
+    "messages with the answer": (
+        "p.jsonl",
+        row(prompt='[{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]'),
+        "ends with a message of the assistant",
+    ),
+    "messages without words": (
+        "p.jsonl",
+        row(prompt='[{"role": "user", "content": ""}]'),
+        "the prompt is empty.*message 1",
+    ),
+    "no messages": ("p.jsonl", row(prompt="[]"), "the prompt is empty, .* no message is in it"),
+    "messages by other names": (
+        "p.jsonl",
+        row(prompt='[{"from": "human", "value": "1"}]'),
+        "message 1 is an object with 'from', 'value'",
+    ),
+    "messages cut short": ("p.jsonl", row(prompt=r'"[{\"role\": \"user\"}"'), "is not valid JSON"),
+    "messages as Python prints them": ("p.jsonl", row(prompt="\"[{'role': 'user', 'content': '1'}]\""), "not JSON"),
     # Answers
     **{
         f"answer {value}": ("p.jsonl", LINE + b"\n" + row(answer=value), "line 2: 'answer' holds no answer" + more)
@@ -173,6 +189,9 @@ READ: dict[str, tuple[str, bytes, list[tuple[str, ...]]]] = {
     "double precision": ("p.parquet", parquet(answer=[1e-5, 27.0]), [("0.00001",), ("27",)]),
     "lists": ("p.parquet", parquet(answer=pa.array([[0.1, 2]], pa.list_(pa.float32()))), [("0.1", "2")]),
     "long lists": ("p.parquet", parquet(answer=pa.array([[0.1]], pa.large_list(pa.float32()))), [("0.1",)]),
+    "a message": ("p.jsonl", row(prompt='[{"role": "user", "content": "1", "name": null}]'), [("2",)]),
+    "a message as text": ("p.jsonl", row(prompt=r'" [{\"content\": \"1\", \"role\": \"user\"}]"'), [("2",)]),
+    "a list that is no conversation": ("p.jsonl", row(prompt=r'"[{\"x\": 1}] has how many items?"'), [("2",)]),
     "not used": ("p.jsonl", row(x="NaN", y="1" * 5000, z="[" * 90 + "]" * 90), [("2",)]),
     "a character of two escapes": ("p.jsonl", row(x=r'"\ud83d\ude00"'), [("2",)]),
     "an id of any text": ("p.jsonl", row(id=r'"../a\nb\u2028"', level="1.0"), [("2",)]),
