@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_sead.files.durable import replace_text
-from tests.training.launching import Pools, metrics_of
+from tests.distributed.ranks import RankPools
+from tests.training.launching import metrics_of, train_tiny
 
 GOLDEN = Path(__file__).with_name("golden.json")
 # Relative. Measured: 5e-6 at worst in gradient norms and 1e-6 elsewhere, with the vector instructions of other
@@ -41,9 +42,9 @@ METRICS = (
 Trajectory = list[dict[str, Any]]  # a dictionary a step, of METRICS
 
 
-def trajectory(name: str, pools: Pools, output: Path) -> Trajectory:
+def trajectory(name: str, pools: RankPools, output: Path) -> Trajectory:
     """Run the steps on one rank: the student writes, so that engine, grades and curriculum count as well."""
-    assert pools.train(1, output, [*SETTINGS, *RUNS[name]]) == [True]
+    assert train_tiny(pools, 1, output, [*SETTINGS, *RUNS[name]]) == [True]
     return [{key: line[key] for key in METRICS} for line in metrics_of(output)]
 
 
@@ -79,7 +80,7 @@ def difference(before: float | None, after: float | None) -> float:
 
 def renew() -> None:
     """Run, write the file, and print what changed since."""
-    golden, found, pools = stored(), {}, Pools()
+    golden, found, pools = stored(), {}, RankPools()
     try:
         for name in RUNS:
             with TemporaryDirectory() as folder:

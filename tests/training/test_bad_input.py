@@ -104,7 +104,7 @@ def test_all_that_is_wrong_with_files_is_told_at_once(pools: RankPools, tmp_path
         f"{setting}.path={tmp_path / name}.jsonl" for setting, name in (("prompts", "prompts"), ("evaluation", "held"))
     ]
     with pytest.raises(AssertionError) as caught:
-        pools.train(1, tmp_path / "run", [*FAST, weights, *files])
+        train_tiny(pools, 1, tmp_path / "run", [*FAST, weights, *files])
     told = str(caught.value)
     for mistake in (
         "prompts.jsonl, line 1: has no 'answer'",

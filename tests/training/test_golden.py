@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.ranks import RankPools
 from tests.training.golden import METRICS, RUNS, STEPS, changes, stored, trajectory
-from tests.training.launching import Pools
 
 
 @pytest.mark.mcore_lane
 @pytest.mark.transformers_lane
 @pytest.mark.parametrize("name", RUNS)
-def test_steps_are_as_stored(name: str, pools: Pools, tmp_path: Path) -> None:
+def test_steps_are_as_stored(name: str, pools: RankPools, tmp_path: Path) -> None:
     golden = stored()[name]
     assert [set(step) for step in golden] == [set(METRICS)] * STEPS
     lines = changes(golden, trajectory(name, pools, tmp_path / "run"))

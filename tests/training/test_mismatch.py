@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_sead.training.mismatch import importance_weights
-from tests.training.launching import Pools, metrics_of
+from tests.distributed.ranks import RankPools
+from tests.training.launching import metrics_of
 from tests.training.test_engines import run
 
 QUIET = ["training.lr=1e-12", "training.min_lr=0", "policy.name=opd"]  # a student that does not move; all tokens teach
@@ -26,7 +27,7 @@ def test_importance_is_truncated_above_alone() -> None:
 
 
 @pytest.fixture(scope="module")
-def written(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(pools: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("written") / "run"
     run(pools, output, *QUIET)
     return output
@@ -51,7 +52,7 @@ def test_an_engine_with_the_students_weights_differs_by_rounding(written: Path) 
 
 @pytest.mark.parametrize(("shift", "cap", "factor"), [(-math.log(2), 4.0, 0.5), (math.log(8), 3.0, 3.0)])
 def test_the_loss_is_weighed_by_importance(
-    pools: Pools, written: Path, tmp_path: Path, shift: float, cap: float, factor: float
+    pools: RankPools, written: Path, tmp_path: Path, shift: float, cap: float, factor: float
 ) -> None:
     """All tokens have the same ratio, so that loss and gradient are those of the first run, times the weight."""
     output = tmp_path / "run"
@@ -65,7 +66,7 @@ def test_the_loss_is_weighed_by_importance(
 
 
 def test_an_engine_that_says_nothing_is_not_measured_and_not_weighed(
-    pools: Pools, written: Path, tmp_path: Path
+    pools: RankPools, written: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     run(pools, output, *replay(written, tmp_path / "said", None), "training.importance_cap=2")
