@@ -85,7 +85,7 @@ def main() -> None:
     student, teacher = (AutoModelForCausalLM.from_pretrained(TINY / name).to(DEVICE) for name in ("student", "teacher"))
     teacher.requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(TINY / "student", padding_side="left")
-    optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
     prompts = [json.loads(line)["prompt"] for line in (TINY / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     for step in range(steps):
         asked = [prompts[(32 * step + index) % len(prompts)] for index in range(32)]

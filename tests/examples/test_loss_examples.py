@@ -57,11 +57,11 @@ def test_excerpts_are_what_the_programs_say() -> None:
 
 
 def test_the_plain_torch_loop_lowers_the_reverse_divergence() -> None:
-    """Of each step's own rollouts, so it varies: means of four steps."""
+    """Of each step's own rollouts, so it varies: means of five steps; measured 0.87."""
     output = run(sys.executable, EXAMPLES / "torch_loop.py", "--steps", "16")
     divergences = [float(line.split()[-1]) for line in output.splitlines() if line.startswith("step")]
     assert len(divergences) == 16
-    assert sum(divergences[-4:]) < 0.9 * sum(divergences[:4])
+    assert sum(divergences[-5:]) < 0.95 * sum(divergences[:5])
 
 
 def what_megatron_loop_prints(port: int, *arguments: str) -> str:
