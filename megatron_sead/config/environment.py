@@ -37,7 +37,7 @@ def expand_path(path: Any) -> str:
         raise ValueError(f"holds {wild[0]}, which is not expanded; name one file or directory")
     if expanded.startswith("~"):
         expanded = os.path.expanduser(expanded)
-    first = PurePath(expanded).parts[0]
+    first = next(iter(PurePath(expanded).parts), ".")  # the working directory has no parts
     if first.startswith("~"):  # with ./ before it, too: a path would forget that
         raise ValueError(f"there is no home directory of {first}; give the whole path of a file with such a name")
     return expanded

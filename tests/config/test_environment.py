@@ -45,6 +45,8 @@ def test_every_path_setting_expands_and_records_what_it_became(key: str, tmp_pat
         ("~root/a", os.path.expanduser("~root/a")),
         ("runs/a", "runs/a"),
         ("../a/~/b", "../a/~/b"),
+        (".", "."),
+        ("./", "./"),
         ("..", ".."),
         ("$DATA/a", "/data/x y/a"),
         ("${DATA}a", "/data/x ya"),
