@@ -5,6 +5,10 @@ On several GPUs with ``--nproc-per-node N``, or as ranks of ``sead launch ... to
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +16,12 @@ import typer
 
 from megatron_sead.commands.cli import App
 from megatron_sead.commands.measuring import RANKS_HELP, measuring, start_ranks, told_in_one_line
+from megatron_sead.errors import UserError
+from megatron_sead.files.outputs import require_written_here
 
 app = App()
+# What tells a process that it is one of torchrun's ranks
+RANK_VARIABLE = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 
 
 @app.command()
@@ -66,10 +74,30 @@ def main(
             given = [str(part) for pair in pairs for part in pair]
             start_ranks(nproc_per_node, "evaluate", [*given, "--", *(overrides or [])])
         with measuring(settings.device, output, output / "evaluate.lock", output) as ranks:
-            answers = evaluate_models(settings, models, benchmarks, output, ranks)
+            answers = evaluate_models(settings, models, benchmarks, output, ranks, convert)
             if ranks.rank == 0:
                 results = tabulate(answers, benchmarks)
                 write_results(results, models, settings, output)
                 print_results(results)
                 print(f"{output}: {', '.join(FILES)}, and every answer with its grade")
             ranks.on_first(lambda: None)  # the others leave when all is written
+
+
+def convert(checkpoint: Path, directory: Path) -> None:
+    """Write a checkpoint's model as a Hugging Face directory, unless an earlier call has. In a process of its own:
+    conversion runs Megatron as on a CPU, and gives its memory back.
+
+    Raises:
+        UserError: what `sead convert megatron-to-hf` refuses; something else stands there.
+    """
+    if directory.exists():
+        require_written_here(directory)
+        return
+    print(f"converting {checkpoint} to {directory}", file=sys.stderr)
+    command = [sys.executable, "-m", "megatron_sead.commands.sead", "convert", "megatron-to-hf"]
+    command += ["--input", str(checkpoint), "--output", str(directory)]
+    alone = {name: value for name, value in os.environ.items() if not RANK_VARIABLE.fullmatch(name)}
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["the conversion ended early"]
+        raise UserError(f"{checkpoint}: {lines[-1].removeprefix('error: ')}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from megatron_sead.evaluation.asking import Questions, progress
 from megatron_sead.evaluation.benchmarks import BOXED, Benchmark, read_benchmark
 from megatron_sead.evaluation.difficulty import RUN_KEYS
 from megatron_sead.evaluation.measuring import Measured, describe, examiner, opened_tally, sampling_of
-from megatron_sead.evaluation.models import Model, convert
+from megatron_sead.evaluation.models import Model
 from megatron_sead.evaluation.ranks import Ranks
 from megatron_sead.evaluation.tally import Graded, Tally
 from megatron_sead.prompts.dataset import tokenize
@@ -114,15 +114,24 @@ class Sitting:
         return [[known[prompt.id, sample] for sample in samples] for prompt in self.questions.prompts]
 
 
+Convert = Callable[[Path, Path], None]
 Answers = dict[str, dict[str, list[list[Graded]]]]  # by model and benchmark, of each prompt its samples
 
 
 def evaluate_models(
-    settings: EvaluateSettings, models: Sequence[Model], benchmarks: Sequence[Benchmark], output: Path, ranks: Ranks
+    settings: EvaluateSettings,
+    models: Sequence[Model],
+    benchmarks: Sequence[Benchmark],
+    output: Path,
+    ranks: Ranks,
+    convert: Convert,
 ) -> Answers:
     """Ask every model what it was not asked yet. Collective; the first rank writes, and it alone has the answers.
 
     Everything is looked at before anything is asked: a mistake in the last benchmark shows at once.
+
+    Args:
+        convert: is called on the first rank with a checkpoint that must become a Hugging Face directory, and its place.
 
     Raises:
         UserError: whatever must change first; nothing that stands there is overwritten.
@@ -131,7 +140,7 @@ def evaluate_models(
     for task in tasks if ranks.rank == 0 else ():
         for line in repeats(task.problems, task.name):
             print(f"note: {line}", file=sys.stderr)
-    measured = [_measured(settings, model, output, ranks) for model in models]
+    measured = [_measured(settings, model, output, ranks, convert) for model in models]
     questions = [[_questions(settings, model, task) for task in tasks] for model in measured]
     with ExitStack() as stack:
         sittings = [
@@ -164,9 +173,11 @@ def _task(settings: EvaluateSettings, benchmark: Benchmark) -> Task:
     return Task(benchmark.name, problems, prompts, samples, sampling)
 
 
-def _measured(settings: EvaluateSettings, model: Model, output: Path, ranks: Ranks) -> Measured:
+def _measured(settings: EvaluateSettings, model: Model, output: Path, ranks: Ranks, convert: Convert) -> Measured:
     directory = model.directory(output)
-    ranks.on_first(lambda: convert(model, directory))
+    checkpoint = model.checkpoint
+    if checkpoint is not None:
+        ranks.on_first(lambda: convert(checkpoint, directory))
     return Measured.read(settings.model.model_copy(update={"path": directory}), ranks)
 
 

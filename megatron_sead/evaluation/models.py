@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +13,10 @@ from megatron_sead.checkpoints.manifest import FILE_NAME as MANIFEST
 from megatron_sead.config.environment import expand_path
 from megatron_sead.errors import UserError
 from megatron_sead.files.names import no_directory
-from megatron_sead.files.outputs import require_apart, require_written_here
+from megatron_sead.files.outputs import require_apart
 
 LABEL = re.compile(r"[A-Za-z0-9][\w.@-]*", re.ASCII)  # also of a folder
 STUDENT = "student-hf"  # a finished run's model
-RANK_VARIABLE = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 
 
 @dataclass(frozen=True)
@@ -96,25 +92,3 @@ def _fingerprint(checkpoint: Path) -> str:
     """Of what lies there: a run that is repeated has other checkpoints under the same names."""
     listed = next((path for name in (MANIFEST, "metadata.json") if (path := checkpoint / name).is_file()), None)
     return f"{zlib.crc32(listed.read_bytes()) if listed else 0:08x}"
-
-
-def convert(model: Model, directory: Path) -> None:
-    """Write a checkpoint's model as a Hugging Face directory, unless an earlier call has. In a process of its own:
-    conversion runs Megatron as on a CPU, and gives its memory back.
-
-    Raises:
-        UserError: what `sead convert megatron-to-hf` refuses; something else stands there.
-    """
-    if model.checkpoint is None:
-        return
-    if directory.exists():
-        require_written_here(directory)
-        return
-    print(f"{model.label}: converting {model.checkpoint} to {directory}", file=sys.stderr)
-    command = [sys.executable, "-m", "megatron_sead.commands.sead", "convert", "megatron-to-hf"]
-    command += ["--input", str(model.checkpoint), "--output", str(directory)]
-    alone = {name: value for name, value in os.environ.items() if not RANK_VARIABLE.fullmatch(name)}
-    done = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["the conversion ended early"]
-        raise UserError(f"model {model.place}: {lines[-1].removeprefix('error: ')}")

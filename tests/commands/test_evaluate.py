@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,3 +215,20 @@ def test_a_run_is_its_student_or_a_step(models: list[str], tmp_path: Path) -> No
     assert (finished.label, finished.directory(tmp_path)) == ("run", run / "student-hf")
     [named] = choose_models([f"before={run}"], tmp_path / "out")
     assert named.label == "before"
+
+
+def test_a_checkpoint_is_converted_once(
+    known: type[KnownEngine], models: list[str], benchmarks: list[str], tmp_path: Path
+) -> None:
+    checkpoint, output = tmp_path / "all", tmp_path / "out"
+    sead = [sys.executable, "-m", "megatron_sead.commands.sead", "convert", "hf-to-megatron"]
+    subprocess.run([*sead, "--input", models[1], "--output", str(checkpoint)], check=True, capture_output=True)
+    assert evaluate([models[1], f"copy={checkpoint}"], benchmarks[:1], output) == 0
+    weights = [json.loads((output / label / "gsm8k.jsonl").read_text().split("\n")[0]) for label in ("all", "copy")]
+    assert weights[0] == weights[1]
+    [converted] = (output / "copy").glob("hf-*")
+    before = {path: path.stat().st_mtime_ns for path in converted.iterdir()}
+    known.log = tmp_path / "log"
+    assert evaluate([models[1], f"copy={checkpoint}"], benchmarks[:1], output) == 0
+    assert {path: path.stat().st_mtime_ns for path in converted.iterdir()} == before
+    assert not known.log.exists()
