@@ -25,12 +25,13 @@ ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS | LEAVES} | {
     "checkpoints": {"models", "parallel"},
     "rollouts": {"models"},
     "prompts": {"models"},
-    "evaluation": {"rollouts", "grading", "prompts", "parallel", "checkpoints", "models"},
-    "training": PARTS | {"evaluation", "launch", "planning"},
+    "evaluation": {"rollouts", "grading", "prompts"},
+    "preparation": {"grading", "prompts"},
+    "training": PARTS | {"evaluation", "launch"},
     "planning": {"models", "prompts"},
     "launch": set(),
     "reporting": {"distillation"},
-    "commands": PARTS - {"distillation"} | {"evaluation", "training", "planning", "launch"},
+    "commands": PARTS - {"distillation"} | {"evaluation", "preparation", "training", "planning", "launch"},
     "train": {"commands"},
 }
 # Modules that start at once: neither they nor what they import at the top brings torch, Megatron or transformers

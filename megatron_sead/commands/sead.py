@@ -15,6 +15,7 @@ COMMANDS = {  # module of megatron_sead.commands: what it does
     "train": "distil a teacher into a student; --check and --dry-run look before",
     "launch": "torchrun for `sead train` on several nodes; takes torchrun's arguments",
     "plan": "layout, parameters and bytes per rank of a run, from both models' config.json alone",
+    "prepare": "a training file of a released set: no duplicates, no benchmark problems, no row without an answer",
     "difficulty": "how hard each prompt is for a model, for the curriculum",
     "evaluate": "how often models are right: MATH-500, Minerva, OlympiadBench, AMC, AIME, GSM8K",
     "convert": "checkpoints from and to Hugging Face; verify, roundtrip, inspect, truncate",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -285,11 +285,17 @@ class CheckpointSettings(Settings):
 class EvaluationSettings(Settings):
     """Accuracy on held-out prompts, before and after."""
 
+    OF_PROMPTS: ClassVar = ("subset", "split", "prompt_field", "answer_field", "level_field", "instruction")
+
     path: PathOrHubName | None = Field(None, description="prompt file with answers, or a hub name")
+    subset: str | None = Field(
+        None, description="configuration name of a hub data set; default: prompts.subset if that is the same data set"
+    )
     split: str | None = Field(None, description="split of a hub data set; default: prompts.split")
     prompt_field: str | None = Field(None, min_length=1, description="field with the problem; default: as in prompts")
     answer_field: str | None = Field(None, min_length=1, description="field with the answer; default: as in prompts")
     level_field: str | None = Field(None, min_length=1, description="field with the level; default: as in prompts")
+    instruction: str | None = Field(None, description="text appended to every prompt; default: as in prompts")
     limit: int | None = Field(None, ge=1, description="evaluate on the first so many prompts")
     samples: int = Field(4, ge=0, description="sampled answers a prompt, beside the greedy one")
     temperature: float = Field(1.0, gt=0, description="of the sampled answers")
@@ -300,9 +306,10 @@ class EvaluationSettings(Settings):
         """How held-out prompts are read: as those of training, but for what is said here. None: there are none."""
         if self.path is None:
             return None
-        own = {name: getattr(self, name) for name in ("split", "prompt_field", "answer_field", "level_field")}
+        own = {name: getattr(self, name) for name in self.OF_PROMPTS}
         given = {name: value for name, value in own.items() if value is not None}
-        return training.model_copy(update={"path": self.path, **given})
+        subset = training.subset if self.path == training.path else None
+        return training.model_copy(update={"path": self.path, "subset": subset, **given})
 
 
 class GradingSettings(Settings):

@@ -7,9 +7,11 @@ its held-out evaluation, a check before them and an estimate of difficulty all a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from hashlib import blake2b
+from itertools import islice
 from numbers import Real
 from typing import Any, Protocol
 
@@ -18,8 +20,7 @@ from megatron_sead.errors import UserError
 from megatron_sead.prompts.answers import reference_answers, written_number
 from megatron_sead.prompts.exact_json import fault
 from megatron_sead.prompts.messages import NO_TEXT, Conversation, as_text, conversation, with_instruction
-from megatron_sead.prompts.row_mistakes import RowMistakes
-from megatron_sead.prompts.rows import Row, read_rows
+from megatron_sead.prompts.rows import Row, stream_rows
 
 SAME_ANSWER, OTHER_ANSWER = "the same answer; each counts as often as it stands there", "another answer"
 
@@ -59,14 +60,14 @@ def read_problems(
     needs_difficulty: bool = False,
     limit: int | None = None,
 ) -> list[Problem]:
-    """`check_rows` of the first ``limit`` rows that `read_rows` finds.
+    """`stream_problems` of the first ``limit`` rows that `stream_rows` finds.
 
     Raises:
         UserError: whatever these refuse.
     """
     mistakes = RowMistakes()
     return check_rows(
-        read_rows(settings, setting, mistakes)[:limit],
+        islice(stream_rows(settings, setting), limit),
         settings,
         setting.partition(".")[0],
         teacher_prompt_field=teacher_prompt_field,
@@ -76,7 +77,7 @@ def read_problems(
 
 
 def check_rows(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     settings: PromptSettings,
     group: str = "prompts",
     *,
@@ -84,6 +85,30 @@ def check_rows(
     needs_difficulty: bool = False,
     mistakes: RowMistakes | None = None,
 ) -> list[Problem]:
+    """All that `stream_problems` makes.
+
+    Raises:
+        UserError: whatever it refuses.
+    """
+    return list(
+        stream_problems(
+            rows,
+            settings,
+            group,
+            teacher_prompt_field=teacher_prompt_field,
+            needs_difficulty=needs_difficulty,
+        )
+    )
+
+
+def stream_problems(
+    rows: Iterable[Row],
+    settings: PromptSettings,
+    group: str = "prompts",
+    *,
+    teacher_prompt_field: str | None = None,
+    needs_difficulty: bool = False,
+) -> Iterator[Problem]:
     """Every row as a problem.
 
     Args:
@@ -93,51 +118,68 @@ def check_rows(
         mistakes: those that reading the rows has found, which are told with those found here.
 
     Raises:
-        UserError: names file, line and field, a line each kind of mistake: a missing or blank prompt, chat messages in
-            place of text, an answer that is none, an id given twice, a difficulty that is missing or outside [0, 1].
-            Or prompts.instruction, which ends every prompt.
+        UserError: names file, line and field: a missing or blank prompt, messages that are no conversation, an answer
+            that is none, an id given twice, a difficulty that is missing or outside [0, 1]. Or prompts.instruction,
+            which ends every prompt.
     """
     if (found := fault(settings.instruction)) is not None:
-        raise UserError(f"prompts.instruction={settings.instruction!a}: {found}")
-    problems, places = list[Problem](), dict[str, str]()
-    mistakes = RowMistakes() if mistakes is None else mistakes
+        raise UserError(f"{group}.instruction={settings.instruction!a}: {found}")
+    places: dict[str, str] = {}
     for number, row in enumerate(rows):
-        with mistakes.kept(row.place):
-            problem = _problem(row, number, settings, group, teacher_prompt_field)
-            if problem.id in places:
-                first = places[problem.id]
-                if row.value(settings.id_field, None) is None:
-                    first += " (a row without one has its number, from 0)"
-                raise UserError(f"{row.place}: {settings.id_field} {problem.id!r} is given twice, first at {first}")
-            if needs_difficulty and problem.difficulty is None:
-                raise UserError(
-                    f"{row.place}: has no {settings.difficulty_field!r}, which the curriculum needs; "
-                    "measure it with `sead difficulty`, or set curriculum.mode=none"
-                )
-            places[problem.id] = row.place
-            problems.append(problem)
-    mistakes.refuse()
-    return problems
+        problem = problem_of(row, number, settings, group, teacher_prompt_field)
+        if problem.id in places:
+            first = places[problem.id]
+            if row.value(settings.id_field, None) is None:
+                first += " (a row without one has its number, from 0)"
+            raise UserError(f"{row.place}: {settings.id_field} {problem.id!r} is given twice, first at {first}")
+        if needs_difficulty and problem.difficulty is None:
+            raise UserError(
+                f"{row.place}: has no {settings.difficulty_field!r}, which the curriculum needs; "
+                "measure it with `sead difficulty`, or set curriculum.mode=none"
+            )
+        places[problem.id] = row.place
+        yield problem
 
 
-def repeats(problems: Sequence[Problem], source: str) -> list[str]:
-    """Notes on prompts that stand in the data more than once, which may be meant. A line each kind, with a count."""
-    seen: dict[str, Problem] = {}
-    counts: Counter[str] = Counter()
-    first: dict[str, str] = {}
+def same_text(text: str) -> bytes:
+    """A key that two prompts share if they differ in spaces alone."""
+    return blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+
+
+class Repeats:
+    """Prompts that stand in a set more than once: odd, and may be meant."""
+
+    def __init__(self) -> None:
+        self._seen: dict[bytes, tuple[str, int]] = {}  # place and answers of the first
+        self._total = 0
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, problem: Problem) -> None:
+        self._total += 1
+        mine = problem.place, hash(problem.answers)
+        place, answers = self._seen.setdefault(same_text(problem.text), mine)
+        if place != problem.place:
+            kind = SAME_ANSWER if answers == mine[1] else OTHER_ANSWER
+            self._counts[kind] += 1
+            self._first.setdefault(kind, f"{problem.place} and {place}")
+
+    def lines(self, source: str) -> list[str]:
+        """Counted, a line a kind."""
+        return [
+            f"{source}: {self._counts[kind]} of {self._total} rows have the prompt of an earlier row and {kind} "
+            f"(first: {self._first[kind]})"
+            for kind in (SAME_ANSWER, OTHER_ANSWER)
+            if self._counts[kind]
+        ]
+
+
+def repeats(problems: Iterable[Problem], source: str) -> list[str]:
+    """`Repeats` of these problems, told."""
+    found = Repeats()
     for problem in problems:
-        earlier = seen.setdefault(" ".join(problem.text.split()), problem)
-        if earlier is not problem:
-            kind = SAME_ANSWER if earlier.answers == problem.answers else OTHER_ANSWER
-            counts[kind] += 1
-            if kind not in first:
-                first[kind] = f"{problem.place} and {earlier.place}"
-    return [
-        f"{source}: {counts[kind]} of {len(problems)} rows have the prompt of an earlier row and {kind} "
-        f"(first: {first[kind]})"
-        for kind in (SAME_ANSWER, OTHER_ANSWER)
-        if counts[kind]
-    ]
+        found.add(problem)
+    return found.lines(source)
 
 
 def seen_in_training(heldout: Sequence[Asked], training: Sequence[Asked], source: str) -> list[str]:
@@ -146,8 +188,9 @@ def seen_in_training(heldout: Sequence[Asked], training: Sequence[Asked], source
     Args:
         source: the setting that names the held-out prompts, and its value.
     """
-    trained = {" ".join(problem.text.split()) for problem in training}
-    shared = [problem for problem in heldout if " ".join(problem.text.split()) in trained]
+    asked = {same_text(problem.text) for problem in heldout}
+    trained = {key for problem in training if (key := same_text(problem.text)) in asked} if asked else set()
+    shared = [problem for problem in heldout if same_text(problem.text) in trained]
     if not shared:
         return []
     return [
@@ -156,17 +199,27 @@ def seen_in_training(heldout: Sequence[Asked], training: Sequence[Asked], source
     ]
 
 
-def _problem(row: Row, number: int, settings: PromptSettings, group: str, teacher_prompt_field: str | None) -> Problem:
-    turns = teacher_turns = _turns(row, settings.prompt_field, f"{group}.prompt_field", settings)
+def problem_of(
+    row: Row, number: int, settings: PromptSettings, group: str = "prompts", teacher_prompt_field: str | None = None
+) -> Problem:
+    """One row.
+
+    Args:
+        number: of the row, from 0: the id of one that has none.
+
+    Raises:
+        UserError: as `stream_problems`, but for what rows have to do with each other.
+    """
+    turns = teacher_turns = turns_of(row, settings.prompt_field, f"{group}.prompt_field", settings)
     if teacher_prompt_field is not None:
-        teacher_turns = _turns(row, teacher_prompt_field, "teacher.prompt_field", settings)
+        teacher_turns = turns_of(row, teacher_prompt_field, "teacher.prompt_field", settings)
     given_id = _name(row, settings.id_field, "prompts.id_field")
     return Problem(
         place=row.place,
         id=str(number) if given_id is None else given_id,
         turns=turns,
         teacher_turns=teacher_turns,
-        answers=_answers(row, settings.answer_field, f"{group}.answer_field"),
+        answers=answers_of(row, settings.answer_field, f"{group}.answer_field"),
         difficulty=_difficulty(row, settings.difficulty_field),
         level=_name(row, settings.level_field, f"{group}.level_field"),
     )
@@ -179,7 +232,7 @@ def _field(row: Row, name: str, setting: str) -> Any:
         raise UserError(f"{row.place}: has no {name!r}, which {setting} names; it has {error.args[0]}") from None
 
 
-def _turns(row: Row, name: str, setting: str, settings: PromptSettings) -> Conversation:
+def turns_of(row: Row, name: str, setting: str, settings: PromptSettings) -> Conversation:
     value = _field(row, name, setting)
     try:
         turns = conversation("" if value is None else value)
@@ -194,7 +247,7 @@ def _turns(row: Row, name: str, setting: str, settings: PromptSettings) -> Conve
     return with_instruction(turns, settings.instruction)
 
 
-def _answers(row: Row, name: str, setting: str) -> tuple[str, ...]:
+def answers_of(row: Row, name: str, setting: str) -> tuple[str, ...]:
     try:
         answers = reference_answers(_field(row, name, setting))
     except ValueError as error:

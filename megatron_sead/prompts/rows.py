@@ -10,7 +10,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ VALID = "must be a JSONL, JSON or parquet file"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 SUFFIXES = [".jsonl", ".json", ".ndjson", ".jsonlines", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".xlsx"]
 SUFFIXES += [".gz", ".zip", ".zst", ".xz", ".bz2", ".yaml", ".pkl"]
+BEGINNING = 2**16  # bytes of a file that say what it is
+AT_ONCE = 4096  # rows of a table that are in memory together
 PACKED = "which is not unpacked here; unpack it first"
 SIGNATURES = (  # how files begin that are something else
     (b"\x1f\x8b", f"compressed with gzip, {PACKED}"),
@@ -44,6 +46,7 @@ SIGNATURES = (  # how files begin that are something else
 )
 
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ABSENT: Any = object()
 
 
@@ -96,10 +99,17 @@ def _what_there_is(value: Any, name: str) -> str:
     return f"{name!r}, which is {type(value).__name__} and has no fields"
 
 
-def read_rows(
-    settings: PromptSettings, setting: str = "prompts.path", mistakes: RowMistakes | None = None
-) -> list[Row]:
-    """All rows of ``settings.path``, in order.
+def read_rows(settings: PromptSettings, setting: str = "prompts.path") -> list[Row]:
+    """All rows that `stream_rows` finds.
+
+    Raises:
+        UserError: whatever it refuses.
+    """
+    return list(stream_rows(settings, setting))
+
+
+def stream_rows(settings: PromptSettings, setting: str = "prompts.path") -> Iterator[Row]:
+    """The rows of ``settings.path``, in order. Of a file of lines or parquet, few are in memory at a time.
 
     Args:
         setting: the setting that names the path, for messages.
@@ -111,19 +121,15 @@ def read_rows(
             JSON object (with its number), a name given twice in an object, a lone surrogate in any field, a hub data
             set that cannot be loaded, a subset of a file.
     """
-    found = RowMistakes() if mistakes is None else mistakes
-    source = f"{setting}={settings.path}"
-    if setting == "prompts.path" and settings.subset is not None and not is_hub_name(settings.path):
-        raise UserError(f"prompts.subset={settings.subset}: only a hub data set has subsets, and {source} is a file")
-    if is_hub_name(settings.path):
-        rows = _from_hub(settings, source, found)
-    else:
-        rows = _from_file(Path(settings.path), source, found)
-    if mistakes is None:
-        found.refuse()
-    if not rows and not found:
+    source, is_hub = f"{setting}={settings.path}", is_hub_name(settings.path)
+    if settings.subset is not None and not is_hub:
+        group = setting.partition(".")[0]
+        raise UserError(f"{group}.subset={settings.subset}: only a hub data set has subsets, and {source} is a file")
+    row = None
+    for row in _from_hub(settings, source) if is_hub else _from_file(Path(settings.path), source):
+        yield row
+    if row is None:
         raise UserError(f"{source}: holds no prompts")
-    return rows
 
 
 def is_hub_name(path: str) -> bool:
@@ -135,33 +141,33 @@ def is_hub_name(path: str) -> bool:
     return not named_as_file and not ("/" in path and place.parent.is_dir())
 
 
-def _from_file(path: Path, source: str, mistakes: RowMistakes) -> list[Row]:
-    content = _content(path, source)
+def _from_file(path: Path, source: str) -> Iterator[Row]:
+    content = _content(path, source, BEGINNING)
     if content.startswith(b"PAR1"):
         return _from_parquet(path, source, mistakes)
     if not content:
         raise UserError(f"{source}: holds no prompts: the file is empty (0 bytes)")
-    beginning = content[:1000].removeprefix(b"\xef\xbb\xbf").lstrip()
+    beginning = content.removeprefix(BYTE_ORDER_MARK).lstrip()
     for start, kind in SIGNATURES:
         if beginning.startswith(start):
             raise UserError(f"{source}: is {kind}; {VALID}")
     if path.suffix.lower() == ".parquet":
         raise UserError(f"{source}: not a parquet file, which would begin with the bytes PAR1")
-    text = _text(content, source)
-    if text.lstrip().startswith("["):
-        return _from_array(path, text, source, mistakes)
-    if path.suffix.lower() in (".csv", ".tsv") and not text.lstrip().startswith("{"):
+    if beginning.startswith(b"["):
+        return _from_array(path, source)
+    if path.suffix.lower() in (".csv", ".tsv") and not beginning.startswith(b"{"):
         raise UserError(f"{source}: is a table of {path.suffix.lower()[1:].upper()}; {VALID}")
-    return _from_lines(path, text, mistakes)
+    return _from_lines(path, source)
 
 
-def _content(path: Path, source: str) -> bytes:
+def _content(path: Path, source: str, size: int = -1) -> bytes:
     try:
         if path.is_dir():
             raise UserError(f"{source}: is a directory; {VALID}, one file")
         if path.exists() and not path.is_file():
             raise UserError(f"{source}: is a device or a pipe; {VALID}")
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read(size)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{source}: no such file; {VALID}, or a hub data set's name (owner/name)") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -169,58 +175,50 @@ def _content(path: Path, source: str) -> bytes:
         raise UserError(f"{source}: cannot be read: {reason}") from None
 
 
-def _text(content: bytes, source: str) -> str:
+def _text(content: bytes, source: str, line: int = 1, offset: int = 0) -> str:
+    """Args: line, offset: where the content begins in its file."""
     try:
-        return content.decode("utf-8-sig")
+        return content.decode()
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        likely = "; it begins like UTF-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else ""
-        raise UserError(f"{source}: not UTF-8 text at byte {error.start} (line {line}){likely}") from None
+        line += content.count(b"\n", 0, error.start)
+        utf16 = offset == 0 and content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        likely = "; it begins like UTF-16" if utf16 else ""
+        raise UserError(f"{source}: not UTF-8 text at byte {offset + error.start} (line {line}){likely}") from None
 
 
-def _from_lines(path: Path, text: str, mistakes: RowMistakes) -> list[Row]:
-    rows: list[Row] = []
-    # Not splitlines(): JSON strings may hold line separators such as U+2028, which end no line of a JSONL file
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        with mistakes.kept(place):
+def _from_lines(path: Path, source: str) -> Iterator[Row]:
+    offset, found = 0, False
+    with open(path, "rb") as file:
+        # By newlines alone: JSON strings may hold line separators such as U+2028, which end no line of a JSONL file
+        for number, content in enumerate(file, 1):
+            line = _text(content.removeprefix(BYTE_ORDER_MARK) if number == 1 else content, source, number, offset)
+            offset += len(content)
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
             try:
-                fields = loads(line)
+                fields = loads(line.rstrip("\n"))
             except ValueError as error:
-                if not rows and not mistakes and _is_one_value(text):
-                    raise UserError(
-                        f"{path}: is one JSON object over several lines; must have an object a line, or be an array"
-                    ) from None
-                raise UserError(f"{place}: not valid JSON: {error}") from None
-            rows.append(_row(fields, place))
-    return rows
+                whole = "" if found else _about_one_value(path, source)
+                raise UserError(f"{place}: not valid JSON: {error}{whole}") from None
+            found = True
+            yield _row(fields, place)
 
 
-def _is_one_value(text: str) -> bool:
+def _about_one_value(path: Path, source: str) -> str:
     try:
-        loads(text)
+        loads(_text(_content(path, source).removeprefix(BYTE_ORDER_MARK), source))
     except ValueError:
         return False
     return True
 
 
-def _from_array(path: Path, text: str, source: str, mistakes: RowMistakes) -> list[Row]:
+def _from_array(path: Path, source: str) -> Iterator[Row]:
     try:
-        items = loads(text)
+        items = loads(_text(_content(path, source).removeprefix(BYTE_ORDER_MARK), source))
     except ValueError as error:
         raise UserError(f"{source}: not valid JSON: {error}") from None
-    return _rows(items, f"{path}, item", mistakes)
-
-
-def _rows(values: Iterable[Any], unit: str, mistakes: RowMistakes) -> list[Row]:
-    rows = []
-    for number, value in enumerate(values, 1):
-        place = f"{unit} {number}"
-        with mistakes.kept(place):
-            rows.append(_row(value, place))
-    return rows
+    return (_row(item, f"{path}, item {number}") for number, item in enumerate(items, 1))
 
 
 def _row(fields: Any, place: str) -> Row:
@@ -232,19 +230,18 @@ def _row(fields: Any, place: str) -> Row:
     return Row(place, fields)
 
 
-def _from_parquet(path: Path, source: str, mistakes: RowMistakes) -> list[Row]:
+def _from_parquet(path: Path, source: str) -> Iterator[Row]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path) as file:
-            table = file.read()
+        with ParquetFile(path, pre_buffer=False) as file:
+            yield from _from_batches(file.iter_batches(AT_ONCE), f"{path}, row", file.schema_arrow.names)
     except (ArrowException, OSError, ValueError) as error:
         raise UserError(f"{source}: not a whole parquet file: {_one_line(error)}") from None
-    return _from_table(table, f"{path}, row", mistakes)
 
 
-def _from_hub(settings: PromptSettings, source: str, mistakes: RowMistakes) -> list[Row]:
+def _from_hub(settings: PromptSettings, source: str) -> Iterator[Row]:
     from datasets import load_dataset
     from huggingface_hub.utils import logging as hub_logging
 
@@ -252,8 +249,7 @@ def _from_hub(settings: PromptSettings, source: str, mistakes: RowMistakes) -> l
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # it tells every retry; one line at the end is enough
     try:
-        data = load_dataset(settings.path, settings.subset, split=settings.split)
-        table = data.with_format("arrow")[:]
+        data = load_dataset(settings.path, settings.subset, split=settings.split).with_format("arrow")
     except Exception as error:  # no network, no such data set, subset or split: many types, one meaning for the user
         raise UserError(
             f"{source}: no such file, and the hub data set cannot be loaded "
@@ -261,20 +257,30 @@ def _from_hub(settings: PromptSettings, source: str, mistakes: RowMistakes) -> l
         ) from None
     finally:
         hub_logging.set_verbosity(verbosity)
-    return _from_table(table, f"{settings.path}, {settings.split} row", mistakes)
+    batches = (data[start : start + AT_ONCE] for start in range(0, len(data), AT_ONCE))
+    yield from _from_batches(batches, f"{settings.path}, {settings.split} row", data.column_names)
 
 
-def _from_table(table: pyarrow.Table, unit: str, mistakes: RowMistakes) -> list[Row]:
-    twice = {name for name in table.column_names if table.column_names.count(name) > 1}
+def _from_batches(batches: Iterator[Any], unit: str, names: list[str]) -> Iterator[Row]:
+    """Args: batches: pyarrow's tables or record batches."""
+    twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise UserError(f"{unit} 1: has two columns {min(twice)!r}")
-    columns = {name: _values(table[name], name, unit) for name in table.column_names}
-    rows: Iterable[tuple[Any, ...]] = zip(*columns.values(), strict=True)
-    return _rows((dict(zip(columns, row, strict=True)) for row in rows), unit, mistakes)
+    number = 0
+    for batch in batches:
+        columns = [_values(batch.column(name), name, unit, number) for name in names]
+        for row in zip(*columns, strict=True):
+            number += 1
+            yield _row(dict(zip(names, row, strict=True)), f"{unit} {number}")
 
 
-def _values(column: pyarrow.ChunkedArray, name: str, unit: str) -> list[Any]:
-    """Single precision is read by its shortest decimal: 0.1, not 0.10000000149011612."""
+def _values(column: Any, name: str, unit: str, before: int) -> list[Any]:
+    """Single precision is read by its shortest decimal: 0.1, not 0.10000000149011612.
+
+    Args:
+        column: pyarrow's array, or chunked array.
+        before: rows before it.
+    """
     import pyarrow
 
     as_text = _without_single(column.type, pyarrow.string())
@@ -285,7 +291,8 @@ def _values(column: pyarrow.ChunkedArray, name: str, unit: str) -> list[Any]:
         for value in column:
             values.append(value.as_py())
     except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, a time that Python has none for
-        raise UserError(f"{unit} {len(values) + 1}: {name!r} cannot be read: {_one_line(error)}") from None
+        place = f"{unit} {before + len(values) + 1}"
+        raise UserError(f"{place}: {name!r} cannot be read: {_one_line(error)}") from None
     return values
 
 

@@ -16,7 +16,12 @@ from megatron_sead.commands.sead import COMMANDS, main
 from megatron_sead.errors import ArgumentError, UserError
 
 ROOT = Path(__file__).parents[2]
-TOOLS = {"plan": "plan", "convert_checkpoint": "convert", "estimate_difficulty": "difficulty", "evaluate": "evaluate"}
+TOOLS = {
+    "plan": "plan",
+    "convert_checkpoint": "convert",
+    "estimate_difficulty": "difficulty",
+    "prepare_prompts": "prepare",
+}
 
 
 def sead(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
