@@ -310,7 +310,7 @@ def being_written(*paths: Path) -> Iterator[list[IO[str]]]:
     temporaries: list[Path] = []
     try:
         with ExitStack() as stack:
-            files = []
+            files: list[IO[str]] = []
             for path in paths:
                 temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
                 files.append(stack.enter_context(temporary.open("x", encoding="utf-8")))
