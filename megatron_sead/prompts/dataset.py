@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.messages import Conversation
-from megatron_sead.prompts.problems import Problem, read_problems, repeats
-from megatron_sead.prompts.row_mistakes import RowMistakes
+from megatron_sead.prompts.problems import Problem, Repeats, stream_problems
+from megatron_sead.prompts.rows import stream_rows
 from megatron_sead.prompts.tokenizer import ModelTokenizer
 from megatron_sead.wording import counted
 
@@ -43,7 +44,40 @@ def load_prompts(
     room_setting: str = "rollouts.max_new_tokens",
     limit: int | None = None,
 ) -> list[Prompt]:
-    """Read, check and tokenize a prompt set. Prompts that stand there more than once are counted in the log.
+    """All that `stream_prompts` yields.
+
+    Raises:
+        UserError: whatever it refuses.
+    """
+    return list(
+        stream_prompts(
+            settings,
+            student,
+            teacher,
+            setting=setting,
+            teacher_prompt_field=teacher_prompt_field,
+            needs_difficulty=needs_difficulty,
+            max_new_tokens=max_new_tokens,
+            room_setting=room_setting,
+            limit=limit,
+        )
+    )
+
+
+def stream_prompts(
+    settings: PromptSettings,
+    student: ModelTokenizer,
+    teacher: ModelTokenizer | None = None,
+    *,
+    setting: str = "prompts.path",
+    teacher_prompt_field: str | None = None,
+    needs_difficulty: bool = False,
+    max_new_tokens: int = 0,
+    room_setting: str = "rollouts.max_new_tokens",
+    limit: int | None = None,
+) -> Iterator[Prompt]:
+    """Read, check and tokenize a prompt set, row by row. Prompts that stand there more than once are counted in the
+    log at the end.
 
     Args:
         teacher: None: the prompts are for one model alone, and its tokens stand for the teacher's too.
@@ -55,18 +89,21 @@ def load_prompts(
         limit: read the first so many rows only.
 
     Raises:
-        UserError: names file, line and field: whatever `read_problems` refuses, and a prompt that is too long.
+        UserError: names file, line and field: whatever `stream_problems` refuses, and a prompt that is too long.
     """
-    problems = read_problems(
+    problems = stream_problems(
+        islice(stream_rows(settings, setting), limit),
         settings,
-        setting,
+        setting.partition(".")[0],
         teacher_prompt_field=teacher_prompt_field,
         needs_difficulty=needs_difficulty,
-        limit=limit,
     )
-    for line in repeats(problems, f"{setting}={settings.path}"):
+    room, repeated = _Room(max_new_tokens, room_setting), Repeats()
+    for problem in problems:
+        repeated.add(problem)
+        yield _tokenize_one(problem, settings, student, teacher, room)
+    for line in repeated.lines(f"{setting}={settings.path}"):
         log.info("%s", line)  # the first rank alone logs at this level
-    return tokenize(problems, settings, student, teacher, max_new_tokens=max_new_tokens, room_setting=room_setting)
 
 
 def tokenize(
@@ -78,7 +115,7 @@ def tokenize(
     max_new_tokens: int = 0,
     room_setting: str = "rollouts.max_new_tokens",
 ) -> list[Prompt]:
-    """Problems with their tokens, as `load_prompts` says.
+    """Problems with their tokens, as `stream_prompts` says.
 
     Raises:
         UserError: prompts without tokens, or too long, a line each kind.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64decode
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from megatron_sead.config.run import InputName
@@ -17,7 +17,9 @@ Fingerprint = dict[str, Any]
 CHECKSUM = "crc32 "  # how the text of an aspect begins that only says whether it is the same
 
 
-def differences(then: Fingerprint, now: Fingerprint, prompts: list[Prompt], heldout: list[Prompt]) -> dict[str, str]:
+def differences(
+    then: Fingerprint, now: Fingerprint, prompts: Sequence[Prompt], heldout: list[Prompt]
+) -> dict[str, str]:
     """What has changed, in words, by the input's name. What `then` does not hold is not compared: a checkpoint of an
     earlier version knows less. Causes come before what follows from them: a tokenizer before the prompts' tokens."""
     found = {}
@@ -57,7 +59,7 @@ def _changed(key: str, before: Any, after: Any) -> str:
     return f"{key} was {_short(before)} and is {_short(after)}"
 
 
-def _rows_that_differ(then: dict[str, Any], now: dict[str, Any], prompts: list[Prompt]) -> str:
+def _rows_that_differ(then: dict[str, Any], now: dict[str, Any], prompts: Sequence[Prompt]) -> str:
     columns_then, columns_now = then["columns"], now["columns"]
     texts = []
     if then["count"] != now["count"]:
@@ -74,7 +76,7 @@ def _rows_that_differ(then: dict[str, Any], now: dict[str, Any], prompts: list[P
     return first_of(texts, 2, "; ")
 
 
-def _order_of_ids(then: str, now: str, prompts: list[Prompt]) -> str | None:
+def _order_of_ids(then: str, now: str, prompts: Sequence[Prompt]) -> str | None:
     """How the ids, packed, differ; None: they do not."""
     if then == now:
         return None

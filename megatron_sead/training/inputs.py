@@ -12,7 +12,7 @@ import json
 import logging
 import zlib
 from base64 import b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,7 +50,7 @@ class Inputs:
 def settle_inputs(
     config: RunConfig,
     tokenizers: tuple[ModelTokenizer, ModelTokenizer],
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     heldout: list[Prompt],
     store: CheckpointStore,
     group: dist.ProcessGroup,
@@ -105,7 +105,7 @@ def _on_first_rank(action: Callable[[], Any], group: dist.ProcessGroup) -> Any:
 
 
 def _compare(
-    config: RunConfig, name: str, then: Fingerprint, now: Fingerprint, prompts: list[Prompt], heldout: list[Prompt]
+    config: RunConfig, name: str, then: Fingerprint, now: Fingerprint, prompts: Sequence[Prompt], heldout: list[Prompt]
 ) -> list[str]:
     """The allowed changes, in words. Raises UserError for those that are not allowed."""
     try:
@@ -135,7 +135,7 @@ def fingerprint(
     config: RunConfig,
     student: ModelTokenizer,
     teacher: ModelTokenizer,
-    prompts: list[Prompt],
+    prompts: Sequence[Prompt],
     heldout: list[Prompt],
 ) -> Fingerprint:
     """All inputs but the weights, which `weight_checksums` reads. The names are those of
@@ -208,14 +208,14 @@ def _templates(tokenizer: ModelTokenizer, with_template: bool) -> dict[str, Any]
     return found
 
 
-def _table(prompts: list[Prompt], columns: tuple[str, ...]) -> dict[str, Any]:
-    """A checksum for each prompt and column, in order, so that a resume can say which prompts have changed."""
-    rows = {name: [getattr(prompt, name) for prompt in prompts] for name in ("id", *columns)}
-    return {"count": len(prompts), "columns": {name: _packed(values) for name, values in rows.items()}}
-
-
-def _packed(values: list[Any]) -> str:
-    return b64encode(b"".join(zlib.crc32(_json(value)).to_bytes(4, "little") for value in values)).decode()
+def _table(prompts: Sequence[Prompt], columns: tuple[str, ...]) -> dict[str, Any]:
+    """A number a prompt and column, in order, so that a resume can say which prompts have changed."""
+    numbers = {name: bytearray() for name in ("id", *columns)}
+    for prompt in prompts:
+        for name, column in numbers.items():
+            column += zlib.crc32(_json(getattr(prompt, name))).to_bytes(4, "little")
+    packed = {name: b64encode(column).decode() for name, column in numbers.items()}
+    return {"count": len(prompts), "columns": packed}
 
 
 def _records(path: Path, steps: int) -> dict[str, str]:

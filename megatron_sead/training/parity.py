@@ -8,10 +8,9 @@ a reference from the Hugging Face directory, at the start and after every resume
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import sys
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -38,11 +37,8 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 BLOCK = 64
 
 
-def probe_tokens(directory: Path, texts: list[tuple[int, ...]], limit: int = 16384) -> list[int]:
-    """Token ids of prompts, repeated until they are longer than the model's sliding window and original rotary length.
-
-    In a shorter text a wrong window or rotary scaling changes nothing.
-    """
+def probe_tokens(directory: Path, texts: Iterable[tuple[int, ...]], limit: int = 16384) -> list[int]:
+    """Token ids of prompts, repeated until no window and no rotary length of the model is long enough to hide in."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     # One dictionary, or one a layer type; YaRN's is the one with an original length
     rope = getattr(config, "rope_parameters", None) or {}
@@ -50,7 +46,7 @@ def probe_tokens(directory: Path, texts: list[tuple[int, ...]], limit: int = 163
     original = max((d.get("original_max_position_embeddings") or 0 for d in dictionaries), default=0)
     needed = max(getattr(config, "sliding_window", None) or 0, original) + BLOCK
     length = min(needed, config.max_position_embeddings, limit)
-    tokens = [token for text in texts for token in text]
+    tokens = list(islice((token for text in texts for token in text), length))
     return (tokens * (length // len(tokens) + 1))[:length]
 
 

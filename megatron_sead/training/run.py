@@ -20,6 +20,7 @@ from megatron_sead.models.huggingface import iterate_huggingface_weights
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.dataset import Prompt
 from megatron_sead.prompts.packing import MicroBatch, pack
+from megatron_sead.prompts.table import PromptTable
 from megatron_sead.prompts.tokenizer import ModelTokenizer
 from megatron_sead.reporting.metrics import MetricsWriter
 from megatron_sead.reporting.progress import StepProgress
@@ -60,7 +61,7 @@ class Run:
     learner: Learner
     student_chunks: list[Decoder]  # the student without Megatron's DDP around it
     tokenizer: ModelTokenizer
-    prompts: list[Prompt]
+    prompts: PromptTable
     heldout: list[Prompt]  # to measure on; empty without evaluation.path
     engine_context: EngineContext  # the student's
     grader: Grader
@@ -78,9 +79,6 @@ class Run:
     engine_scores: EngineScores | None = None  # when the engine was last given weights
     told_of_mismatch: bool = False
 
-    def __post_init__(self) -> None:
-        self._by_id = {prompt.id: index for index, prompt in enumerate(self.prompts)}
-
     @property
     def length_multiple(self) -> int:
         """What padded lengths must be a multiple of, so that they split evenly over sequence-parallel ranks."""
@@ -96,12 +94,13 @@ class Run:
 
     def prompt_of(self, rollout: Rollout) -> Prompt:
         """The prompt that a rollout answers."""
-        if rollout.prompt_id not in self._by_id:  # only a recorded one can
+        number = self.prompts.find(rollout.prompt_id)
+        if number is None:  # only a recorded one can
             raise UserError(
                 f"rollouts.path={self.config.rollouts.recorded}: a rollout answers prompt {rollout.prompt_id!r}, which "
                 f"prompts.path={self.config.prompts.path} does not hold; replay a run of the same prompts"
             )
-        return self.prompts[self._by_id[rollout.prompt_id]]
+        return self.prompts[number]
 
     def grade(self, rollouts: list[Rollout]) -> list[bool]:
         """Right or wrong, on every rank; ranks share the work. Collective."""
@@ -112,7 +111,8 @@ class Run:
     def observe(self, rollouts: list[Rollout], correct: list[bool], step: int) -> float:
         """Let competence and curriculum see the grades, and return the step's alpha."""
         self.competence.update(sum(correct) / len(correct))
-        self.curriculum.update([(self._by_id[r.prompt_id], right) for r, right in zip(rollouts, correct, strict=True)])
+        graded = zip(rollouts, correct, strict=True)
+        self.curriculum.update([(self.prompts.find(r.prompt_id) or 0, right) for r, right in graded])
         annealing = self.config.annealing
         u = {"step": step / self.config.training.steps, "competence": self.competence.u}
         u["larger"] = max(u.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -30,11 +30,10 @@ from megatron_sead.models.builder import build_model
 from megatron_sead.models.decoder import Decoder
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.parallel.groups import parallel_groups
-from megatron_sead.planning.plan import make_plan
-from megatron_sead.planning.preflight import check_inputs
-from megatron_sead.prompts.dataset import Prompt, load_prompts
+from megatron_sead.prompts.dataset import Prompt, load_prompts, stream_prompts
 from megatron_sead.prompts.pair import check_pair
 from megatron_sead.prompts.problems import seen_in_training
+from megatron_sead.prompts.table import PromptTable
 from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
 from megatron_sead.reporting.metrics import MetricsWriter
 from megatron_sead.rollouts.engine import EngineContext
@@ -44,8 +43,8 @@ from megatron_sead.training.heldout import evaluate_directory, evaluate_student
 from megatron_sead.training.inputs import Inputs, settle_inputs
 from megatron_sead.training.interrupt import InterruptFlag
 from megatron_sead.training.optimizer import build_optimizer
-from megatron_sead.training.parity import check_models, probe_tokens
-from megatron_sead.training.run import Run, RunState
+from megatron_sead.training.prompt_sets import prompts_once_a_node
+from megatron_sead.training.run import Progress, Run
 from megatron_sead.training.scoring import Heads
 from megatron_sead.training.step import Learner
 from megatron_sead.training.supervision import Supervisor, policy_of
@@ -69,22 +68,23 @@ def prepare(config: RunConfig) -> Iterator[Run]:
         parallel = stack.enter_context(parallel_groups(config.parallel, config.device, config.seed))
         _own_output(config, parallel, stack)
         check_world_size(config, parallel.world_size)
-        with _telling_all_mistakes(config, parallel.world_size):
-            student, teacher = load_tokenizer(config.student, "student"), load_tokenizer(config.teacher, "teacher")
-            pair = check_pair(student, teacher, config.student, config.teacher, config.prompts.template)
-            console = Console()
-            if parallel.rank == 0:
-                console.print(pair)
-                log.info("%s", opening_line(config))
-            prompts = _load_prompts(config, student, teacher)
-            check_batch(config, [prompt.difficulty for prompt in prompts])
-            heldout = _load_heldout(config, student, teacher)
-            store = CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel)
-            inputs = settle_inputs(config, (student, teacher), prompts, heldout, store, parallel.control)
-            if parallel.rank == 0:
-                _warn(config, inputs, prompts, heldout)
-            learner, chunks = _build_learner(config, student, teacher, parallel)
-        probe = probe_tokens(config.student.path, [p.student_token_ids for p in prompts])
+        student, teacher = load_tokenizer(config.student, "student"), load_tokenizer(config.teacher, "teacher")
+        pair = check_pair(student, teacher, config.student, config.teacher, config.prompts.template)
+        console = Console()
+        if parallel.rank == 0:
+            console.print(pair)
+            log.info("%s", opening_line(config))
+        prompts = prompts_once_a_node(lambda: _stream_prompts(config, student, teacher), parallel.control)
+        check_batch(config, prompts.difficulties)
+        heldout = _load_heldout(config, student, teacher)
+        store = CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel)
+        inputs = settle_inputs(config, (student, teacher), prompts, heldout, store, parallel.control)
+        if parallel.rank == 0:
+            _warn(config, inputs, prompts, heldout)
+        learner, chunks = _build_learner(config, student, teacher, parallel)
+        context = _engine_context(config, student, learner, chunks)
+        engine = make_engine(config.rollouts, context)
+        stack.callback(engine.close)
         run = Run(
             config=config,
             parallel=parallel,
@@ -101,8 +101,8 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             writer=None,
             console=console,
             interrupt=InterruptFlag(),
-            state=RunState(),
-            probe=probe,
+            state=Progress(),
+            probe=probe_tokens(config.student.path, (p.student_token_ids for p in prompts)),
             inputs=inputs,
             started=started,
         )
@@ -144,14 +144,14 @@ def _own_output(config: RunConfig, parallel: ParallelContext, stack: ExitStack) 
         raise refusal
 
 
-def _warn(config: RunConfig, inputs: Inputs, prompts: list[Prompt], heldout: list[Prompt]) -> None:
-    """Warn of what is valid and probably not meant."""
+def _warn(config: RunConfig, inputs: Inputs, prompts: Sequence[Prompt], heldout: list[Prompt]) -> None:
+    """Of what is valid and probably not meant."""
     shared = seen_in_training(heldout, prompts, f"evaluation.path={config.evaluation.path}")
     for line in [*config_warnings(config), *shared, *nothing_to_learn(config, inputs, prompts)]:
         log.warning("%s", line)
 
 
-def nothing_to_learn(config: RunConfig, inputs: Inputs, prompts: list[Prompt]) -> list[str]:
+def nothing_to_learn(config: RunConfig, inputs: Inputs, prompts: Sequence[Prompt]) -> list[str]:
     """A warning where the teacher is the student; else nothing. Another prompt of the teacher's makes a difference."""
     student, teacher = (inputs.record[role]["weights"] for role in ("student", "teacher"))
     if student != teacher or any(prompt.student_token_ids != prompt.teacher_token_ids for prompt in prompts):
@@ -162,8 +162,8 @@ def nothing_to_learn(config: RunConfig, inputs: Inputs, prompts: list[Prompt]) -
     ]
 
 
-def _load_prompts(config: RunConfig, student: ModelTokenizer, teacher: ModelTokenizer) -> list[Prompt]:
-    return load_prompts(
+def _stream_prompts(config: RunConfig, student: ModelTokenizer, teacher: ModelTokenizer) -> Iterator[Prompt]:
+    return stream_prompts(
         config.prompts,
         student,
         teacher,
@@ -254,10 +254,10 @@ def _check_top_k(config: RunConfig, vocab_size: int) -> None:
         raise UserError(f"policy.top_k={config.policy.top_k}: must be at most {vocab_size}, the tokens there are")
 
 
-def _build_curriculum(config: RunConfig, prompts: list[Prompt]) -> Curriculum:
+def _build_curriculum(config: RunConfig, prompts: PromptTable) -> Curriculum:
     try:
         return Curriculum(
-            [prompt.difficulty for prompt in prompts],
+            prompts.difficulties,
             **config.curriculum.model_dump(),
             seed=config.seed,
             total_steps=config.training.steps,

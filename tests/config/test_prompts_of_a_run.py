@@ -51,3 +51,16 @@ def test_held_out_prompts_have_the_fields_of_prompts_unless_they_have_their_own(
     assert heldout is not None
     assert (heldout.path, heldout.prompt_field, heldout.answer_field) == ("held.jsonl", "question", "solution")
     assert named.prompts.answer_field == "answer"
+
+
+def test_held_out_prompts_have_a_subset_and_an_instruction_of_their_own() -> None:
+    """A subset is that of one data set; an instruction holds for both until another is named."""
+    given = ["prompts.path=org/train", "prompts.subset=en", "prompts.instruction=Go."]
+    other = config(*given, "evaluation.path=org/test").evaluation.prompts(config(*given).prompts)
+    assert other is not None and (other.subset, other.instruction) == (None, "Go.")
+    same = config(*given, "evaluation.path=org/train", "evaluation.split=test")
+    asked = same.evaluation.prompts(same.prompts)
+    assert asked is not None and (asked.subset, asked.split) == ("en", "test")
+    own = config(*given, "evaluation.path=org/test", "evaluation.subset=main", "evaluation.instruction=Stop.")
+    asked = own.evaluation.prompts(own.prompts)
+    assert asked is not None and (asked.subset, asked.instruction) == ("main", "Stop.")
