@@ -12,6 +12,7 @@ from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.messages import Conversation
 from megatron_sead.prompts.problems import Problem, Repeats, stream_problems
+from megatron_sead.prompts.row_mistakes import RowMistakes
 from megatron_sead.prompts.rows import stream_rows
 from megatron_sead.prompts.tokenizer import ModelTokenizer
 from megatron_sead.wording import counted
@@ -76,8 +77,9 @@ def stream_prompts(
     room_setting: str = "rollouts.max_new_tokens",
     limit: int | None = None,
 ) -> Iterator[Prompt]:
-    """Read, check and tokenize a prompt set, row by row. Prompts that stand there more than once are counted in the
-    log at the end.
+    """Read, check and tokenize a prompt set, row by row.
+
+    At the end mistakes are told, all together, and in the log how many prompts stand there more than once.
 
     Args:
         teacher: None: the prompts are for one model alone, and its tokens stand for the teacher's too.
@@ -91,9 +93,11 @@ def stream_prompts(
     Raises:
         UserError: names file, line and field: whatever `stream_problems` refuses, and a prompt that is too long.
     """
+    mistakes = RowMistakes()
     problems = stream_problems(
-        islice(stream_rows(settings, setting), limit),
+        islice(stream_rows(settings, setting, mistakes), limit),
         settings,
+        mistakes,
         setting.partition(".")[0],
         teacher_prompt_field=teacher_prompt_field,
         needs_difficulty=needs_difficulty,
@@ -101,7 +105,12 @@ def stream_prompts(
     room, repeated = _Room(max_new_tokens, room_setting), Repeats()
     for problem in problems:
         repeated.add(problem)
-        yield _tokenize_one(problem, settings, student, teacher, room)
+        prompt = None
+        with mistakes.kept(problem.place):
+            prompt = _tokenize_one(problem, settings, student, teacher, room)
+        if prompt is not None:
+            yield prompt
+    mistakes.refuse()
     for line in repeated.lines(f"{setting}={settings.path}"):
         log.info("%s", line)  # the first rank alone logs at this level
 

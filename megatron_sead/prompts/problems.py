@@ -20,6 +20,7 @@ from megatron_sead.errors import UserError
 from megatron_sead.prompts.answers import reference_answers, written_number
 from megatron_sead.prompts.exact_json import fault
 from megatron_sead.prompts.messages import NO_TEXT, Conversation, as_text, conversation, with_instruction
+from megatron_sead.prompts.row_mistakes import RowMistakes
 from megatron_sead.prompts.rows import Row, stream_rows
 
 SAME_ANSWER, OTHER_ANSWER = "the same answer; each counts as often as it stands there", "another answer"
@@ -60,14 +61,14 @@ def read_problems(
     needs_difficulty: bool = False,
     limit: int | None = None,
 ) -> list[Problem]:
-    """`stream_problems` of the first ``limit`` rows that `stream_rows` finds.
+    """`check_rows` of the first ``limit`` rows that `stream_rows` finds.
 
     Raises:
         UserError: whatever these refuse.
     """
     mistakes = RowMistakes()
     return check_rows(
-        islice(stream_rows(settings, setting), limit),
+        islice(stream_rows(settings, setting, mistakes), limit),
         settings,
         setting.partition(".")[0],
         teacher_prompt_field=teacher_prompt_field,
@@ -87,23 +88,31 @@ def check_rows(
 ) -> list[Problem]:
     """All that `stream_problems` makes.
 
+    Args:
+        mistakes: those that reading the rows has found, which are told with those found here.
+
     Raises:
-        UserError: whatever it refuses.
+        UserError: what `stream_problems` finds wrong, a line each kind of mistake.
     """
-    return list(
+    found = RowMistakes() if mistakes is None else mistakes
+    problems = list(
         stream_problems(
             rows,
             settings,
+            found,
             group,
             teacher_prompt_field=teacher_prompt_field,
             needs_difficulty=needs_difficulty,
         )
     )
+    found.refuse()
+    return problems
 
 
 def stream_problems(
     rows: Iterable[Row],
     settings: PromptSettings,
+    mistakes: RowMistakes,
     group: str = "prompts",
     *,
     teacher_prompt_field: str | None = None,
@@ -112,33 +121,36 @@ def stream_problems(
     """Every row as a problem.
 
     Args:
+        mistakes: collects those of single rows, which are left out; the caller refuses them: a missing or blank prompt,
+            messages that are no conversation, an answer that is none, an id given twice, a difficulty that is missing
+            or outside [0, 1].
         group: of the settings that name the fields, for messages: prompts or evaluation.
         teacher_prompt_field: field with the teacher's own prompt; None: the student's text.
-        needs_difficulty: a row without one is refused.
-        mistakes: those that reading the rows has found, which are told with those found here.
+        needs_difficulty: a row without one is a mistake.
 
     Raises:
-        UserError: names file, line and field: a missing or blank prompt, messages that are no conversation, an answer
-            that is none, an id given twice, a difficulty that is missing or outside [0, 1]. Or prompts.instruction,
-            which ends every prompt.
+        UserError: prompts.instruction, which ends every prompt, is no text.
     """
     if (found := fault(settings.instruction)) is not None:
         raise UserError(f"{group}.instruction={settings.instruction!a}: {found}")
     places: dict[str, str] = {}
     for number, row in enumerate(rows):
-        problem = problem_of(row, number, settings, group, teacher_prompt_field)
-        if problem.id in places:
-            first = places[problem.id]
-            if row.value(settings.id_field, None) is None:
-                first += " (a row without one has its number, from 0)"
-            raise UserError(f"{row.place}: {settings.id_field} {problem.id!r} is given twice, first at {first}")
-        if needs_difficulty and problem.difficulty is None:
-            raise UserError(
-                f"{row.place}: has no {settings.difficulty_field!r}, which the curriculum needs; "
-                "measure it with `sead difficulty`, or set curriculum.mode=none"
-            )
-        places[problem.id] = row.place
-        yield problem
+        problem = None
+        with mistakes.kept(row.place):
+            problem = problem_of(row, number, settings, group, teacher_prompt_field)
+            if problem.id in places:
+                first = places[problem.id]
+                if row.value(settings.id_field, None) is None:
+                    first += " (a row without one has its number, from 0)"
+                raise UserError(f"{row.place}: {settings.id_field} {problem.id!r} is given twice, first at {first}")
+            if needs_difficulty and problem.difficulty is None:
+                raise UserError(
+                    f"{row.place}: has no {settings.difficulty_field!r}, which the curriculum needs; "
+                    "measure it with `sead difficulty`, or set curriculum.mode=none"
+                )
+            places[problem.id] = row.place
+        if problem is not None and places.get(problem.id) == row.place:
+            yield problem
 
 
 def same_text(text: str) -> bytes:

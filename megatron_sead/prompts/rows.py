@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,20 +100,35 @@ def _what_there_is(value: Any, name: str) -> str:
     return f"{name!r}, which is {type(value).__name__} and has no fields"
 
 
-def read_rows(settings: PromptSettings, setting: str = "prompts.path") -> list[Row]:
+Found = tuple[str, Any]  # a row's place, and its fields; or the ValueError with which they could not be read
+
+
+def read_rows(
+    settings: PromptSettings, setting: str = "prompts.path", mistakes: RowMistakes | None = None
+) -> list[Row]:
     """All rows that `stream_rows` finds.
+
+    Args:
+        mistakes: collects those of single rows; the caller refuses them. None: they are refused here.
 
     Raises:
         UserError: whatever it refuses.
     """
-    return list(stream_rows(settings, setting))
+    found = RowMistakes() if mistakes is None else mistakes
+    rows = list(stream_rows(settings, setting, found))
+    if mistakes is None:
+        found.refuse()
+    return rows
 
 
-def stream_rows(settings: PromptSettings, setting: str = "prompts.path") -> Iterator[Row]:
+def stream_rows(
+    settings: PromptSettings, setting: str = "prompts.path", mistakes: RowMistakes | None = None
+) -> Iterator[Row]:
     """The rows of ``settings.path``, in order. Of a file of lines or parquet, few are in memory at a time.
 
     Args:
         setting: the setting that names the path, for messages.
+        mistakes: collects those of single rows, which are left out; the caller refuses them. None: the first is raised.
         mistakes: collects those of single rows, which are left out; the caller refuses them. None: they are refused
             here.
 
@@ -125,10 +141,14 @@ def stream_rows(settings: PromptSettings, setting: str = "prompts.path") -> Iter
     if settings.subset is not None and not is_hub:
         group = setting.partition(".")[0]
         raise UserError(f"{group}.subset={settings.subset}: only a hub data set has subsets, and {source} is a file")
-    row = None
-    for row in _from_hub(settings, source) if is_hub else _from_file(Path(settings.path), source):
-        yield row
-    if row is None:
+    nothing = True
+    for place, fields in _from_hub(settings, source) if is_hub else _from_file(Path(settings.path), source):
+        nothing, row = False, None
+        with nullcontext() if mistakes is None else mistakes.kept(place):
+            row = _row(fields, place)
+        if row is not None:
+            yield row
+    if nothing:
         raise UserError(f"{source}: holds no prompts")
 
 
@@ -141,10 +161,10 @@ def is_hub_name(path: str) -> bool:
     return not named_as_file and not ("/" in path and place.parent.is_dir())
 
 
-def _from_file(path: Path, source: str) -> Iterator[Row]:
+def _from_file(path: Path, source: str) -> Iterator[Found]:
     content = _content(path, source, BEGINNING)
     if content.startswith(b"PAR1"):
-        return _from_parquet(path, source, mistakes)
+        return _from_parquet(path, source)
     if not content:
         raise UserError(f"{source}: holds no prompts: the file is empty (0 bytes)")
     beginning = content.removeprefix(BYTE_ORDER_MARK).lstrip()
@@ -186,26 +206,30 @@ def _text(content: bytes, source: str, line: int = 1, offset: int = 0) -> str:
         raise UserError(f"{source}: not UTF-8 text at byte {offset + error.start} (line {line}){likely}") from None
 
 
-def _from_lines(path: Path, source: str) -> Iterator[Row]:
-    offset, found = 0, False
+def _from_lines(path: Path, source: str) -> Iterator[Found]:
+    offset, first = 0, True
     with open(path, "rb") as file:
         # By newlines alone: JSON strings may hold line separators such as U+2028, which end no line of a JSONL file
         for number, content in enumerate(file, 1):
             line = _text(content.removeprefix(BYTE_ORDER_MARK) if number == 1 else content, source, number, offset)
             offset += len(content)
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                fields = loads(line.rstrip("\n"))
-            except ValueError as error:
-                whole = "" if found else _about_one_value(path, source)
-                raise UserError(f"{place}: not valid JSON: {error}{whole}") from None
-            found = True
-            yield _row(fields, place)
+            if line.strip():
+                yield f"{path}, line {number}", _fields(line.rstrip("\n"), path if first else None, source)
+                first = False
 
 
-def _about_one_value(path: Path, source: str) -> str:
+def _fields(line: str, beginning_of: Path | None, source: str) -> Any:
+    """Args: beginning_of: the file of which it is the first line; None: it is another."""
+    try:
+        return loads(line)
+    except ValueError as error:
+        if beginning_of is not None and _is_one_value(beginning_of, source):
+            reason = "is one JSON object over several lines; must have an object a line, or be an array"
+            raise UserError(f"{beginning_of}: {reason}") from None
+        return ValueError(f"not valid JSON: {error}")
+
+
+def _is_one_value(path: Path, source: str) -> bool:
     try:
         loads(_text(_content(path, source).removeprefix(BYTE_ORDER_MARK), source))
     except ValueError:
@@ -213,15 +237,17 @@ def _about_one_value(path: Path, source: str) -> str:
     return True
 
 
-def _from_array(path: Path, source: str) -> Iterator[Row]:
+def _from_array(path: Path, source: str) -> Iterator[Found]:
     try:
         items = loads(_text(_content(path, source).removeprefix(BYTE_ORDER_MARK), source))
     except ValueError as error:
         raise UserError(f"{source}: not valid JSON: {error}") from None
-    return (_row(item, f"{path}, item {number}") for number, item in enumerate(items, 1))
+    return ((f"{path}, item {number}", item) for number, item in enumerate(items, 1))
 
 
 def _row(fields: Any, place: str) -> Row:
+    if isinstance(fields, ValueError):
+        raise UserError(f"{place}: {fields}")
     if not isinstance(fields, dict):
         raise UserError(f"{place}: must be a JSON object, not {type(fields).__name__}")
     if (found := fault(fields)) is not None:
@@ -230,7 +256,7 @@ def _row(fields: Any, place: str) -> Row:
     return Row(place, fields)
 
 
-def _from_parquet(path: Path, source: str) -> Iterator[Row]:
+def _from_parquet(path: Path, source: str) -> Iterator[Found]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -241,7 +267,7 @@ def _from_parquet(path: Path, source: str) -> Iterator[Row]:
         raise UserError(f"{source}: not a whole parquet file: {_one_line(error)}") from None
 
 
-def _from_hub(settings: PromptSettings, source: str) -> Iterator[Row]:
+def _from_hub(settings: PromptSettings, source: str) -> Iterator[Found]:
     from datasets import load_dataset
     from huggingface_hub.utils import logging as hub_logging
 
@@ -261,7 +287,7 @@ def _from_hub(settings: PromptSettings, source: str) -> Iterator[Row]:
     yield from _from_batches(batches, f"{settings.path}, {settings.split} row", data.column_names)
 
 
-def _from_batches(batches: Iterator[Any], unit: str, names: list[str]) -> Iterator[Row]:
+def _from_batches(batches: Iterator[Any], unit: str, names: list[str]) -> Iterator[Found]:
     """Args: batches: pyarrow's tables or record batches."""
     twice = {name for name in names if names.count(name) > 1}
     if twice:
@@ -271,7 +297,7 @@ def _from_batches(batches: Iterator[Any], unit: str, names: list[str]) -> Iterat
         columns = [_values(batch.column(name), name, unit, number) for name in names]
         for row in zip(*columns, strict=True):
             number += 1
-            yield _row(dict(zip(names, row, strict=True)), f"{unit} {number}")
+            yield f"{unit} {number}", dict(zip(names, row, strict=True))
 
 
 def _values(column: Any, name: str, unit: str, before: int) -> list[Any]:

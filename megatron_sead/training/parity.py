@@ -8,7 +8,10 @@ a reference from the Hugging Face directory, at the start and after every resume
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import sys
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -38,7 +41,10 @@ BLOCK = 64
 
 
 def probe_tokens(directory: Path, texts: Iterable[tuple[int, ...]], limit: int = 16384) -> list[int]:
-    """Token ids of prompts, repeated until no window and no rotary length of the model is long enough to hide in."""
+    """Token ids of prompts, repeated until they are longer than the model's sliding window and original rotary length.
+
+    In a shorter text a wrong window or rotary scaling changes nothing.
+    """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     # One dictionary, or one a layer type; YaRN's is the one with an original length
     rope = getattr(config, "rope_parameters", None) or {}

@@ -30,6 +30,8 @@ from megatron_sead.models.builder import build_model
 from megatron_sead.models.decoder import Decoder
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.parallel.groups import parallel_groups
+from megatron_sead.planning.plan import make_plan
+from megatron_sead.planning.preflight import check_inputs
 from megatron_sead.prompts.dataset import Prompt, load_prompts, stream_prompts
 from megatron_sead.prompts.pair import check_pair
 from megatron_sead.prompts.problems import seen_in_training
@@ -43,8 +45,9 @@ from megatron_sead.training.heldout import evaluate_directory, evaluate_student
 from megatron_sead.training.inputs import Inputs, settle_inputs
 from megatron_sead.training.interrupt import InterruptFlag
 from megatron_sead.training.optimizer import build_optimizer
+from megatron_sead.training.parity import check_models, probe_tokens
 from megatron_sead.training.prompt_sets import prompts_once_a_node
-from megatron_sead.training.run import Progress, Run
+from megatron_sead.training.run import Run, RunState
 from megatron_sead.training.scoring import Heads
 from megatron_sead.training.step import Learner
 from megatron_sead.training.supervision import Supervisor, policy_of
@@ -68,23 +71,22 @@ def prepare(config: RunConfig) -> Iterator[Run]:
         parallel = stack.enter_context(parallel_groups(config.parallel, config.device, config.seed))
         _own_output(config, parallel, stack)
         check_world_size(config, parallel.world_size)
-        student, teacher = load_tokenizer(config.student, "student"), load_tokenizer(config.teacher, "teacher")
-        pair = check_pair(student, teacher, config.student, config.teacher, config.prompts.template)
-        console = Console()
-        if parallel.rank == 0:
-            console.print(pair)
-            log.info("%s", opening_line(config))
-        prompts = prompts_once_a_node(lambda: _stream_prompts(config, student, teacher), parallel.control)
-        check_batch(config, prompts.difficulties)
-        heldout = _load_heldout(config, student, teacher)
-        store = CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel)
-        inputs = settle_inputs(config, (student, teacher), prompts, heldout, store, parallel.control)
-        if parallel.rank == 0:
-            _warn(config, inputs, prompts, heldout)
-        learner, chunks = _build_learner(config, student, teacher, parallel)
-        context = _engine_context(config, student, learner, chunks)
-        engine = make_engine(config.rollouts, context)
-        stack.callback(engine.close)
+        with _telling_all_mistakes(config, parallel.world_size):
+            student, teacher = load_tokenizer(config.student, "student"), load_tokenizer(config.teacher, "teacher")
+            pair = check_pair(student, teacher, config.student, config.teacher, config.prompts.template)
+            console = Console()
+            if parallel.rank == 0:
+                console.print(pair)
+                log.info("%s", opening_line(config))
+            prompts = prompts_once_a_node(lambda: _stream_prompts(config, student, teacher), parallel.control)
+            check_batch(config, prompts.difficulties)
+            heldout = _load_heldout(config, student, teacher)
+            store = CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel)
+            inputs = settle_inputs(config, (student, teacher), prompts, heldout, store, parallel.control)
+            if parallel.rank == 0:
+                _warn(config, inputs, prompts, heldout)
+            learner, chunks = _build_learner(config, student, teacher, parallel)
+        probe = probe_tokens(config.student.path, (p.student_token_ids for p in prompts))
         run = Run(
             config=config,
             parallel=parallel,
@@ -101,8 +103,8 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             writer=None,
             console=console,
             interrupt=InterruptFlag(),
-            state=Progress(),
-            probe=probe_tokens(config.student.path, (p.student_token_ids for p in prompts)),
+            state=RunState(),
+            probe=probe,
             inputs=inputs,
             started=started,
         )
@@ -145,7 +147,7 @@ def _own_output(config: RunConfig, parallel: ParallelContext, stack: ExitStack) 
 
 
 def _warn(config: RunConfig, inputs: Inputs, prompts: Sequence[Prompt], heldout: list[Prompt]) -> None:
-    """Of what is valid and probably not meant."""
+    """Warn of what is valid and probably not meant."""
     shared = seen_in_training(heldout, prompts, f"evaluation.path={config.evaluation.path}")
     for line in [*config_warnings(config), *shared, *nothing_to_learn(config, inputs, prompts)]:
         log.warning("%s", line)
@@ -241,7 +243,7 @@ def _engine_context(
     )
 
 
-def _longest(config: RunConfig, prompts: list[Prompt], heldout: list[Prompt], probe: list[int]) -> int:
+def _longest(config: RunConfig, prompts: PromptTable, heldout: list[Prompt], probe: list[int]) -> int:
     """Tokens of the longest text that the engine may be asked to write or to score."""
     training, evaluation = config.rollouts.max_new_tokens, config.evaluation.max_new_tokens
     asked = [(prompt, training) for prompt in prompts] + [(prompt, evaluation or training) for prompt in heldout]

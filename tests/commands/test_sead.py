@@ -20,6 +20,7 @@ TOOLS = {
     "plan": "plan",
     "convert_checkpoint": "convert",
     "estimate_difficulty": "difficulty",
+    "evaluate": "evaluate",
     "prepare_prompts": "prepare",
 }
 
