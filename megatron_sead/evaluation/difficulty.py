@@ -111,7 +111,7 @@ def estimate(settings: EstimateSettings, output: Path, ranks: Ranks) -> None:
         total = len(questions.keys)
         if done < total:
             with (
-                examiner(settings, model, ranks) as asking,
+                examiner(settings, model, [questions], ranks) as asking,
                 progress("rollouts", total, done, shown=ranks.rank == 0) as advance,
             ):
                 asking.ask_missing(questions, tally, advance)

@@ -202,7 +202,7 @@ def _complete(
     """Load the model if an answer is missing, and ask."""
     if all(sitting.is_complete for sitting in sittings):
         return
-    with examiner(settings, model, ranks) as asking:
+    with examiner(settings, model, [sitting.questions for sitting in sittings], ranks) as asking:
         for sitting in sittings:
             total = len(sitting.questions.keys)
             with progress(f"{label}, {sitting.name}", total, sitting.done, shown=ranks.rank == 0) as advance:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,12 +105,18 @@ def opened_tally(
 
 
 @contextmanager
-def examiner(settings: MeasuringSettings, model: Measured, ranks: Ranks) -> Iterator[Examiner]:
+def examiner(
+    settings: MeasuringSettings, model: Measured, questions: Sequence[Questions], ranks: Ranks
+) -> Iterator[Examiner]:
     """The engine that the settings name, with this model, and a grader. Collective.
+
+    Args:
+        questions: all that will be asked, by which an engine knows how much it must hold.
 
     Raises:
         UserError: an engine that is not available, or a directory that it cannot load.
     """
+    longest = max(len(prompt.student_token_ids) for asked in questions for prompt in asked.prompts)
     context = EngineContext(
         model.directory,
         stop_token_ids=model.tokenizer.stop_token_ids,
@@ -119,6 +125,7 @@ def examiner(settings: MeasuringSettings, model: Measured, ranks: Ranks) -> Iter
         device=ranks.device,
         dtype=torch.float32 if settings.precision == "fp32" else torch.bfloat16,
         group=ranks.group,
+        max_length=longest + settings.rollouts.max_new_tokens,
     )
     engine = make_engine(settings.rollouts, context)
     at_once = settings.rollouts.asked_at_once * ranks.size

@@ -60,6 +60,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[KnownEngine]]:
     """The engine of every model: one whose directory is called half is right on half of the problems, others on all."""
 
     def make_engine(_: object, context: EngineContext) -> KnownEngine:
+        assert context.max_length == len("24+1=") + 2  # the longest prompt, a character a token, and its answer
         tokenizer = load_tokenizer(ModelSettings(path=context.directory), "model")
         return KnownEngine(tokenizer, 0.5 if context.directory.name == "half" else 1.0)
 
