@@ -184,12 +184,15 @@ def test_whole_inputs_pass(run_inputs: Path) -> None:
     assert check_inputs(inputs_config(run_inputs)) == []
 
 
-def test_an_engine_that_is_not_there_is_a_mistake_of_a_run_and_a_note_of_a_plan(run_inputs: Path) -> None:
+def test_an_engine_that_is_not_there_is_a_mistake_of_a_run_and_a_note_of_a_plan(
+    run_inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_sead.config.rollouts._installed", lambda package: None)
     config = inputs_config(run_inputs, "rollouts.engine=vllm")
-    with pytest.raises(UserError, match=r"^rollouts.engine='vllm': vllm is not supported by this version"):
+    with pytest.raises(UserError, match=r"^rollouts\.engine='vllm': vllm is not installed here"):
         check_inputs(config)
     assert check_inputs(config, weights_may_come_later=True) == []
-    assert any("vllm is not supported" in note for note in make_plan(config, 32).notes)
+    assert any("vllm is not installed here" in note for note in make_plan(config, 32).notes)
 
 
 def test_a_model_that_is_not_there_is_told_once(run_inputs: Path) -> None:

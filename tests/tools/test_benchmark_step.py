@@ -51,7 +51,7 @@ def test_summary_leaves_out_the_warm_up_of_every_round() -> None:
 
 
 def test_a_round_of_warm_up_alone_is_refused() -> None:
-    with pytest.raises(UserError, match="--steps: 3 steps"):
+    with pytest.raises(UserError, match="--steps: of 3 steps timed 3 are warm-up"):
         Samples().extend([1.0] * 3, [1] * 3, warm_up=3)
 
 
