@@ -23,7 +23,7 @@ from megatron_sead.rollouts.engine import EngineContext, EngineFailed, Generatio
 # rank; and without pinning this process, which also trains, to cores of vLLM's choice.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_LEVEL": "CRITICAL",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -63,7 +63,6 @@ class VllmEngine:
             os.environ.setdefault(name, value)
         from vllm import LLM  # seconds, and it changes transformers' classes: only where a run uses it
 
-        limits = {name: getattr(settings, name) for name in ("kv_cache_memory_bytes", "max_num_batched_tokens")}
         self._llm: Any = self._guarded(
             lambda: LLM(
                 str(context.directory),
@@ -81,7 +80,7 @@ class VllmEngine:
                 max_model_len=context.max_length,
                 generation_config="vllm",
                 use_tqdm_on_load=False,
-                **{name: value for name, value in limits.items() if value is not None},
+                **_limits(settings, context),
             )
         )
         self._true_vocabulary = self._vocabulary(context.vocab_size)
@@ -221,6 +220,18 @@ def request_seed(seed: int, step: int, request: GenerationRequest) -> int:
     """63 bits that are a function of (seed, step, prompt_id, sample) alone."""
     name = f"{seed}\0{step}\0{request.sample}\0{request.prompt_id}".encode()
     return int.from_bytes(blake2b(name, digest_size=8).digest(), "little") >> 1
+
+
+def _limits(settings: VllmRollouts, context: EngineContext) -> dict[str, Any]:
+    """What LLM is told of memory and of the tokens in a forward pass."""
+    limits: dict[str, Any] = {"max_num_batched_tokens": settings.max_num_batched_tokens}
+    if settings.kv_cache_memory_bytes is not None:
+        limits["kv_cache_memory_bytes"] = settings.kv_cache_memory_bytes
+    if context.device.type == "cpu" and context.max_length is not None:
+        # Between two pieces of a prompt vLLM sets the request's random numbers back, which those of a CPU cannot be
+        limits["enable_chunked_prefill"] = False
+        limits["max_num_batched_tokens"] = max(settings.max_num_batched_tokens, context.max_length)
+    return limits
 
 
 def _rollout(request: GenerationRequest, written: Any) -> Rollout:

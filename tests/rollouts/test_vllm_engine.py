@@ -31,7 +31,7 @@ TINY = Path(__file__).parents[2] / "examples" / "tiny" / "student"
 STOP = (0, 2, 7, 30)
 GREEDY, WARM = Sampling(0.0, 1.0, 24), Sampling(0.7, 0.9, 24)
 CLOSE = {"atol": 5e-5, "rtol": 0.0}  # nats in fp32: sums in another order
-SETTINGS = VllmRollouts(enforce_eager=True, kv_cache_memory_bytes=2**26, batch_size=16, max_new_tokens=24)
+SETTINGS = VllmRollouts(enforce_eager=True, kv_cache_memory_bytes=2**26, batch_size=32, max_new_tokens=24)
 
 
 def context(directory: Path) -> EngineContext:
@@ -161,8 +161,16 @@ def test_a_rollout_depends_on_seed_step_prompt_and_sample_alone(engine: VllmEngi
     assert len(seeds) == 16 and all(0 <= seed < 2**63 for seed in seeds)
 
 
+def test_prompts_that_do_not_fit_into_one_forward_pass_are_written_alike(engine: VllmEngine) -> None:
+    """The prompts of 32 rollouts that are written at once have more tokens than a pass takes."""
+    asked = [GenerationRequest(str(i), 0, (5 + i % 200,) * 100) for i in range(64)]
+    assert sum(len(request.prompt_token_ids) for request in asked[:32]) > SETTINGS.max_num_batched_tokens
+    together = engine.generate(asked, 2, WARM)
+    assert [engine.generate([request], 2, WARM)[0] for request in asked[15:25]] == together[15:25]
+
+
 def test_completion_order_changes_nothing(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One place instead of sixteen: every request then ends before the next begins."""
+    """One place instead of many: every request then ends before the next begins."""
     asked = requests(6)
     together = engine.generate(asked, 1, WARM)
     one_by_one = [engine.generate([request], 1, WARM)[0] for request in reversed(asked)]
