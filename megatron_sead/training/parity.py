@@ -8,10 +8,7 @@ a reference from the Hugging Face directory, at the start and after every resume
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import sys
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,13 +17,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
-from megatron_sead.config.rollouts import TransformersRollouts
 from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.models.decoder import Decoder
 from megatron_sead.prompts.packing import MicroBatch, TokenView
-from megatron_sead.rollouts.engine import EngineContext
-from megatron_sead.rollouts.registry import make_engine
+from megatron_sead.rollouts.reference import reference_log_probs
 from megatron_sead.training.not_finite import describe, gather_reports, weights_are_finite
 from megatron_sead.training.run import Run
 from megatron_sead.training.scoring import Heads, score_student
@@ -90,19 +85,10 @@ def _reference(run: Run, directory: Path) -> torch.Tensor:
     """What transformers makes of a directory: [len(probe) - 1] log-probabilities, by the first rank, for all."""
     box: list[torch.Tensor | None] = [None]
     if run.parallel.rank == 0:
-        context = replace(run.engine_context, directory=directory, group=None)
-        if "vllm" in sys.modules:  # it has changed transformers' classes for this process
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                box[0] = fresh.submit(_transformers_log_probs, context, run.probe).result()
-        else:
-            box[0] = _transformers_log_probs(context, run.probe)
+        box[0] = reference_log_probs(replace(run.engine_context, directory=directory, group=None), run.probe)
     dist.broadcast_object_list(box, src=0, group=run.parallel.control)
     assert box[0] is not None
     return box[0]
-
-
-def _transformers_log_probs(context: EngineContext, tokens: list[int]) -> torch.Tensor:
-    return make_engine(TransformersRollouts(), context).score(tokens)
 
 
 def both_log_probs(run: Run) -> tuple[torch.Tensor, torch.Tensor]:

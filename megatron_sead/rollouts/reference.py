@@ -1,0 +1,33 @@
+"""What transformers makes of a model, in this process or in one of its own. No Megatron here: a new process imports it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from megatron_sead.config.rollouts import TransformersRollouts
+from megatron_sead.rollouts.engine import EngineContext
+from megatron_sead.rollouts.registry import make_engine
+
+
+def reference_log_probs(context: EngineContext, tokens: list[int]) -> torch.Tensor:
+    """Log-probabilities [len(tokens) - 1] fp32 by the model of the context's directory.
+
+    Args:
+        context: without a group.
+
+    Raises:
+        UserError: transformers cannot load it.
+    """
+    if "vllm" not in sys.modules:
+        return _log_probs(context, tokens)
+    # vLLM has changed transformers' classes for this process
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(_log_probs, context, tokens).result()
+
+
+def _log_probs(context: EngineContext, tokens: list[int]) -> torch.Tensor:
+    return make_engine(TransformersRollouts(), context).score(tokens)
