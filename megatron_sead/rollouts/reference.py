@@ -1,4 +1,4 @@
-"""What transformers makes of a model, in this process or in one of its own. No Megatron here: a new process imports it."""
+"""What transformers makes of a model, here or in a process of its own, which must not import Megatron."""
 
 from __future__ import annotations
 
