@@ -93,6 +93,10 @@ class VllmRollouts(EngineSettings):
     max_num_batched_tokens: int = Field(
         2048, ge=1, description="tokens in one forward pass; the check of log-probabilities has logits of so many"
     )
+    repetition_period: int | None = Field(
+        None, ge=1, description="a response is cut when a pattern of up to so many tokens repeats itself; null: never"
+    )
+    repetition_count: int = Field(16, ge=2, description="repetitions of a pattern that cut a response")
     enforce_eager: bool = Field(False, description="no CUDA graphs, no compilation: slower, and starts sooner")
 
     @property

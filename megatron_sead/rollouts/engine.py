@@ -30,8 +30,9 @@ class Rollout:
     sample: int
     prompt_token_ids: tuple[int, ...]
     response_token_ids: tuple[int, ...]  # the stop token that ended it included
-    finished: bool  # False: cut at max_new_tokens
+    finished: bool  # False: cut at max_new_tokens, or because it repeated itself
     log_probs: tuple[float, ...] | None  # the engine's own, of each response token, at temperature 1
+    repeated: bool = False  # cut because it repeated itself
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def write_records(path: Path, rollouts: Sequence[Rollout], extras: Sequence[dict
             "prompt_id": rollout.prompt_id,
             "sample": rollout.sample,
             "finished": rollout.finished,
+            "repeated": rollout.repeated,
             "prompt_token_ids": rollout.prompt_token_ids,
             "response_token_ids": rollout.response_token_ids,
             "log_probs": rollout.log_probs,
@@ -79,6 +80,7 @@ def _read_line(line: str, place: str) -> Rollout:
             response_token_ids=_all_only(int, record["response_token_ids"], "response_token_ids"),
             finished=_only(bool, record["finished"], "finished"),
             log_probs=None if log_probs is None else _finite(log_probs),
+            repeated=_only(bool, record.get("repeated", False), "repeated"),
         )
     except KeyError as error:
         raise UserError(f"{place}: not a rollout: has no {error}") from None

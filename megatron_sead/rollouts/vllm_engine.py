@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
+REPEATED = "repetition_detected"  # vLLM's reason
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 ValueT = TypeVar("ValueT")
 
@@ -55,6 +56,7 @@ class VllmEngine:
         self._speaks = rank % shared == 0  # a replica's ranks all have the same responses
         self._seed = context.seed
         self._stop = sorted(context.stop_token_ids)
+        self._repetition = (settings.repetition_period, settings.repetition_count)
         self._sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens)
         self._names = set(locate_tensors(context.directory))
         self._sleeps_for_real = context.device.type == "cuda"  # on a CPU vLLM cannot
@@ -186,7 +188,9 @@ class VllmEngine:
 
     def _parameters(self, request: GenerationRequest, step: int, sampling: Sampling) -> Any:
         from vllm import SamplingParams
+        from vllm.sampling_params import RepetitionDetectionParams
 
+        period, count = self._repetition
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -196,6 +200,9 @@ class VllmEngine:
             ignore_eos=True,  # what ends a response is the run's to say
             stop_token_ids=self._stop,
             allowed_token_ids=self._true_vocabulary,
+            repetition_detection=(
+                None if period is None else RepetitionDetectionParams(max_pattern_size=period, min_count=count)
+            ),
             detokenize=False,
         )
 
@@ -242,8 +249,9 @@ def _rollout(request: GenerationRequest, written: Any) -> Rollout:
         raise NotFiniteNumbers(
             f"rollout of prompt {request.prompt_id!r}: the model's logits of token {wrong} are not finite"
         )
-    finished = written.finish_reason == "stop" and not isinstance(written.stop_reason, str)
-    return Rollout(request.prompt_id, request.sample, request.prompt_token_ids, tokens, finished, log_probs)
+    repeated = written.stop_reason == REPEATED
+    finished = written.finish_reason == "stop" and not repeated
+    return Rollout(request.prompt_id, request.sample, request.prompt_token_ids, tokens, finished, log_probs, repeated)
 
 
 def make(settings: VllmRollouts, context: EngineContext) -> VllmEngine:

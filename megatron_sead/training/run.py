@@ -167,6 +167,7 @@ class Run:
             "pass_rate": sum(correct) / len(correct),
             "finished_share": sum(finished) / len(finished),
             "truncated_share": 1 - sum(finished) / len(finished),
+            "repetition_share": sum(r.repeated for r in rollouts) / len(rollouts),
             "pass_rate_given_finish": right_and_finished / max(1, sum(finished)),
             "response_length": sum(len(r.response_token_ids) for r in rollouts) / len(rollouts),
         }

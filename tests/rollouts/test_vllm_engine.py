@@ -141,6 +141,22 @@ def test_tokens_are_drawn_with_the_probabilities_of_temperature_and_top_p(engine
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5 + 5, (statistic, freedom)
 
 
+def test_a_response_that_repeats_itself_is_cut_if_that_is_asked_for(
+    engine: VllmEngine, state: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_repetition", (4, 3))
+    written = engine.generate(requests(24), 3, GREEDY)
+    cut = [(ours, whole) for ours, whole in zip(written, state.greedy, strict=True) if ours.repeated]
+    assert cut and not any(ours.finished for ours, _ in cut)
+    for ours, whole in cut:
+        tokens = ours.response_token_ids
+        assert whole.response_token_ids[: len(tokens)] == tokens
+        assert any(len(tokens) >= 3 * n and tokens[-3 * n :] == tokens[-n:] * 3 for n in range(1, 5))
+    for ours, whole in zip(written, state.greedy, strict=True):
+        if not ours.repeated:
+            assert (ours.response_token_ids, ours.finished) == (whole.response_token_ids, whole.finished)
+
+
 def test_log_probs_are_at_temperature_one(engine: VllmEngine) -> None:
     for rollout in engine.generate(requests(4), 0, Sampling(0.5, 0.6, 8)):
         scored = engine.score([*rollout.prompt_token_ids, *rollout.response_token_ids])
@@ -232,7 +248,7 @@ def test_every_name_that_is_used_of_vllm_is_there() -> None:
     used += " max_num_seqs max_model_len generation_config use_tqdm_on_load"
     assert set(used.split()) <= engine_settings
     used = "temperature top_p max_tokens seed logprobs prompt_logprobs ignore_eos stop_token_ids"
-    used += " allowed_token_ids detokenize"
+    used += " allowed_token_ids detokenize repetition_detection"
     assert set(used.split()) <= set(inspect.signature(SamplingParams).parameters)
     assert "tags" in inspect.signature(LLM.wake_up).parameters and "level" in inspect.signature(LLM.sleep).parameters
     assert "weights_iterator" in inspect.signature(GPUModelRunner.reload_weights).parameters
