@@ -3,12 +3,12 @@
 #
 #   RELEASE      the prompts as they are released: a file, or a hub name
 #   BENCHMARKS   folder with a folder for each benchmark, as math500/test.jsonl; default: the hub
-#   SMALL=1      the same steps and settings with the tiny pair, on two CPU ranks, with vLLM's CPU build
+#   SMALL=1      the same steps and settings with the tiny pair, on two CPU ranks, with vLLM's CPU build, in the folder OUTPUT
 #
 # On several nodes the first prepares and evaluates, the others wait for its files, which all must see.
 
-small_settings() { # PLACE: what a full-size run is at the size of the tiny pair
-    echo output="$1/run" device=cpu training.precision=fp32 \
+small_settings() { # PLACE: what a full-size run is at the size of the tiny pair, a setting a line
+    printf '%s\n' output="$1/run" device=cpu training.precision=fp32 \
         student.path=examples/tiny/student teacher.path=examples/tiny/teacher \
         prompts.path="$1/prompts.jsonl" prompts.max_prompt_tokens=64 prompts.instruction= \
         parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=1 \
@@ -40,13 +40,14 @@ sead() {
 }
 
 full_size() {
-    local name="$1" config="$2" place argument output student teacher prompts prepared release benchmarks=() of_release=() choice=()
+    local name="$1" config="$2" place argument output student teacher prompts prepared release benchmarks=() of_release=() choice=() small=()
     shift 2
     release="${RELEASE:-BytedTsinghua-SIA/DAPO-Math-17k}"
     of_release=(answer_field=reward_model.ground_truth drop_instruction=true)
     if [ -n "${SMALL:-}" ]; then
-        place="runs/$name-small"
-        set -- $(small_settings "$place") "$@"
+        place="$(absolute "${OUTPUT:-}")" && place="${place:-runs/$name-small}"
+        mapfile -t small < <(small_settings "$place")
+        set -- "${small[@]}" "$@"
         release="${RELEASE:-examples/tiny/prompts.jsonl}" of_release=()
         choice=(--benchmark heldout=examples/tiny/heldout.jsonl) benchmarks=(--benchmarks examples/tiny/heldout.jsonl)
         NPROC=2 NNODES=1
