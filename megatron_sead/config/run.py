@@ -60,7 +60,7 @@ class TeacherSettings(ModelSettings):
 class PromptSettings(Settings):
     """Where prompts come from and how a row becomes tokens."""
 
-    path: PathOrHubName = Field(description="JSONL or parquet file, or a hub name for datasets.load_dataset")
+    path: PathOrHubName = Field(description="JSONL, JSON or parquet file, or a hub name for datasets.load_dataset")
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set")
     prompt_field: str = Field("prompt", min_length=1, description="field with the problem")
@@ -159,7 +159,7 @@ class PolicySettings(Settings):
     """Which policy maps a token's statistics to (w_forward, w_reverse)."""
 
     name: Annotated[str, AfterValidator(_policy_name)] = Field(
-        "sead", description=f"one of {', '.join(POLICIES)}; or package.module:function for one of your own"
+        "sead", description=f"one of {', '.join(POLICIES)}; or package.module:NAME, a function or Policy of your own"
     )
     zone_c: ZoneCLoss = Field(
         PolicyOptions.zone_c, description="sead: mix: alpha*lambda*FKL + (1-alpha)*RKL in zone C; eq4: the first term"

@@ -196,11 +196,14 @@ def _sequence_length(config: RunConfig, shapes: dict[str, ModelShape]) -> tuple[
 def _too_long(config: RunConfig, shapes: dict[str, ModelShape], length: int) -> list[str]:
     """What does not fit into a model's context."""
     new, own = config.rollouts.max_new_tokens, config.evaluation.max_new_tokens
+    prompt = length - new
     mistakes = [
-        f"rollouts.max_new_tokens={new}: with prompts of up to {counted(length - new, 'token')} a sequence has "
+        f"rollouts.max_new_tokens={new}: with prompts of up to {counted(prompt, 'token')} a sequence has "
         f"{length}, more than the {role}'s context of {shape.context}"
+        if prompt
+        else f"rollouts.max_new_tokens={new}: leaves no room for a prompt in the {role}'s context of {shape.context}"
         for role, shape in shapes.items()
-        if length > shape.context
+        if length > shape.context or (not prompt and length == shape.context)
     ]
     context = min((shape.context for shape in shapes.values()), default=None)
     if config.evaluation.path is not None and own is not None and context is not None and own > context:

@@ -340,7 +340,7 @@ def test_dry_run_prints_the_plan(run_inputs: Path) -> None:
     done = command("-m", "megatron_sead.train", "--config", config, "--dry-run", "--world-size", "32", *overrides)
     assert (done.returncode, done.stderr) == (0, "")
     assert "7,298,011,136" in done.stdout
-    assert "install version 0.32 or 0.33: pip install 'megatron-sead[gpu]'" in done.stdout
+    assert "install version 0.32 or 0.33: pip install -c constraints-gpu.txt -e '.[gpu]'" in done.stdout
 
 
 @pytest.mark.parametrize("flags", [["--check"], ["--dry-run"], []], ids=str)
