@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from megatron_sead.config.run import TrainingSettings
-from tests.models.parity import Layout
+from tests.models.parity import Batch, Layout, Measured, run_schedule
 
 SEQUENCES, LENGTH = 4, 24  # a step's batch
 
@@ -93,52 +92,21 @@ def train(
 
 
 def _step(ddp_chunks: list[Any], optimizer: Any, scheduler: Any, parallel: Any, step: int) -> list[float]:
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    from megatron_sead.parallel.communicator import schedule_arguments
-
+    """Each token predicts the next one; the last of a sequence predicts nothing."""
     generator = torch.Generator().manual_seed(step)
     vocab_size = ddp_chunks[0].module.config.vocab_size
-    tokens = torch.randint(0, vocab_size, (SEQUENCES, 1, LENGTH), generator=generator)
-    mine = range(parallel.dp_rank, SEQUENCES, parallel.dp_size)
-    losses = []
-
-    def forward_step(indices: Iterator[int], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        ids = tokens[next(indices)]
-        output = model(input_ids=ids, position_ids=torch.arange(LENGTH)[None], attention_mask=None)
-
-        def loss_function(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-            loss = _token_losses(hidden[:, :-1], ddp_chunks[-1].module.head_weight, ids[:, 1:], parallel).sum()
-            losses.append(loss.item())
-            return loss, torch.tensor(LENGTH - 1, dtype=torch.int), {}
-
-        return output, loss_function
-
+    tokens = list(torch.randint(0, vocab_size, (SEQUENCES, 1, LENGTH), generator=generator))
+    mask = (torch.arange(LENGTH) < LENGTH - 1).long()[None]
+    batch, measured = Batch(tokens, [ids.roll(-1, 1) for ids in tokens], [mask] * SEQUENCES), Measured()
     for chunk in ddp_chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(mine) for _ in ddp_chunks] if len(ddp_chunks) > 1 else iter(mine),
-        model=ddp_chunks if len(ddp_chunks) > 1 else ddp_chunks[0],
-        num_microbatches=len(mine),
-        seq_length=LENGTH,
-        micro_batch_size=1,
-        forward_only=False,
-        **schedule_arguments(ddp_chunks[0], parallel),
-    )
+    run_schedule(ddp_chunks, parallel, batch, measured)
     optimizer.step()
     scheduler.step(increment=1)
-    total = torch.tensor(losses, dtype=torch.float64).sum() if losses else torch.zeros((), dtype=torch.float64)
+    total = torch.tensor(list(measured.losses.values()), dtype=torch.float64).sum()
     torch.distributed.all_reduce(total, group=parallel.dp)
     return [total.item() / SEQUENCES / (LENGTH - 1)] if parallel.is_last_stage else []
-
-
-def _token_losses(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, parallel: Any) -> torch.Tensor:
-    from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, vocab_parallel_cross_entropy
-
-    logits = F.linear(copy_to_tensor_model_parallel_region(hidden, group=parallel.tp), head)
-    return vocab_parallel_cross_entropy(logits.float(), targets)
 
 
 def _adam_steps(optimizer: Any) -> set[float]:

@@ -23,7 +23,7 @@ from megatron_sead.distillation import (
     vocab_parallel_entropy,
     weighted_divergence,
 )
-from tests.distillation.ranks import Groups, Ranks
+from tests.distillation.ranks import CountedCollectives, Groups, Ranks
 from tests.distillation.reference import pad, reference, relative_error
 
 PADDED = 1200
@@ -69,29 +69,14 @@ def shard(whole: torch.Tensor, groups: Groups, tp: str, dim: int = -1) -> torch.
     return pad(whole, PADDED, dim).chunk(int(tp), dim)[dist.get_rank(groups[tp])].clone()
 
 
-class CountedCollectives:
-    """Counts all_reduce and the numbers that each call moves for a token."""
-
-    def __enter__(self) -> list[int]:
-        self._real, sizes = dist.all_reduce, []
-
-        def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            sizes.append(tensor.numel())
-            return self._real(tensor, *args, **kwargs)
-
-        dist.all_reduce = counting
-        return sizes
-
-    def __exit__(self, *_: object) -> None:
-        dist.all_reduce = self._real
-
-
 def statistics_on_rank(groups: Groups, tp: str, vocab_size: int) -> dict[str, Any]:
     case, arguments = make_case(vocab_size), {"group": groups[tp], "vocab_size": vocab_size}
     with CountedCollectives() as sizes:
         found = token_statistics(shard(case.student, groups, tp), shard(case.teacher, groups, tp), **arguments)
     entropy = vocab_parallel_entropy(shard(case.student, groups, tp), **arguments)
-    return {name: value.numpy() for name, value in (vars(found) | {"entropy": entropy}).items()} | {"sizes": sizes}
+    return {name: value.numpy() for name, value in (vars(found) | {"entropy": entropy}).items()} | {
+        "sizes": [size for _, size in sizes]
+    }
 
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
@@ -126,8 +111,8 @@ def loss_on_rank(groups: Groups, tp: str, vocab_size: int, reuse: bool) -> dict[
     return {
         "loss": loss.detach().numpy(),
         "gradient": logits.grad.numpy(),
-        "forward": forward,
-        "backward": backward,
+        "forward": [size for _, size in forward],
+        "backward": [size for _, size in backward],
         "reused": logits.grad.data_ptr() == logits.data_ptr(),
     }
 
@@ -184,7 +169,7 @@ def fused_loss_on_rank(
         "loss": loss.detach().numpy(),
         "hidden": hidden.grad.numpy(),
         "head": head.grad.numpy(),
-        "sizes": sizes,
+        "sizes": [size for _, size in sizes],
     }
 
 
@@ -235,7 +220,7 @@ def scores_on_rank(groups: Groups, tp: str, vocab_size: int) -> dict[str, Any]:
         )
     fields = {name: value for name, value in vars(scores).items() if name != "statistics"}
     fields |= vars(scores.statistics)
-    return {name: value.numpy() for name, value in fields.items()} | {"sizes": sizes}
+    return {name: value.numpy() for name, value in fields.items()} | {"sizes": [size for _, size in sizes]}
 
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)

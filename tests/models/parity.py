@@ -135,13 +135,16 @@ def megatron_step(
     measured = Measured()
     context = fault(chunks) if fault else None
     with context or nullcontext():
-        _run_schedule(wrapped, parallel, batch, measured, mask_padding)
+        run_schedule(wrapped, parallel, batch, measured, mask_padding)
     measured.gradients = _whole_gradients(wrapped, parallel)
     destroy_parallel(keep_world=True)
     return measured
 
 
-def _run_schedule(wrapped: list[Any], parallel: Any, batch: Batch, measured: Measured, mask_padding: bool) -> None:
+def run_schedule(
+    wrapped: list[Any], parallel: Any, batch: Batch, measured: Measured, mask_padding: bool = True
+) -> None:
+    """Forward and backward of this data-parallel rank's micro-batches, through Megatron's DDP chunks."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_sead.parallel.communicator import schedule_arguments
@@ -169,7 +172,7 @@ def _run_schedule(wrapped: list[Any], parallel: Any, batch: Batch, measured: Mea
         model=wrapped if len(wrapped) > 1 else wrapped[0],
         num_microbatches=len(mine),
         seq_length=max(tokens.shape[1] for tokens in batch.tokens),
-        micro_batch_size=MICRO_BATCH_SIZE,
+        micro_batch_size=len(batch.tokens[0]),
         forward_only=False,
         **schedule_arguments(wrapped[0], parallel),
     )
@@ -188,7 +191,7 @@ def _token_loss(
     shards = [torch.empty_like(logits) for _ in range(parallel.tp_size)]
     torch.distributed.all_gather(shards, logits.detach(), group=parallel.tp)
     whole = torch.cat(shards, -1)[..., : config.vocab_size].clone()
-    return whole, vocab_parallel_cross_entropy(logits.clone(), labels)
+    return whole, vocab_parallel_cross_entropy(logits.float().clone(), labels)
 
 
 def _whole_gradients(wrapped: list[Any], parallel: Any) -> dict[str, torch.Tensor]:
