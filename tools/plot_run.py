@@ -85,7 +85,7 @@ def token_texts(student: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
     """(text, zone) of the prompt, whose zone is empty, then of each token of the response."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
     prompt = tokenizer.decode(record["prompt_token_ids"], skip_special_tokens=True)
     response = [tokenizer.decode([token]) for token in record["response_token_ids"]]
     return [(prompt, ""), *zip(response, record["zones"], strict=True)]

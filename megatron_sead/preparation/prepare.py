@@ -313,8 +313,9 @@ def being_written(*paths: Path) -> Iterator[list[IO[str]]]:
             files: list[IO[str]] = []
             for path in paths:
                 temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
+                require_absent(temporary)
+                temporaries.append(temporary)  # before it is there: an interrupt in between would leave it
                 files.append(stack.enter_context(temporary.open("x", encoding="utf-8")))
-                temporaries.append(temporary)
             yield files
         for path in paths:
             require_absent(path)

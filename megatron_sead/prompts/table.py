@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
-import pickle
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -97,16 +97,17 @@ def write_table(prompts: Iterable[Prompt]) -> Path:
 
 def _record(prompt: Prompt) -> bytes:
     student, teacher = prompt.student_token_ids, prompt.teacher_token_ids
-    own = None if teacher == student else array("i", teacher).tobytes()
-    rest = (prompt.id, prompt.text, prompt.answers, prompt.difficulty, prompt.level)
-    return pickle.dumps((*rest, array("i", student).tobytes(), own), protocol=5)
+    differ = teacher != student
+    fields = [prompt.id, prompt.text, prompt.answers, prompt.difficulty, prompt.level, len(student), differ]
+    return json.dumps(fields).encode() + b"\n" + array("i", [*student, *teacher] if differ else student).tobytes()
 
 
 def _prompt(record: bytes) -> Prompt:
-    name, text, answers, difficulty, level, student, own = pickle.loads(record)  # from this run's own file
-    tokens = tuple(array("i", student))
-    teacher = tokens if own is None else tuple(array("i", own))
-    return Prompt(name, text, answers, difficulty, level, tokens, teacher)
+    fields, _, tokens = record.partition(b"\n")
+    name, text, answers, difficulty, level, length, differ = json.loads(fields)
+    numbers = tuple(array("i", tokens))
+    student = numbers[:length]
+    return Prompt(name, text, tuple(answers), difficulty, level, student, numbers[length:] if differ else student)
 
 
 def _key(prompt_id: str) -> int:
