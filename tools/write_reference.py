@@ -1,4 +1,4 @@
-"""docs/settings.md and docs/metrics.md, from the code: ``python tools/write_reference.py``. A test finds old ones."""
+"""What docs say of settings, metrics, policies and engines, from the code. A test finds old pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the package beside this file, whatever is installed
 
+from megatron_sead.config.rollouts import AnyRollouts  # noqa: E402
 from megatron_sead.config.run import RunConfig  # noqa: E402
+from megatron_sead.distillation.policies import POLICIES  # noqa: E402
 from megatron_sead.reporting.metrics import METRICS  # noqa: E402
 
 DOCS = ROOT / "docs"
@@ -119,7 +121,31 @@ def one_line(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-PAGES = {"settings.md": settings_page, "metrics.md": metrics_page}
+def policies_page() -> str:
+    """The page as it is, with the policies of the registry in its table."""
+    return with_table("policies.md", "what it teaches", [(policy.name, policy.summary) for policy in POLICIES.values()])
+
+
+def engines_page() -> str:
+    """The page as it is, with the engines that settings know in its table."""
+    groups = [(group.model_fields["engine"].default, one_line(group.__doc__)) for group in get_args(AnyRollouts)]
+    return with_table("engines.md", "what it does", groups)
+
+
+def with_table(page: str, heading: str, rows: list[tuple[str, str]]) -> str:
+    """A page written by hand, whose table of names is replaced."""
+    table = "".join(f"{row(f'`{name}`', meaning)}\n" for name, meaning in rows)
+    before, head, after = (DOCS / page).read_text(encoding="utf-8").partition(f"| name | {heading} |\n|---|---|\n")
+    assert head, f"docs/{page} has no table of names"
+    return before + head + table + after[after.index("\n\n") + 1 :]
+
+
+PAGES = {
+    "settings.md": settings_page,
+    "metrics.md": metrics_page,
+    "policies.md": policies_page,
+    "engines.md": engines_page,
+}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -62,13 +62,13 @@ class EngineSettings(Settings):
 
 
 class TransformersRollouts(EngineSettings):
-    """A Hugging Face model on every rank."""
+    """A Hugging Face model on every rank, on any device; ranks share the prompts."""
 
     engine: Annotated[Literal["transformers"], ENGINE] = "transformers"
 
 
 class VllmRollouts(EngineSettings):
-    """vLLM in the training ranks, on their GPUs."""
+    """vLLM in the training ranks, asleep while they train."""
 
     # The methods that are called change from one to the next; tests/rollouts/test_vllm_engine.py says which they are
     VERSIONS: ClassVar[tuple[str, ...]] = ("0.32", "0.33")
@@ -116,7 +116,10 @@ class VllmRollouts(EngineSettings):
 
 
 class ReplayRollouts(EngineSettings):
-    """Rollouts that another run recorded. Held-out prompts are answered by transformers, which has these settings."""
+    """Rollouts that another run recorded, so that two layouts or policies see the same tokens.
+
+    Held-out prompts are answered by transformers, which has these settings.
+    """
 
     engine: Annotated[Literal["replay"], ENGINE] = "replay"
     path: LocalPath = Field(description="run directory, or its rollouts folder, to read from")

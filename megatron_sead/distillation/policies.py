@@ -201,27 +201,45 @@ def _top_k_loss(given: LossInput) -> torch.Tensor:
 POLICIES = {
     policy.name: policy
     for policy in (
-        Policy("sead", _sead, "B: RKL; C: alpha*lambda*FKL + (1-alpha)*RKL; A: nothing", reads_zones=True),
-        Policy("opd", _opd, "RKL on every token: on-policy distillation"),
-        Policy("forward_kl", _forward_kl, "FKL on every token"),
-        Policy("annealing", _annealing, "alpha*FKL + (1-alpha)*RKL on every token"),
-        Policy("zones", _zones, "B: RKL; C: lambda*FKL; A: nothing", reads_zones=True),
-        Policy("eopd", _eopd, "RKL on every token, FKL beside it where the teacher's entropy reaches entropy_gate"),
-        Policy("tip_entropy", _tip_entropy, "RKL on a share of each rollout, drawn in proportion to student entropy"),
+        Policy(
+            "sead",
+            _sead,
+            "zone B: reverse KL; zone C: alpha x lambda x forward KL + (1 - alpha) x reverse KL; zone A: nothing",
+            reads_zones=True,
+        ),
+        Policy("opd", _opd, "reverse KL on every token: on-policy distillation"),
+        Policy("forward_kl", _forward_kl, "forward KL on every token"),
+        Policy("annealing", _annealing, "alpha x forward KL + (1 - alpha) x reverse KL on every token"),
+        Policy("zones", _zones, "zone B: reverse KL; zone C: lambda x forward KL; zone A: nothing", reads_zones=True),
+        Policy(
+            "eopd",
+            _eopd,
+            "reverse KL on every token, and forward KL where the teacher's entropy reaches `policy.entropy_gate`",
+        ),
+        Policy(
+            "tip_entropy",
+            _tip_entropy,
+            "reverse KL on a share of each rollout's tokens, drawn in proportion to the student's entropy",
+        ),
         Policy(
             "tip_soft_or",
             _tip_soft_or,
-            "RKL on the share of the step that is highest in student entropy or RKL",
+            "reverse KL on the share of the step's tokens that is highest in student entropy or reverse KL",
             needs_whole_step=True,
         ),
         Policy(
             "opd_sampled",
             _opd,
-            "the sampled token's log-ratio as advantage, with a clipped importance ratio: RKL of one sample",
+            "the log-ratio of the sampled token as advantage, its importance ratio clipped at 1 +- `policy.clip`",
             loss=_sampled_loss,
         ),
-        Policy("gkd", _opd, "the generalized Jensen-Shannon divergence with beta, on every token", loss=_gkd_loss),
-        Policy("top_k", _opd, "RKL over the teacher's top_k tokens, on every token", loss=_top_k_loss),
-        Policy("random_half", _random_half, "RKL on a random share of each rollout: the control for skipping"),
+        Policy(
+            "gkd",
+            _opd,
+            "the generalized Jensen-Shannon divergence with `policy.beta`, on every token",
+            loss=_gkd_loss,
+        ),
+        Policy("top_k", _opd, "reverse KL over the teacher's `policy.top_k` tokens, on every token", loss=_top_k_loss),
+        Policy("random_half", _random_half, "reverse KL on a random share of each rollout: the control for skipping"),
     )
 }

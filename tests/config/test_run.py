@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -16,6 +17,7 @@ from megatron_sead.config.checks import (
     opening_line,
     opening_step,
 )
+from megatron_sead.config.rollouts import AnyRollouts
 from megatron_sead.config.run import CurriculumSettings, RunConfig, dump_config, load_config
 from megatron_sead.errors import UserError
 
@@ -40,6 +42,10 @@ def refusal(*overrides: str) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+ENGINES = [f"'{group.model_fields['engine'].default}'" for group in get_args(AnyRollouts)]
+ENGINE_NAMES = f"{', '.join(ENGINES[:-1])} or {ENGINES[-1]}"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -112,8 +118,8 @@ REFUSALS = [
     (["rollouts.samples_per_prompt=3"], ["global_batch_size=8", "samples_per_prompt=3"]),
     (["rollouts.samples_per_prompt=2", "rollouts.temperature=0"], ["samples_per_prompt=2", "greedy"]),
     (["rollouts.engine=replay"], ["rollouts.engine='replay'", "rollouts.path"]),
-    (["rollouts.engine=vlm"], ["rollouts.engine='vlm'", "'transformers', 'vllm' or 'replay'"]),
-    (["rollouts.engine=null"], ["rollouts.engine=None", "'transformers', 'vllm' or 'replay'"]),
+    (["rollouts.engine=vlm"], ["rollouts.engine='vlm'", ENGINE_NAMES]),
+    (["rollouts.engine=null"], ["rollouts.engine=None", ENGINE_NAMES]),
     (["rollouts.path=x"], ["rollouts.path='x'", "of rollouts.engine 'replay'", "rollouts.engine='transformers' here"]),
     (["rollouts.engine=replay", "rollouts.path=x", "rollouts.temperature=-1"], ["rollouts.temperature=-1"]),
     (["rollouts.engine=vllm", "rollouts.temprature=1"], ["did you mean rollouts.temperature?"]),
