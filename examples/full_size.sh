@@ -7,6 +7,19 @@
 #
 # On several nodes the first prepares and evaluates, the others wait for its files, which all must see.
 
+if [ -z "${SMALL:-}" ] && nvidia-smi -L > /dev/null 2>&1; then
+    EXTRAS=gpu
+fi
+source examples/setup_environment.sh
+source examples/launch.sh
+if [ -n "${SMALL:-}" ]; then
+    overlay_environment vllm vllm_on_a_cpu
+    VENV_PYTHON="$VENV-vllm/bin/python"
+fi
+NPROC="${NPROC:-8}"
+NNODES="${NNODES:-4}"
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # Megatron orders communication by it
+
 small_settings() { # PLACE: what a full-size run is at the size of the tiny pair, a setting a line
     printf '%s\n' output="$1/run" device=cpu training.precision=fp32 \
         student.path=examples/tiny/student teacher.path=examples/tiny/teacher \

@@ -2,7 +2,7 @@
 # SEAD at full size: the same run with a 32B student, Olmo-3.1-32B-Instruct-SFT.
 # 4 nodes x 8 H100 80 GB; every number is explained in examples/configs/sead_32b.yaml.
 #
-#   bash examples/run_sead_32b.sh --dry-run         # anywhere, no GPU: check everything, print bytes per rank
+#   bash examples/run_sead_32b.sh --dry-run         # no GPU: check everything, print bytes per rank
 #   SMALL=1 bash examples/run_sead_32b.sh           # every step of it at the size of the tiny pair, on two CPU cores
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 bash examples/run_sead_32b.sh      # and NODE_RANK=1, 2, 3 on the others
 #
@@ -11,18 +11,5 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ -z "${SMALL:-}" ] && nvidia-smi -L > /dev/null 2>&1; then
-    EXTRAS=gpu
-fi
-source examples/setup_environment.sh
-source examples/launch.sh
 source examples/full_size.sh
-if [ -n "${SMALL:-}" ]; then
-    overlay_environment vllm vllm_on_a_cpu
-    VENV_PYTHON="$VENV-vllm/bin/python"
-fi
-
-NPROC="${NPROC:-8}"
-NNODES="${NNODES:-4}"
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # Megatron orders communication by it
 full_size sead-32b examples/configs/sead_32b.yaml "$@"

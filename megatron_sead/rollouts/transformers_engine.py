@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
@@ -21,6 +20,7 @@ from megatron_sead.models.family import read_config_fields
 from megatron_sead.models.weight_files import locate_tensors
 from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.sampling import choose_tokens, uniforms
+from megatron_sead.rollouts.sharing import gather_written
 
 # Shapes: b rollouts being written together, s padded prompt length, t new tokens so far, V true vocabulary size
 
@@ -89,15 +89,7 @@ class TransformersEngine:
                 problem = error
                 break
             written.update(zip(batch, rollouts, strict=True))
-        shares = [(written, problem)]
-        if self.group is not None:
-            shares *= size
-            dist.all_gather_object(shares, (written, problem), group=self.group)
-        for share, found in shares:
-            if found is not None:
-                raise found
-            written |= share
-        return [written[i] for i in range(len(requests))]
+        return gather_written(written, problem, len(requests), self.group)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy new weights in place.

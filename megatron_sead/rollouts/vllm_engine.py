@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 
 from megatron_sead.config.rollouts import VllmRollouts
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.models.weight_files import locate_tensors
 from megatron_sead.rollouts.engine import EngineContext, EngineFailed, GenerationRequest, Rollout, Sampling
+from megatron_sead.rollouts.sharing import gather_written
 
 # vLLM reads them when it is imported. In this process, so that the weights need not travel; quiet, as it logs a page a
 # rank; and without pinning this process, which also trains, to cores of vLLM's choice.
@@ -104,15 +104,7 @@ class VllmEngine:
             written = dict(zip(mine, rollouts, strict=True))
         except UserError as error:  # the other replicas are still writing
             problem = error
-        shares: list[Any] = [(written, problem)]
-        if self._group is not None:
-            shares *= self._group.size()
-            dist.all_gather_object(shares, (written if self._speaks else {}, problem), group=self._group)
-        for share, found in shares:
-            if found is not None:
-                raise found
-            written |= share
-        return [written[i] for i in range(len(requests))]
+        return gather_written(written if self._speaks else {}, problem, len(requests), self._group)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """New weights, a module of vLLM's at a time: it holds the tensors of one until they are complete.

@@ -1,0 +1,37 @@
+"""Rollouts that several ranks write together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_sead.errors import UserError
+from megatron_sead.rollouts.engine import Rollout
+
+
+def gather_written(
+    mine: dict[int, Rollout], problem: UserError | None, count: int, group: ProcessGroup | None
+) -> list[Rollout]:
+    """All rollouts of a call, in the order of its requests, on every rank. Collective over the group.
+
+    Args:
+        mine: what this rank has written, by the number of its request.
+        problem: with which it stopped; the other ranks were still writing then, and must not wait for it.
+        count: of requests.
+        group: gloo; None: this process alone.
+
+    Raises:
+        UserError: the first rank's problem, on every rank.
+    """
+    shares: list[Any] = [(mine, problem)]
+    if group is not None:
+        shares *= group.size()
+        dist.all_gather_object(shares, (mine, problem), group=group)
+    written: dict[int, Rollout] = {}
+    for share, found in shares:
+        if found is not None:
+            raise found
+        written |= share
+    return [written[number] for number in range(count)]
