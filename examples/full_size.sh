@@ -93,10 +93,12 @@ full_size() {
         echo "== difficulty of each prompt for the student -> $prompts"
         sead difficulty --config "$config" --output "$prompts" --nproc-per-node "$NPROC" -- "$@" prompts.path="$prepared" || return
     fi
-    echo "== the plan"
-    launch "$config" "$@" --dry-run || return
-    echo "== training -> $output"
-    launch "$config" "$@" || return
+    if [ ! -e "$output/summary.json" ]; then
+        echo "== the plan"
+        launch "$config" "$@" --dry-run || return
+        echo "== training -> $output"
+        launch "$config" "$@" || return
+    fi
     echo "== benchmarks: before, after, and the teacher -> $output-benchmarks"
     sead evaluate --model before="$student" --model after="$output/student-hf" --model teacher="$teacher" "${choice[@]}" \
         --output "$output-benchmarks" --config "$config" --nproc-per-node "$NPROC" -- "$@"

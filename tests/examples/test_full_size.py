@@ -55,4 +55,5 @@ def test_the_large_runs_script_goes_from_a_release_to_benchmarks_and_skips_what_
 
     again = small_run(folder, release)
     assert "== prompts" in printed and "== prompts" not in again and "== difficulty" not in again
+    assert "== training" in printed and "== training" not in again
     assert json.loads((folder / "run-benchmarks" / "results.json").read_text()) == results
