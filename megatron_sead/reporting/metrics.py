@@ -5,22 +5,12 @@ from __future__ import annotations
 import json
 import math
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_sead.distillation.zone_shares import LETTERS, NOT_VALID
 from megatron_sead.files.durable import replace_text
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A key of metrics.jsonl."""
-
-    name: str
-    unit: str
-    meaning: str
-    computed_in: str  # module of megatron_sead
+from megatron_sead.reporting.rollout_metrics import ROLLOUT_METRICS, Metric
 
 
 def _of_zones() -> list[Metric]:
@@ -100,7 +90,6 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "teacher_stop_probability", "probability", "of a stop token where a response ends, teacher", "training.measure"
     ),
-    Metric("pass_rate", "share", "rollouts whose answer is right", "training.run"),
     Metric("competence", "share", "pass rate, smoothed over the steps (annealing.smoothing)", "training.run"),
     Metric("eligible_prompts", "count", "prompts that the curriculum let the step ask", "training.run"),
     Metric(
@@ -109,11 +98,7 @@ METRICS: tuple[Metric, ...] = (
         "mean difficulty of these prompts, 1 less the initial student's pass rate; null: not all have one",
         "training.run",
     ),
-    Metric("finished_share", "share", "rollouts that ended with a stop token", "training.run"),
-    Metric("truncated_share", "share", "rollouts cut at rollouts.max_new_tokens, or for repetition", "training.run"),
-    Metric("repetition_share", "share", "rollouts cut because they repeated themselves", "training.run"),
-    Metric("pass_rate_given_finish", "share", "right answers among the finished rollouts", "training.run"),
-    Metric("response_length", "tokens", "mean length of a response", "training.run"),
+    *(measured.metric for measured in ROLLOUT_METRICS),
     Metric("response_tokens", "count", "tokens of all responses of the step", "training.measure"),
     Metric("rollout_seconds", "seconds", "writing and grading the rollouts", "training.loop"),
     Metric(

@@ -24,6 +24,7 @@ from megatron_sead.prompts.table import PromptTable
 from megatron_sead.prompts.tokenizer import ModelTokenizer
 from megatron_sead.reporting.metrics import MetricsWriter
 from megatron_sead.reporting.progress import StepProgress
+from megatron_sead.reporting.rollout_metrics import ROLLOUT_METRICS, Written
 from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, Rollout, RolloutEngine
 from megatron_sead.training.inputs import Inputs
 from megatron_sead.training.interrupt import InterruptFlag
@@ -157,20 +158,14 @@ class Run:
             raise UserError(f"rollouts.engine={self.config.rollouts.engine!r}: {error}") from None
 
     def rollout_metrics(self, rollouts: list[Rollout], correct: list[bool], step: int) -> dict[str, Any]:
-        """Metrics that need the rollouts and grades alone."""
-        finished = [r.finished for r in rollouts]
-        right_and_finished = sum(c and f for c, f in zip(correct, finished, strict=True))
+        """Metrics that need the rollouts and grades alone, and of the curriculum that chose their prompts."""
+        lengths = [len(r.response_token_ids) for r in rollouts]
+        written = Written(correct, [r.finished for r in rollouts], [r.repeated for r in rollouts], lengths)
         return {
             "competence": self.competence.value,
             "eligible_prompts": self.curriculum.eligible_count(step),
             "eligible_difficulty": self.curriculum.eligible_difficulty(step),
-            "pass_rate": sum(correct) / len(correct),
-            "finished_share": sum(finished) / len(finished),
-            "truncated_share": 1 - sum(finished) / len(finished),
-            "repetition_share": sum(r.repeated for r in rollouts) / len(rollouts),
-            "pass_rate_given_finish": right_and_finished / max(1, sum(finished)),
-            "response_length": sum(len(r.response_token_ids) for r in rollouts) / len(rollouts),
-        }
+        } | {measured.metric.name: measured.value(written) for measured in ROLLOUT_METRICS}
 
     def progress_bar(self) -> StepProgress:
         """The bar that a person watches."""
