@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from megatron_sead.commands.cli import App
-from megatron_sead.commands.measuring import RANKS_HELP, measuring, start_ranks, told_in_one_line
+from megatron_sead.commands.measuring import RANKS_HELP, measuring, told_in_one_line
+from megatron_sead.commands.ranks import start_ranks
 from megatron_sead.errors import ArgumentError
 from megatron_sead.files.outputs import require_free
 
@@ -46,7 +47,7 @@ def main(
             raise ArgumentError("output", output, "JSON lines are written, not parquet; choose a name in .jsonl")
         if nproc_per_node is not None:
             options = ["--output", str(output)] + ([] if config is None else ["--config", str(config)])
-            start_ranks(nproc_per_node, "difficulty", [*options, "--", *given])
+            start_ranks(nproc_per_node, "megatron_sead.commands.sead", ["difficulty", *options, "--", *given])
         lock = output.with_name(f"{output.name}.lock")
         with measuring(settings.device, output, lock, answers_path(output)) as ranks:
             estimate(settings, output, ranks)

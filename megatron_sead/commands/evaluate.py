@@ -15,7 +15,8 @@ from typing import Annotated
 import typer
 
 from megatron_sead.commands.cli import App
-from megatron_sead.commands.measuring import RANKS_HELP, measuring, start_ranks, told_in_one_line
+from megatron_sead.commands.measuring import RANKS_HELP, measuring, told_in_one_line
+from megatron_sead.commands.ranks import start_ranks
 from megatron_sead.errors import UserError
 from megatron_sead.files.outputs import require_written_here
 
@@ -72,7 +73,7 @@ def main(
             options |= {"--config": [config]}
             pairs = [(name, value) for name, values in options.items() for value in values or () if value is not None]
             given = [str(part) for pair in pairs for part in pair]
-            start_ranks(nproc_per_node, "evaluate", [*given, "--", *(overrides or [])])
+            start_ranks(nproc_per_node, "megatron_sead.commands.sead", ["evaluate", *given, "--", *(overrides or [])])
         with measuring(settings.device, output, output / "evaluate.lock", output) as ranks:
             answers = evaluate_models(settings, models, benchmarks, output, ranks, convert)
             if ranks.rank == 0:

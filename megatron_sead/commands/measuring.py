@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import typer
 
 from megatron_sead.commands.cli import one_line_errors, one_line_errors_on_ranks
-from megatron_sead.errors import ArgumentError, UserError
+from megatron_sead.errors import ArgumentError
 from megatron_sead.files.durable import DISK_REFUSES
 from megatron_sead.launch.ownership import sole_owner
 from megatron_sead.launch.rank_failures import ending_together
@@ -54,17 +54,3 @@ def measuring(device: str, output: Path, lock: Path, kept: Path) -> Iterator[Ran
             raise
         reason = f"cannot be written ({error.filename}): {error.strerror}"
         raise ArgumentError("output", output, reason) from error
-
-
-def start_ranks(count: int, command: str, arguments: list[str]) -> NoReturn:
-    """Run ``sead COMMAND`` again, as ranks of this machine.
-
-    Raises:
-        UserError: this process is a rank already.
-    """
-    from megatron_sead.launch.torchrun import main as launch
-
-    if "RANK" in os.environ:
-        raise UserError(f"--nproc-per-node {count}: this process is a rank already (RANK is set); leave the option out")
-    where = ["--standalone", "--nproc-per-node", str(count), "-m", "megatron_sead.commands.sead", command]
-    sys.exit(launch([*where, *arguments]))

@@ -11,11 +11,12 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from megatron_sead.commands.cli import App, one_line_errors_on_ranks
+from megatron_sead.commands.ranks import start_ranks
 from megatron_sead.config.checks import OWNER_FILE, check_output, config_warnings
 from megatron_sead.config.environment import environment_number
 from megatron_sead.config.run import RunConfig, load_config
@@ -55,7 +56,7 @@ def main(
             for line in repeated:
                 print(f"note: {line}")
         elif nproc_per_node is not None:
-            _start_ranks(nproc_per_node, config, overrides or [])
+            start_ranks(nproc_per_node, "megatron_sead.train", ["--config", str(config), *(overrides or [])])
         else:
             _configure_logging(settings.device)
             for line in repeated:
@@ -84,15 +85,6 @@ def _examine(config: RunConfig, world_size: int, *, show: bool) -> None:
         refuse_if_owned(config.output / OWNER_FILE, f"output={config.output}")
     if mistakes:
         raise UserError("\n".join(dict.fromkeys(mistakes)))
-
-
-def _start_ranks(count: int, config: Path, overrides: list[str]) -> NoReturn:
-    from megatron_sead.launch.torchrun import main as launch
-
-    if "RANK" in os.environ:
-        raise UserError(f"--nproc-per-node {count}: this process is a rank already (RANK is set); leave the option out")
-    where = ["--standalone", "--nproc-per-node", str(count), "-m", "megatron_sead.train"]
-    sys.exit(launch([*where, "--config", str(config), *overrides]))
 
 
 def _planned_world_size(config: RunConfig) -> int:

@@ -23,6 +23,7 @@ from rich.table import Table
 from megatron_sead import __version__
 from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
+from megatron_sead.files.outputs import require_free
 from megatron_sead.grading.grader import GRADER_VERSION, Grader
 from megatron_sead.preparation.candidates import (
     NO_ANSWER,
@@ -62,7 +63,7 @@ def prepare(settings: PrepareSettings, benchmarks: list[str], output: Path) -> N
     """
     dropped, provenance = beside(output, "dropped.jsonl"), beside(output, "provenance.json")
     for path in (output, dropped, provenance):
-        require_absent(path)
+        require_free(path)
     too_long = _limit(settings)
     known, described = _read_benchmarks(settings, benchmarks)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -290,16 +291,6 @@ def beside(output: Path, name: str) -> Path:
     return output.with_name(f"{output.name}.{name}")
 
 
-def require_absent(path: Path) -> None:
-    """Nothing stands there, not even a link to nowhere.
-
-    Raises:
-        UserError: something does.
-    """
-    if os.path.lexists(path):
-        raise UserError(f"{path}: exists already; choose another output, or move it away")
-
-
 @contextmanager
 def being_written(*paths: Path) -> Iterator[list[IO[str]]]:
     """Files that get their names, in this order, when the body has ended; they vanish when it fails.
@@ -313,12 +304,12 @@ def being_written(*paths: Path) -> Iterator[list[IO[str]]]:
             files: list[IO[str]] = []
             for path in paths:
                 temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
-                require_absent(temporary)
+                require_free(temporary)
                 temporaries.append(temporary)  # before it is there: an interrupt in between would leave it
                 files.append(stack.enter_context(temporary.open("x", encoding="utf-8")))
             yield files
         for path in paths:
-            require_absent(path)
+            require_free(path)
         for temporary, path in zip(temporaries, paths, strict=True):
             os.replace(temporary, path)
     finally:

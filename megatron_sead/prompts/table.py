@@ -27,8 +27,8 @@ class PromptTable(Sequence[Prompt]):
     def __init__(self, path: Path) -> None:
         with open(path, "rb") as file:
             self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        count = int(np.frombuffer(self._file, np.int64)[-1])
-        numbers = np.frombuffer(self._file, np.int64, 4 * count + 1, len(self._file) - 8 * (4 * count + 2))
+        self.longest, count = map(int, np.frombuffer(self._file, np.int64)[-2:])  # tokens of the longest for a model
+        numbers = np.frombuffer(self._file, np.int64, 4 * count + 1, len(self._file) - 8 * (4 * count + 3))
         self._starts = numbers[: count + 1]
         self._difficulties = numbers[count + 1 : 2 * count + 1].view(np.float64)
         self._keys = numbers[2 * count + 1 : 3 * count + 1]  # of ids, sorted
@@ -77,18 +77,19 @@ def write_table(prompts: Iterable[Prompt]) -> Path:
     descriptor, name = tempfile.mkstemp(prefix="megatron_sead-prompts-")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            starts, difficulties, keys = array("q", [0]), array("d"), array("q")
+            starts, difficulties, keys, longest = array("q", [0]), array("d"), array("q"), 0
             for prompt in prompts:
                 record = _record(prompt)
                 file.write(record)
                 starts.append(starts[-1] + len(record))
                 difficulties.append(float("nan") if prompt.difficulty is None else prompt.difficulty)
                 keys.append(_key(prompt.id))
+                longest = max(longest, len(prompt.student_token_ids), len(prompt.teacher_token_ids))
             file.write(b"\0" * (-starts[-1] % 8))
             order = np.argsort(np.frombuffer(keys, np.int64), kind="stable").astype(np.int64)
             for numbers in (starts, difficulties, np.frombuffer(keys, np.int64)[order], order):
                 file.write(numbers.tobytes())
-            file.write(np.int64(len(keys)).tobytes())
+            file.write(np.array([longest, len(keys)], np.int64).tobytes())
     except BaseException:
         os.unlink(name)
         raise

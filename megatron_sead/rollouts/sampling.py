@@ -19,9 +19,18 @@ def uniforms(seed: int, step: int, request: GenerationRequest, count: int) -> np
     A counter-based generator keyed by a hash of the four: neither the batch that a rollout is in, nor the rank that
     writes it, nor how many were written before changes them; and a longer limit only adds numbers at the end.
     """
+    return np.random.Generator(np.random.Philox(key=_key(seed, step, request, 16))).random(count)
+
+
+def request_seed(seed: int, step: int, request: GenerationRequest) -> int:
+    """63 bits for engines that draw by themselves, a function of the same four alone."""
+    return _key(seed, step, request, 8) >> 1
+
+
+def _key(seed: int, step: int, request: GenerationRequest, size: int) -> int:
+    """A hash of `size` bytes."""
     name = f"{seed}\0{step}\0{request.sample}\0{request.prompt_id}".encode()
-    key = int.from_bytes(blake2b(name, digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=key)).random(count)
+    return int.from_bytes(blake2b(name, digest_size=size).digest(), "little")
 
 
 def choose_tokens(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -8,7 +8,16 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_sead.errors import UserError
-from megatron_sead.rollouts.engine import Rollout
+from megatron_sead.rollouts.engine import GenerationRequest, Rollout
+
+
+def share_of(requests: list[GenerationRequest], writer: int, writers: int) -> list[int]:
+    """Numbers of the requests that one of several writers answers, short prompts first.
+
+    Dealing them out in turns by length gives every writer like work.
+    """
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_token_ids))
+    return order[writer::writers]
 
 
 def gather_written(

@@ -20,7 +20,7 @@ from megatron_sead.models.family import read_config_fields
 from megatron_sead.models.weight_files import locate_tensors
 from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.sampling import choose_tokens, uniforms
-from megatron_sead.rollouts.sharing import gather_written
+from megatron_sead.rollouts.sharing import gather_written, share_of
 
 # Shapes: b rollouts being written together, s padded prompt length, t new tokens so far, V true vocabulary size
 
@@ -76,9 +76,7 @@ class TransformersEngine:
             NotFiniteNumbers: on every rank: the model's logits are not finite for one of the prompts.
         """
         rank, size = (0, 1) if self.group is None else (self.group.rank(), self.group.size())
-        # Prompts of like length share a batch; dealing them out in turns gives every rank like work.
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_token_ids))
-        mine = order[rank::size]
+        mine = share_of(requests, rank, size)  # prompts of like length share a batch
         written: dict[int, Rollout] = {}
         problem: NotFiniteNumbers | None = None
         for start in range(0, len(mine), self.batch_size):

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from hashlib import blake2b
 from typing import Any, TypeVar
 from unittest.mock import patch
 
@@ -17,7 +16,8 @@ from megatron_sead.config.rollouts import VllmRollouts
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.models.weight_files import locate_tensors
 from megatron_sead.rollouts.engine import EngineContext, EngineFailed, GenerationRequest, Rollout, Sampling
-from megatron_sead.rollouts.sharing import gather_written
+from megatron_sead.rollouts.sampling import request_seed
+from megatron_sead.rollouts.sharing import gather_written, share_of
 
 # vLLM reads them when it is imported. In this process, so that the weights need not travel; quiet, as it logs a page a
 # rank; and without pinning this process, which also trains, to cores of vLLM's choice.
@@ -94,9 +94,7 @@ class VllmEngine:
             NotFiniteNumbers: on every rank: the model's logits are not finite for one of the prompts.
             EngineFailed: on every rank: vLLM could not write them.
         """
-        # Prompts of like length are dealt out in turns, which gives every replica like work
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_token_ids))
-        mine = order[self._replica :: self._replicas]
+        mine = share_of(requests, self._replica, self._replicas)
         written: dict[int, Rollout] = {}
         problem: UserError | None = None
         try:
@@ -213,12 +211,6 @@ class VllmEngine:
         except Exception as error:
             told = next(iter(str(error).splitlines()), "")
             raise EngineFailed(f"rollouts.engine='vllm': {type(error).__name__}: {told}") from error
-
-
-def request_seed(seed: int, step: int, request: GenerationRequest) -> int:
-    """63 bits that are a function of (seed, step, prompt_id, sample) alone."""
-    name = f"{seed}\0{step}\0{request.sample}\0{request.prompt_id}".encode()
-    return int.from_bytes(blake2b(name, digest_size=8).digest(), "little") >> 1
 
 
 def _limits(settings: VllmRollouts, context: EngineContext) -> dict[str, Any]:

@@ -246,9 +246,8 @@ def _engine_context(
 def _longest(config: RunConfig, prompts: PromptTable, heldout: list[Prompt], probe: list[int]) -> int:
     """Tokens of the longest text that the engine may be asked to write or to score."""
     training, evaluation = config.rollouts.max_new_tokens, config.evaluation.max_new_tokens
-    asked = [(prompt, training) for prompt in prompts] + [(prompt, evaluation or training) for prompt in heldout]
-    longest = [max(len(p.student_token_ids), len(p.teacher_token_ids)) + room for p, room in asked]
-    return max(*longest, len(probe) + 1)  # vLLM writes a token after the text that it scores
+    asked = [max(len(p.student_token_ids), len(p.teacher_token_ids)) + (evaluation or training) for p in heldout]
+    return max(prompts.longest + training, *asked, len(probe) + 1)  # vLLM writes a token after the text that it scores
 
 
 def _check_top_k(config: RunConfig, vocab_size: int) -> None:

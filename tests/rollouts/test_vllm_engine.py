@@ -21,7 +21,8 @@ from megatron_sead.config.rollouts import VllmRollouts
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.rollouts.engine import EngineContext, EngineFailed, GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.registry import make_engine
-from megatron_sead.rollouts.vllm_engine import VllmEngine, request_seed
+from megatron_sead.rollouts.sampling import request_seed
+from megatron_sead.rollouts.vllm_engine import VllmEngine
 
 pytestmark = [
     pytest.mark.vllm_lane,

@@ -31,7 +31,7 @@ def test_a_table_holds_what_was_written() -> None:
     path = write_table(iter(PROMPTS))
     table = PromptTable(path)
     path.unlink()
-    assert list(table) == PROMPTS and len(table) == 3
+    assert list(table) == PROMPTS and len(table) == 3 and table.longest == 500
     assert (table[-1], table[:2], table.difficulties) == (PROMPTS[2], PROMPTS[:2], [0.25, None, 0.0])
     assert [table.find(prompt.id) for prompt in PROMPTS] == [0, 1, 2]
     assert table.find("d") is None
