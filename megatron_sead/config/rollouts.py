@@ -29,6 +29,9 @@ class EngineSettings(Settings):
     max_new_tokens: int = Field(16384, ge=1, description="length at which a response is cut")
     samples_per_prompt: int = Field(1, ge=1, description="rollouts of each prompt of a step")
     batch_size: int = Field(64, ge=1, description="rollouts written at once on one rank")
+    lag: int = Field(
+        0, ge=0, le=1, description="updates that the student is ahead of the weights that wrote a step's rollouts"
+    )
 
     @property
     def recorded(self) -> Path | None:

@@ -355,6 +355,11 @@ class RunConfig(Settings):
                 f"training.global_batch_size={batch}: must be divisible by rollouts.samples_per_prompt={samples}: "
                 "it counts rollouts, prompts x samples"
             )
+        if self.rollouts.lag and self.training.importance_cap is None:
+            yield (
+                f"rollouts.lag={self.rollouts.lag}: needs training.importance_cap, for example 2.0: the rollouts are "
+                "of an earlier student"
+            )
         policy = POLICIES.get(self.policy.name)
         if self.zones.thresholds == "running" and policy is not None and not policy.reads_zones:
             readers = " or ".join(name for name, other in POLICIES.items() if other.reads_zones)

@@ -44,8 +44,7 @@ def distill(run: Run) -> bool:
             timer = PhaseTimer()
             with timer.phase("step"):
                 with timer.phase("rollout"):
-                    asked = run.curriculum.next_batch(step)
-                    rollouts = _write(run, asked, step)
+                    rollouts = _rollouts(run, step)
                     correct = run.grade(rollouts)
                     alpha = run.observe(rollouts, correct, step)
                 result = train_step(run.learner, run.pack(rollouts), alpha, step)
@@ -55,6 +54,7 @@ def distill(run: Run) -> bool:
             bar.advance(record_step(run, step, rollouts, correct, alpha, result, timer.metrics()))
             if result.reports is not None:
                 keep_skipped(run, step, rollouts, result.reports)
+            del run.written[step]
             run.state.step = step + 1
             stop = run.interrupt.agreed(run.parallel.control)
             if stop or run.checkpoint_due(step):
@@ -65,18 +65,28 @@ def distill(run: Run) -> bool:
     return True
 
 
-def _write(run: Run, asked: list[int], step: int) -> list[Rollout]:
-    """The student's responses; then the engine sleeps.
+def _rollouts(run: Run, step: int) -> list[Rollout]:
+    """The step's responses. With a lag, those of later steps are written first, before this step changes the student;
+    then the engine sleeps.
 
     Raises:
         UserError: the student's weights are spoilt; or the engine is, and the student is saved.
     """
+    last = min(step + run.config.rollouts.lag, run.config.training.steps - 1)
+    for number in range(step, last + 1):
+        if number not in run.written:
+            run.written[number] = _write(run, number)
+    run.engine.sleep()
+    return run.written[step]
+
+
+def _write(run: Run, step: int) -> list[Rollout]:
+    asked = run.curriculum.next_batch(step)
     try:
-        rollouts = run.engine.generate(run.requests(asked), step)
+        return run.engine.generate(run.requests(asked), step)
     except NotFiniteNumbers as error:
         raise ended_while_writing(run, step, asked, error) from None
     except EngineFailed as error:
         save(run)
-        raise UserError(f"{error}; saved after {step} steps, the same command continues") from error
-    run.engine.sleep()
-    return rollouts
+        saved = f"saved after {counted(run.state.step, 'step')}, the same command continues"
+        raise UserError(f"{error}; {saved}") from error

@@ -60,8 +60,8 @@ def record_step(
 
 
 def _warn_of_mismatch(run: Run, step: int, difference: float) -> None:
-    limit = run.config.rollouts.mismatch_warning
-    if difference > limit and run.parallel.rank == 0 and not run.told_of_mismatch:
+    limit, expected = run.config.rollouts.mismatch_warning, run.config.rollouts.lag > 0
+    if difference > limit and not expected and run.parallel.rank == 0 and not run.told_of_mismatch:
         run.told_of_mismatch = True
         log.warning(
             "step %d: log-probabilities of rollouts.engine=%s and the student differ by %.2g nats a token, "

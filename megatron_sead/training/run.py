@@ -79,6 +79,7 @@ class Run:
     engine: RolloutEngine = field(init=False)  # made when the models have proven to be those of their directories
     engine_scores: EngineScores | None = None  # when the engine was last given weights
     told_of_mismatch: bool = False
+    written: dict[int, list[Rollout]] = field(default_factory=dict)  # by step; of steps to come, where rollouts lag
 
     @property
     def length_multiple(self) -> int:
@@ -189,6 +190,7 @@ class Run:
             "curriculum": self.curriculum.state_dict(),
             "competence": self.competence.state_dict(),
             "supervisor": self.learner.supervisor.state_dict(),
+            "written": {step: [asdict(r) for r in self.written[step]] for step in sorted(self.written)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -203,6 +205,8 @@ class Run:
             self.curriculum.load_state_dict(state["curriculum"])
             self.competence.load_state_dict(state["competence"])
             self.learner.supervisor.load_state_dict(state["supervisor"])
+            written = state.get("written", {})
+            self.written = {step: [Rollout(**rollout) for rollout in written[step]] for step in sorted(written)}
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(
                 f"{self.store.directory}: the newest checkpoint holds another run's state "

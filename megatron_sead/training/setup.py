@@ -276,6 +276,8 @@ def _begin_or_resume(run: Run, stack: ExitStack) -> None:
         check_models(run, fresh=True)
     else:
         run.load_state_dict(restored)
+        if run.inputs.changes:
+            run.written.clear()  # what lies there may answer other prompts
         run.state.changed_inputs += [f"step {run.state.step}: {text}" for text in run.inputs.changes]
         log.info("continuing at step %d", run.state.step)
         check_models(run, fresh=False)

@@ -52,10 +52,10 @@ def _signal_at(step: int | None) -> Iterator[None]:
 
     train_step = loop.train_step
 
-    def interrupted(*args: Any) -> Any:
-        if args[-1] == step:
+    def interrupted(learner: Any, micro_batches: Any, alpha: float, at: int, *rest: Any) -> Any:
+        if at == step:
             signal.raise_signal(signal.SIGINT)
-        return train_step(*args)
+        return train_step(learner, micro_batches, alpha, at, *rest)
 
     loop.train_step = interrupted
     try:
