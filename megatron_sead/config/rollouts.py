@@ -21,7 +21,7 @@ class EngineSettings(Settings):
     """What every engine is told."""
 
     # Settings of how it works, not of what it writes: a resumed run may change them
-    MAY_CHANGE_ON_RESUME: ClassVar[tuple[str, ...]] = ("batch_size", "mismatch_warning")
+    MAY_CHANGE_ON_RESUME: ClassVar[tuple[str, ...]] = ("batch_size", "overlap", "mismatch_warning")
 
     engine: Annotated[str, ENGINE]
     temperature: float = Field(0.7, ge=0, description="0: greedy. The loss is always at temperature 1")
@@ -31,6 +31,10 @@ class EngineSettings(Settings):
     batch_size: int = Field(64, ge=1, description="rollouts written at once on one rank")
     lag: int = Field(
         0, ge=0, le=1, description="updates that the student is ahead of the weights that wrote a step's rollouts"
+    )
+
+    overlap: bool = Field(
+        False, description="grade and score with the teacher what one replica wrote while others still write"
     )
 
     @property
@@ -62,6 +66,10 @@ class EngineSettings(Settings):
                 f"rollouts.samples_per_prompt={self.samples_per_prompt}: must be 1 when rollouts.temperature is 0: "
                 "greedy samples of a prompt are all the same"
             )
+        if self.overlap and self.recorded is not None:
+            yield f"rollouts.overlap=true: engine {self.engine!r} writes nothing; it must be false"
+        if self.overlap and self.lag:
+            yield f"rollouts.overlap=true: must be false with rollouts.lag={self.lag}: those rollouts are scored later"
 
 
 class TransformersRollouts(EngineSettings):

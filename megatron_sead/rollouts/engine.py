@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -59,6 +59,11 @@ class EngineContext:
     max_length: int | None = None  # tokens of the longest prompt with its response; None: as many as the model reads
 
 
+Meanwhile = Callable[[dict[int, Rollout] | None], None]
+"""What a rank does when it has written its share, before it waits for the others: gets the rollouts by the number of
+their request, or None where it failed."""
+
+
 class EngineFailed(UserError):
     """An engine cannot go on. The student is as it was, and can be saved."""
 
@@ -72,11 +77,18 @@ class RolloutEngine(Protocol):
     has_weights: bool
     """False: it writes nothing by itself, and no check can tell whether its responses are the student's."""
 
-    def generate(self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None) -> list[Rollout]:
+    def generate(
+        self,
+        requests: list[GenerationRequest],
+        step: int,
+        sampling: Sampling | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> list[Rollout]:
         """Each rank passes the same requests and receives all rollouts, in request order.
 
         Args:
             sampling: how to choose tokens this time, for evaluation; None: as the run's settings say.
+            meanwhile: called on every rank, once; given with `rollouts.overlap` alone. It may put the engine to sleep.
         """
         ...
 

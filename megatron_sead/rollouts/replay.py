@@ -11,7 +11,7 @@ import torch
 
 from megatron_sead.config.rollouts import ReplayRollouts
 from megatron_sead.errors import UserError
-from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, Rollout, Sampling
+from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, Meanwhile, Rollout, Sampling
 from megatron_sead.rollouts.records import FOLDER, read_records
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,13 @@ class ReplayEngine:
             raise UserError(f"rollouts.path={path}: must be a run directory or its {FOLDER} folder")
         self._warned = False
 
-    def generate(self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None) -> list[Rollout]:
+    def generate(
+        self,
+        requests: list[GenerationRequest],
+        step: int,
+        sampling: Sampling | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> list[Rollout]:
         """Every rank reads the same file. ValueError when `sampling` asks for something that was not recorded."""
         if sampling is not None:
             raise ValueError("recorded rollouts cannot be sampled anew")

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_sead.errors import UserError
-from megatron_sead.rollouts.engine import GenerationRequest, Rollout
+from megatron_sead.rollouts.engine import GenerationRequest, Meanwhile, Rollout
 
 
 def share_of(requests: list[GenerationRequest], writer: int, writers: int) -> list[int]:
@@ -21,7 +21,11 @@ def share_of(requests: list[GenerationRequest], writer: int, writers: int) -> li
 
 
 def gather_written(
-    mine: dict[int, Rollout], problem: UserError | None, count: int, group: ProcessGroup | None
+    mine: dict[int, Rollout],
+    problem: UserError | None,
+    count: int,
+    group: ProcessGroup | None,
+    meanwhile: Meanwhile | None,
 ) -> list[Rollout]:
     """All rollouts of a call, in the order of its requests, on every rank. Collective over the group.
 
@@ -30,10 +34,13 @@ def gather_written(
         problem: with which it stopped; the other ranks were still writing then, and must not wait for it.
         count: of requests.
         group: gloo; None: this process alone.
+        meanwhile: what there is to do before the other ranks are waited for.
 
     Raises:
         UserError: the first rank's problem, on every rank.
     """
+    if meanwhile is not None:
+        meanwhile(mine if problem is None else None)
     shares: list[Any] = [(mine, problem)]
     if group is not None:
         shares *= group.size()

@@ -18,7 +18,7 @@ from megatron_sead.config.rollouts import TransformersRollouts
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.models.family import read_config_fields
 from megatron_sead.models.weight_files import locate_tensors
-from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, Rollout, Sampling
+from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, Meanwhile, Rollout, Sampling
 from megatron_sead.rollouts.sampling import choose_tokens, uniforms
 from megatron_sead.rollouts.sharing import gather_written, share_of
 
@@ -69,7 +69,13 @@ class TransformersEngine:
         self.group = group
         self._stop = torch.tensor(sorted(stop_token_ids), device=self.device)
 
-    def generate(self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None) -> list[Rollout]:
+    def generate(
+        self,
+        requests: list[GenerationRequest],
+        step: int,
+        sampling: Sampling | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> list[Rollout]:
         """Collective over the group: each rank passes the same requests and receives all rollouts, in their order.
 
         Raises:
@@ -87,7 +93,7 @@ class TransformersEngine:
                 problem = error
                 break
             written.update(zip(batch, rollouts, strict=True))
-        return gather_written(written, problem, len(requests), self.group)
+        return gather_written(written, problem, len(requests), self.group, meanwhile)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy new weights in place.

@@ -15,7 +15,7 @@ import torch
 from megatron_sead.config.rollouts import VllmRollouts
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.models.weight_files import locate_tensors
-from megatron_sead.rollouts.engine import EngineContext, EngineFailed, GenerationRequest, Rollout, Sampling
+from megatron_sead.rollouts.engine import EngineContext, EngineFailed, GenerationRequest, Meanwhile, Rollout, Sampling
 from megatron_sead.rollouts.sampling import request_seed
 from megatron_sead.rollouts.sharing import gather_written, share_of
 
@@ -87,7 +87,13 @@ class VllmEngine:
         )
         self._true_vocabulary = self._vocabulary(context.vocab_size)
 
-    def generate(self, requests: list[GenerationRequest], step: int, sampling: Sampling | None = None) -> list[Rollout]:
+    def generate(
+        self,
+        requests: list[GenerationRequest],
+        step: int,
+        sampling: Sampling | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> list[Rollout]:
         """Collective over the group: each rank passes the same requests and receives all rollouts, in their order.
 
         Raises:
@@ -102,7 +108,7 @@ class VllmEngine:
             written = dict(zip(mine, rollouts, strict=True))
         except UserError as error:  # the other replicas are still writing
             problem = error
-        return gather_written(written if self._speaks else {}, problem, len(requests), self._group)
+        return gather_written(written if self._speaks else {}, problem, len(requests), self._group, meanwhile)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """New weights, a module of vLLM's at a time: it holds the tensors of one until they are complete.

@@ -9,6 +9,7 @@ from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.reporting.timing import PhaseTimer
 from megatron_sead.rollouts.engine import EngineFailed, Rollout
 from megatron_sead.training.conclude import conclude
+from megatron_sead.training.early_scores import EarlyScores
 from megatron_sead.training.engines import renew_engine
 from megatron_sead.training.record import record_step, save
 from megatron_sead.training.run import Run
@@ -39,15 +40,18 @@ def run(config: RunConfig) -> bool:
 
 def distill(run: Run) -> bool:
     """The steps that are left. False: interrupted, and saved."""
+    early = EarlyScores(run) if run.config.rollouts.overlap else None
     with run.progress_bar() as bar:
         for step in range(run.state.step, run.config.training.steps):
             timer = PhaseTimer()
             with timer.phase("step"):
                 with timer.phase("rollout"):
-                    rollouts = _rollouts(run, step)
-                    correct = run.grade(rollouts)
+                    rollouts = _rollouts(run, step, early)
+                    correct = run.grade(rollouts) if early is None else early.correct()
                     alpha = run.observe(rollouts, correct, step)
-                result = train_step(run.learner, run.pack(rollouts), alpha, step)
+                micro_batches = run.pack(rollouts)
+                teacher_hidden = None if early is None else early.teacher_hidden(micro_batches)
+                result = train_step(run.learner, micro_batches, alpha, step, teacher_hidden)
                 with timer.phase("sync"):
                     renew_engine(run)
 
@@ -65,7 +69,7 @@ def distill(run: Run) -> bool:
     return True
 
 
-def _rollouts(run: Run, step: int) -> list[Rollout]:
+def _rollouts(run: Run, step: int, early: EarlyScores | None) -> list[Rollout]:
     """The step's responses. With a lag, those of later steps are written first, before this step changes the student;
     then the engine sleeps.
 
@@ -75,15 +79,15 @@ def _rollouts(run: Run, step: int) -> list[Rollout]:
     last = min(step + run.config.rollouts.lag, run.config.training.steps - 1)
     for number in range(step, last + 1):
         if number not in run.written:
-            run.written[number] = _write(run, number)
+            run.written[number] = _write(run, number, early)
     run.engine.sleep()
     return run.written[step]
 
 
-def _write(run: Run, step: int) -> list[Rollout]:
+def _write(run: Run, step: int, early: EarlyScores | None) -> list[Rollout]:
     asked = run.curriculum.next_batch(step)
     try:
-        return run.engine.generate(run.requests(asked), step)
+        return run.engine.generate(run.requests(asked), step, meanwhile=None if early is None else early.meanwhile)
     except NotFiniteNumbers as error:
         raise ended_while_writing(run, step, asked, error) from None
     except EngineFailed as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch.distributed import ProcessGroup
 
 from megatron_sead.checkpoints.store import CheckpointStore
 from megatron_sead.config.run import RunConfig
@@ -104,11 +106,11 @@ class Run:
             )
         return self.prompts[number]
 
-    def grade(self, rollouts: list[Rollout]) -> list[bool]:
-        """Right or wrong, on every rank; ranks share the work. Collective."""
+    def grade(self, rollouts: list[Rollout], group: ProcessGroup | None = None) -> list[bool]:
+        """Right or wrong, on every rank; ranks share the work. Collective over the group; None: over all ranks."""
         texts = [self.tokenizer.decode(rollout.response_token_ids) for rollout in rollouts]
         answers = [self.prompt_of(rollout).answers for rollout in rollouts]
-        return self.grader.grade_all(texts, answers, self.parallel.control)
+        return self.grader.grade_all(texts, answers, group or self.parallel.control)
 
     def observe(self, rollouts: list[Rollout], correct: list[bool], step: int) -> float:
         """Let competence and curriculum see the grades, and return the step's alpha."""
@@ -122,18 +124,23 @@ class Run:
             u[annealing.driver], start=annealing.start, end=annealing.end, shape=annealing.shape
         )
 
-    def pack(self, rollouts: list[Rollout]) -> list[MicroBatch]:
-        """This data-parallel rank's micro-batches."""
+    def pack(self, rollouts: list[Rollout], *, shared: bool = True) -> list[MicroBatch]:
+        """This data-parallel rank's micro-batches.
+
+        Args:
+            shared: the rollouts are a step's, which the data-parallel ranks share; else all are this rank's.
+        """
         masks_truncated = self.config.training.mask_truncated
+        size = self.config.training.micro_batch_size
         try:
             return pack(
                 [r.prompt_token_ids for r in rollouts],
                 [self.prompt_of(r).teacher_token_ids for r in rollouts],
                 [r.response_token_ids for r in rollouts],
                 [r.finished or not masks_truncated for r in rollouts],
-                micro_batch_size=self.config.training.micro_batch_size,
-                data_parallel_rank=self.parallel.dp_rank,
-                data_parallel_size=self.parallel.dp_size,
+                micro_batch_size=size if shared else math.gcd(size, len(rollouts)),
+                data_parallel_rank=self.parallel.dp_rank if shared else 0,
+                data_parallel_size=self.parallel.dp_size if shared else 1,
                 length_multiple=self.length_multiple,
                 pad_token_id=self.tokenizer.pad_token_id,
                 device=self.parallel.device,

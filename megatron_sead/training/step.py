@@ -46,16 +46,26 @@ class StepResult:
     reports: list[Report] | None = None  # of a step that was skipped: every rank's, on every rank
 
 
-def train_step(learner: Learner, micro_batches: list[MicroBatch], alpha: float, step: int) -> StepResult:
+def train_step(
+    learner: Learner,
+    micro_batches: list[MicroBatch],
+    alpha: float,
+    step: int,
+    teacher_hidden: list[torch.Tensor] | None = None,
+) -> StepResult:
     """Update the student once on this rank's share of a step's rollouts. Collective over all ranks.
 
     The loss is Megatron's per-token sum: gradients are divided by the count over all ranks and micro-batches, so
     that no mean of means arises. A step whose numbers are not finite on any rank is skipped on all, by the rule of
     `not_finite`; its result has the ranks' reports.
+
+    Args:
+        teacher_hidden: what `Teacher.hidden_states` makes of the micro-batches, where it is known already.
     """
     timer, problems = PhaseTimer(), list[str]()
     with timer.phase("score"):
-        teacher_hidden = learner.teacher.hidden_states(micro_batches, learner.parallel)
+        if teacher_hidden is None:
+            teacher_hidden = learner.teacher.hidden_states(micro_batches, learner.parallel)
         decided, reports = _score_step(learner, micro_batches, teacher_hidden, alpha, step)
     if reports is not None:
         return _skipped(learner, reports)
