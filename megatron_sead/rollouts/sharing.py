@@ -40,14 +40,31 @@ def gather_written(
         UserError: the first rank's problem, on every rank.
     """
     if meanwhile is not None:
-        meanwhile(mine if problem is None else None)
-    shares: list[Any] = [(mine, problem)]
+        try:
+            meanwhile(mine if problem is None else None)
+        except UserError as error:
+            problem = error
+    raise_together(problem, group)
+    shares = [mine]
     if group is not None:
         shares *= group.size()
-        dist.all_gather_object(shares, (mine, problem), group=group)
-    written: dict[int, Rollout] = {}
-    for share, found in shares:
-        if found is not None:
-            raise found
-        written |= share
+        dist.all_gather_object(shares, mine, group=group)
+    written = {number: rollout for share in shares for number, rollout in share.items()}
     return [written[number] for number in range(count)]
+
+
+def raise_together(problem: UserError | None, group: ProcessGroup | None) -> None:
+    """Go on if no rank has a problem. Collective over the group.
+
+    Args:
+        group: gloo; None: this process alone.
+
+    Raises:
+        UserError: the first rank's problem, on every rank.
+    """
+    problems: list[Any] = [problem]
+    if group is not None:
+        problems *= group.size()
+        dist.all_gather_object(problems, problem, group=group)
+    if (first := next(filter(None, problems), None)) is not None:
+        raise first

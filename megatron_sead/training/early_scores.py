@@ -32,14 +32,18 @@ class EarlyScores:
         self._holder: dict[int, int] = {}  # data-parallel rank
 
     def meanwhile(self, written: dict[int, Rollout] | None) -> None:
-        """What an engine calls on every rank that has written its share; None: it could not."""
+        """What an engine calls on every rank that has written its share; None: it could not.
+
+        Raises:
+            EngineFailed: it cannot sleep, on every rank of the group.
+        """
         self._correct, self._hidden, self._holder = {}, {}, {}
         shares: list[dict[int, Rollout] | None] = [None] * self._group.size()
         dist.all_gather_object(shares, written, group=self._group)
         together = {number: rollout for share in shares if share is not None for number, rollout in share.items()}
         if None in shares or not together:
             return  # the engine tells all ranks why
-        self._run.engine.sleep()
+        self._run.ask(self._run.engine.sleep, self._group)
         numbers = sorted(together)
         rollouts = [together[number] for number in numbers]
         self._correct = dict(zip(numbers, self._run.grade(rollouts, self._group), strict=True))

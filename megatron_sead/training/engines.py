@@ -8,7 +8,8 @@ import math
 import torch
 import torch.distributed as dist
 
-from megatron_sead.errors import NotFiniteNumbers, UserError
+from megatron_sead.errors import NotFiniteNumbers
+from megatron_sead.rollouts.engine import EngineFailed
 from megatron_sead.training.parity import TOLERANCE, largest_difference, student_log_probs
 from megatron_sead.training.run import EngineScores, Run
 
@@ -22,7 +23,7 @@ def start_engine(run: Run) -> None:
     """Give the engine the weights that the run begins with, and prove it on the whole probe. Collective.
 
     Raises:
-        UserError: the engine would write with another model than the one that learns.
+        EngineFailed: it died, or would write with another model than the one that learns.
     """
     run.load_engine()
     if not run.engine.has_weights:
@@ -38,7 +39,7 @@ def renew_engine(run: Run) -> None:
     """Give the engine the student's weights, so that the next rollouts are on-policy, and prove it. Collective.
 
     Raises:
-        UserError: the engine has others, or its old ones.
+        EngineFailed: it died, has others, or its old ones.
     """
     run.load_engine()
     if run.engine.has_weights:
@@ -56,13 +57,13 @@ def check_engine(run: Run, tokens: list[int], level: int = logging.DEBUG) -> Non
         level: at which the difference is logged.
 
     Raises:
-        UserError: on every rank alike.
+        EngineFailed: on every rank alike.
     """
     try:
         student = student_log_probs(run, tokens)
     except NotFiniteNumbers:
         return  # the next rollouts or the checkpoint tell it, with what to do
-    scores = EngineScores(run.engine.score(tokens), student)
+    scores = EngineScores(run.ask(lambda: run.engine.score(tokens)), student)
     precision, engine = run.config.training.precision, f"rollouts.engine={run.config.rollouts.engine}"
     # Of a student that diverges log-probabilities are large, and so are their rounding errors
     allowed = TOLERANCE[precision] * max(1.0, student.abs().mean().item() / USUAL)
@@ -74,9 +75,11 @@ def check_engine(run: Run, tokens: list[int], level: int = logging.DEBUG) -> Non
     worst = torch.tensor([difference / allowed if math.isfinite(difference) else math.inf, float(stands_still)])
     dist.all_reduce(worst, dist.ReduceOp.MAX, group=run.parallel.control)
     if worst[1]:
-        raise UserError(f"{engine}: still writes with old weights: the student's log-probabilities have moved, its not")
+        raise EngineFailed(
+            f"{engine}: still writes with old weights: the student's log-probabilities have moved, its not"
+        )
     if not worst[0] <= 1:
-        raise UserError(
+        raise EngineFailed(
             f"{engine} and the student do not agree: log-probabilities differ by {worst[0] * allowed:.2e} nats a "
             f"token, at most {allowed:.0e} are allowed with training.precision={precision}"
         )

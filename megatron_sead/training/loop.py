@@ -53,13 +53,15 @@ def distill(run: Run) -> bool:
                 teacher_hidden = None if early is None else early.teacher_hidden(micro_batches)
                 result = train_step(run.learner, micro_batches, alpha, step, teacher_hidden)
                 with timer.phase("sync"):
-                    renew_engine(run)
+                    failure = _renew(run)
 
             bar.advance(record_step(run, step, rollouts, correct, alpha, result, timer.metrics()))
             if result.reports is not None:
                 keep_skipped(run, step, rollouts, result.reports)
             del run.written[step]
             run.state.step = step + 1
+            if failure is not None:
+                raise _saved_without_engine(run, failure) from failure
             stop = run.interrupt.agreed(run.parallel.control)
             if stop or run.checkpoint_due(step):
                 save(run)
@@ -77,10 +79,13 @@ def _rollouts(run: Run, step: int, early: EarlyScores | None) -> list[Rollout]:
         UserError: the student's weights are spoilt; or the engine is, and the student is saved.
     """
     last = min(step + run.config.rollouts.lag, run.config.training.steps - 1)
-    for number in range(step, last + 1):
-        if number not in run.written:
-            run.written[number] = _write(run, number, early)
-    run.engine.sleep()
+    try:
+        for number in range(step, last + 1):
+            if number not in run.written:
+                run.written[number] = _write(run, number, early)
+        run.ask(run.engine.sleep)
+    except EngineFailed as error:
+        raise _saved_without_engine(run, error) from error
     return run.written[step]
 
 
@@ -90,7 +95,18 @@ def _write(run: Run, step: int, early: EarlyScores | None) -> list[Rollout]:
         return run.engine.generate(run.requests(asked), step, meanwhile=None if early is None else early.meanwhile)
     except NotFiniteNumbers as error:
         raise ended_while_writing(run, step, asked, error) from None
+
+
+def _renew(run: Run) -> EngineFailed | None:
+    """The engine's new weights, proven; or why it cannot go on, which undoes nothing of the step."""
+    try:
+        renew_engine(run)
     except EngineFailed as error:
-        save(run)
-        saved = f"saved after {counted(run.state.step, 'step')}, the same command continues"
-        raise UserError(f"{error}; {saved}") from error
+        return error
+    return None
+
+
+def _saved_without_engine(run: Run, failure: EngineFailed) -> UserError:
+    """What to raise when the engine cannot go on: the student can, and is saved."""
+    save(run)
+    return UserError(f"{failure}; saved after {counted(run.state.step, 'step')}, the same command continues")

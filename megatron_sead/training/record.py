@@ -17,6 +17,7 @@ from megatron_sead.training.parity import student_log_probs
 from megatron_sead.training.run import Run
 from megatron_sead.training.skipping import remedy
 from megatron_sead.training.step import StepResult
+from megatron_sead.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def save(run: Run) -> None:
         except NotFiniteNumbers as error:
             spoilt = str(error)
     if spoilt is not None:
-        raise UserError(f"after {run.state.step} steps: {spoilt}; no checkpoint is written. {remedy(run)}")
+        raise UserError(f"after {counted(run.state.step, 'step')}: {spoilt}; no checkpoint is written. {remedy(run)}")
     learner = run.learner
     run.store.save(
         run.state.step,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from rich.console import Console
@@ -27,10 +27,13 @@ from megatron_sead.prompts.tokenizer import ModelTokenizer
 from megatron_sead.reporting.metrics import MetricsWriter
 from megatron_sead.reporting.progress import StepProgress
 from megatron_sead.reporting.rollout_metrics import ROLLOUT_METRICS, Written
-from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, Rollout, RolloutEngine
+from megatron_sead.rollouts.engine import EngineContext, EngineFailed, GenerationRequest, Rollout, RolloutEngine
+from megatron_sead.rollouts.sharing import raise_together
 from megatron_sead.training.inputs import Inputs
 from megatron_sead.training.interrupt import InterruptFlag
 from megatron_sead.training.step import Learner
+
+AnswerT = TypeVar("AnswerT")
 
 
 @dataclass
@@ -157,13 +160,29 @@ class Run:
         """Wake the engine, and give it the student's weights. Collective.
 
         Raises:
-            UserError: it has other weights than the student, or did not get all.
+            EngineFailed: it has other weights than the student, or did not get all, or died.
         """
-        self.engine.wake()
+        self.ask(self.engine.wake)
+        self.ask(lambda: self.engine.load_weights(self.weights()))
+
+    def ask(self, call: Callable[[], AnswerT], group: ProcessGroup | None = None) -> AnswerT:
+        """What the engine answers. Collective: where one rank's fails, no other waits for it in the next collective.
+
+        Args:
+            group: gloo; None: all ranks.
+
+        Raises:
+            EngineFailed: the first rank's, on every rank.
+        """
+        answer, problem = None, None
         try:
-            self.engine.load_weights(self.weights())
+            answer = call()
+        except EngineFailed as error:
+            problem = error
         except ValueError as error:
-            raise UserError(f"rollouts.engine={self.config.rollouts.engine!r}: {error}") from None
+            problem = EngineFailed(f"rollouts.engine={self.config.rollouts.engine!r}: {error}")
+        raise_together(problem, group or self.parallel.control)
+        return cast(AnswerT, answer)
 
     def rollout_metrics(self, rollouts: list[Rollout], correct: list[bool], step: int) -> dict[str, Any]:
         """Metrics that need the rollouts and grades alone, and of the curriculum that chose their prompts."""

@@ -102,7 +102,7 @@ def test_an_engine_at_fault_ends_the_run_in_one_line(fault: str, tmp_path: Path)
     told = {
         "left out": "rollouts.engine='vllm': model.layers.1.mlp.down_proj.weight: no new value came",
         "old": "rollouts.engine=vllm and the student do not agree: log-probabilities differ by",
-        "dies": "rollouts.engine='vllm': RuntimeError: out of memory; saved after 1 steps, the same command continues",
+        "dies": "rollouts.engine='vllm': RuntimeError: out of memory; saved after 1 step, the same command continues",
     }
     assert line.startswith(f"error: {told[fault]}"), line
     assert "Traceback" not in done.stderr

@@ -54,7 +54,8 @@ def listening() -> Iterator[list[str]]:
 @contextmanager
 def watching(fault: str | None) -> Iterator[list[str]]:
     """Verbs that a transformers engine is asked. With a fault it never sleeps, and its load_weights does what the fault
-    says from the second time on."""
+    says from the second time on; or it dies, once it has written, of the verb that the fault is named by."""
+    from megatron_sead.rollouts.engine import EngineFailed
     from megatron_sead.rollouts.transformers_engine import TransformersEngine
 
     asked: list[str] = []
@@ -63,9 +64,11 @@ def watching(fault: str | None) -> Iterator[list[str]]:
     def watched(verb: str) -> Callable[..., Any]:
         def call(engine: Any, *arguments: Any, **keywords: Any) -> Any:
             asked.append(verb)
-            if verb == "sleep" and fault is not None:
+            if verb == fault and "generate" in asked:
+                raise EngineFailed("rollouts.engine='transformers': out of memory")
+            if verb == "sleep" and fault in FAULTS:
                 return None
-            if verb == "load_weights" and fault is not None and asked.count(verb) > 1:
+            if verb == "load_weights" and fault in FAULTS and asked.count(verb) > 1:
                 return FAULTS[fault](engine, whole[verb], *arguments)
             return whole[verb](engine, *arguments, **keywords)
 
@@ -146,6 +149,27 @@ def test_an_engine_with_other_weights_on_one_rank_ends_all(pools: RankPools, tmp
     with pytest.raises(AssertionError) as caught:
         pools.of(2).run(drive_with_a_fault_on_rank_1, settings)
     assert str(caught.value).count("UserError: rollouts.engine=transformers and the student do not agree: ") == 2
+
+
+def drive_dying_on_rank_1(overrides: list[str], verb: str) -> None:
+    drive(overrides, verb if dist.get_rank() == 1 else None)
+
+
+@pytest.mark.parametrize(("verb", "saved"), [("sleep", 0), ("wake", 1), ("load_weights", 1), ("score", 1)])
+def test_an_engine_that_dies_on_one_rank_ends_all_and_the_student_is_saved(
+    pools: RankPools, tmp_path: Path, verb: str, saved: int
+) -> None:
+    output = tmp_path / "run"
+    settings = [*SETTINGS, f"output={output}", "training.micro_batch_size=4", "checkpoints.interval=0"]
+    with pytest.raises(AssertionError) as caught:
+        pools.of(2).run(drive_dying_on_rank_1, settings, verb)
+    told = f"UserError: rollouts.engine='transformers': out of memory; saved after {saved} step"
+    assert str(caught.value).count(f"{told}{'' if saved == 1 else 's'}, the same command continues") == 2
+    assert [folder.name for folder in (output / "checkpoints").glob("step-*")] == [f"step-0000000{saved}"]
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == saved
+    if saved == 0:  # one that goes on shows that all do
+        _, lines = pools.of(2).run(drive, settings, None)[0]
+        assert "continuing at step 0" in lines
 
 
 def test_replay_is_not_checked_and_says_so(pools: RankPools, whole: tuple[Path, list[str]], tmp_path: Path) -> None:
