@@ -103,9 +103,10 @@ def model_config(
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        # Fused kernels need CUDA extensions, and numbers that do not depend on them compare across machines.
+        # SwiGLU compiled to one kernel a pass, which keeps its input alone. The other fusions need CUDA extensions, and
+        # numbers that do not depend on them compare across machines.
+        bias_activation_fusion=parallel.device.type == "cuda",
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,

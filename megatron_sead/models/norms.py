@@ -1,7 +1,8 @@
 """RMSNorm over the hidden size, or over a head.
 
-It computes in fp32 (in fp64 where the input is), multiplies by the weight there, and casts last, as transformers' OLMo
-does; others' cast before they multiply, which rounds once more in bf16.
+torch's: on a GPU one kernel a pass, which keeps its input alone. It computes in fp32 (in fp64 where the input is),
+multiplies by the weight there, and casts last, as transformers' OLMo does; others' cast before they multiply, which
+rounds once more in bf16.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 # Shapes: s sequence, b batch, h hidden size
@@ -30,15 +32,4 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = widen(x)
-        return scale(x, wide, wide.square().mean(-1, keepdim=True), self.eps, self.weight)
-
-
-def widen(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def scale(
-    x: torch.Tensor, wide: torch.Tensor, mean_square: torch.Tensor, eps: float, weight: torch.Tensor
-) -> torch.Tensor:
-    return (weight * (wide * torch.rsqrt(mean_square + eps))).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

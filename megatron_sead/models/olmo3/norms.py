@@ -11,8 +11,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.distributed import ProcessGroup
 
-from megatron_sead.models.norms import scale, widen
-
 # Shapes: s sequence, b batch, w width of a projection, tp tensor-parallel ranks
 
 
@@ -35,7 +33,7 @@ class ProjectionRMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, sum_of_squares: torch.Tensor) -> torch.Tensor:
         """x [s, b, w/tp] with the sum [s, b, 1] over the whole width, from `sums_of_squares`."""
-        return scale(x, widen(x), sum_of_squares / self.width, self.eps, self.weight)
+        return Scale.apply(x, sum_of_squares / self.width, self.weight, self.eps)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -53,8 +51,40 @@ class ProjectionRMSNorm(torch.nn.Module):
 
 def sums_of_squares(tensors: list[torch.Tensor], group: ProcessGroup) -> tuple[torch.Tensor, ...]:
     """Of each [s, b, w/tp], over the whole width w: [s, b, 1]. One all-reduce for all of them."""
-    sums = torch.stack([widen(x).square().sum(-1, keepdim=True) for x in tensors])
-    return SumOverRanks.apply(sums, group).unbind(0)
+    return SumOverRanks.apply(torch.stack([SumOfSquares.apply(x) for x in tensors]), group).unbind(0)
+
+
+class SumOfSquares(torch.autograd.Function):
+    """[s, b, w] -> [s, b, 1] in fp32 or wider. Keeps its input alone, where autograd would keep a wide copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return wide.square().sum(-1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return (x * (2 * grad)).to(x.dtype)
+
+
+class Scale(torch.autograd.Function):
+    """weight * x / sqrt(mean_square + eps), computed wide and cast last. Keeps its inputs alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mean_square: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        root = torch.rsqrt(mean_square + eps)
+        ctx.save_for_backward(x, root, weight)
+        return (x * root).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        x, root, weight = ctx.saved_tensors
+        normalized = (x * root).mul_(grad)  # times the gradient
+        grad_weight = normalized.flatten(0, -2).sum(0)
+        grad_mean = -0.5 * root.square() * normalized.mul_(weight).sum(-1, keepdim=True)
+        return (grad * root).mul_(weight).to(x.dtype), grad_mean, grad_weight.to(weight.dtype), None
 
 
 class SumOverRanks(torch.autograd.Function):
