@@ -52,6 +52,7 @@ def train_step(
     alpha: float,
     step: int,
     teacher_hidden: list[torch.Tensor] | None = None,
+    timer: PhaseTimer | None = None,
 ) -> StepResult:
     """Update the student once on this rank's share of a step's rollouts. Collective over all ranks.
 
@@ -61,12 +62,15 @@ def train_step(
 
     Args:
         teacher_hidden: what `Teacher.hidden_states` makes of the micro-batches, where it is known already.
+        timer: is told which part of the step runs.
     """
-    timer, problems = PhaseTimer(), list[str]()
+    timer, problems = timer or PhaseTimer(), list[str]()
     with timer.phase("score"):
         if teacher_hidden is None:
-            teacher_hidden = learner.teacher.hidden_states(micro_batches, learner.parallel)
-        decided, reports = _score_step(learner, micro_batches, teacher_hidden, alpha, step)
+            with timer.part("teacher"):
+                teacher_hidden = learner.teacher.hidden_states(micro_batches, learner.parallel)
+        with timer.part("student scores"):
+            decided, reports = _score_step(learner, micro_batches, teacher_hidden, alpha, step)
     if reports is not None:
         return _skipped(learner, reports)
 
@@ -95,7 +99,8 @@ def train_step(
         return loss, supervision.count.int(), (loss.detach(), score, supervision)
 
     with timer.phase("train"):
-        outcomes = _forward_backward(learner, micro_batches, distill)
+        with timer.part("training pass"):
+            outcomes = _forward_backward(learner, micro_batches, distill)
         loss, count = _global_loss(outcomes, learner.parallel)
         norm = own_grad_norm(learner.optimizer)
         reports = gather_reports(learner.parallel, learner.student, _first(problems), loss=loss, grad_norm=norm)
@@ -103,8 +108,10 @@ def train_step(
             return _skipped(learner, reports)
         result, thresholds = StepResult(), None
         if learner.parallel.is_last_stage:
-            result, thresholds = _measure(learner, micro_batches, outcomes)
-        result.metrics |= {"loss": loss, "active_tokens": count} | _update(learner, count, step)
+            with timer.part("measure"):
+                result, thresholds = _measure(learner, micro_batches, outcomes)
+        with timer.part("optimizer"):
+            result.metrics |= {"loss": loss, "active_tokens": count} | _update(learner, count, step)
     result.metrics |= timer.metrics()
     result.metrics, thresholds = _from_last_stage((result.metrics, thresholds), learner.parallel)
     learner.supervisor.remember(thresholds)
