@@ -20,7 +20,9 @@ from megatron_sead.parallel.cpu_adaptor import is_adapted
 from megatron_sead.parallel.joining import join_world, local_gpu
 
 
-def initialize_parallel(settings: ParallelSettings, device: str, seed: int) -> ParallelContext:
+def initialize_parallel(
+    settings: ParallelSettings, device: str, seed: int, control_backend: str = "gloo"
+) -> ParallelContext:
     """Join the process group, lay the ranks out as the settings say, and seed. Collective over all ranks.
 
     Started by torchrun (or any launcher that sets RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or as one process. A
@@ -30,6 +32,7 @@ def initialize_parallel(settings: ParallelSettings, device: str, seed: int) -> P
         settings: sizes; data-parallel size is what is left of the ranks.
         device: "cuda" or "cpu"; "cpu" needs `adapt_to_cpu` before Megatron is imported.
         seed: every pipeline stage and tensor-parallel rank draws its initial weights from a generator of its own.
+        control_backend: of the group for what lives in host memory.
 
     Raises:
         UserError: a layout that the ranks do not fill, or a device that is not there.
@@ -43,20 +46,23 @@ def initialize_parallel(settings: ParallelSettings, device: str, seed: int) -> P
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=settings.virtual_pipeline_model_parallel_size,
         context_parallel_size=settings.context_parallel_size,
+        create_gloo_process_groups=False,  # `control` is the only one that is used
     )
-    context = _context(settings, torch_device)
+    context = _context(settings, torch_device, control_backend)
     _seed(seed, context)
     return context
 
 
 @contextmanager
-def parallel_groups(settings: ParallelSettings, device: str, seed: int) -> Iterator[ParallelContext]:
+def parallel_groups(
+    settings: ParallelSettings, device: str, seed: int, control_backend: str = "gloo"
+) -> Iterator[ParallelContext]:
     """`initialize_parallel`, and at the end `destroy_parallel`, but not after an error.
 
     After an error the peers may be waiting in a collective, and NCCL would wait for them in turn. Whoever catches the
     error ends the process.
     """
-    yield initialize_parallel(settings, device, seed)
+    yield initialize_parallel(settings, device, seed, control_backend)
     destroy_parallel()
 
 
@@ -89,7 +95,7 @@ def _choose_device(device: str) -> torch.device:
     return gpu
 
 
-def _context(settings: ParallelSettings, device: torch.device) -> ParallelContext:
+def _context(settings: ParallelSettings, device: torch.device, control_backend: str) -> ParallelContext:
     return ParallelContext(
         device=device,
         rank=dist.get_rank(),
@@ -105,7 +111,7 @@ def _context(settings: ParallelSettings, device: torch.device) -> ParallelContex
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
         dp_with_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        control=dist.new_group(backend="gloo"),
+        control=dist.new_group(backend=control_backend),
         megatron=ProcessGroupCollection.use_mpu_process_groups(),
     )
 
