@@ -10,9 +10,10 @@ import torch
 from megatron_sead.models.config import ModelConfig
 from megatron_sead.models.decoder import Decoder
 from megatron_sead.models.family import Implementation, family_of, read_config_fields
-from megatron_sead.models.huggingface import check_huggingface_weights, load_huggingface_weights
+from megatron_sead.models.huggingface import OpenWeights, check_huggingface_weights, load_huggingface_weights
 from megatron_sead.models.layers import AttentionBackend
 from megatron_sead.models.layout import check_layout
+from megatron_sead.models.tensor_files import TensorFiles
 from megatron_sead.parallel.context import ParallelContext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -28,6 +29,7 @@ def build_model(
     recompute_granularity: Literal["full", "selective"] | None = None,
     attention_backend: AttentionBackend = "torch",
     load_weights: bool = True,
+    open_weights: OpenWeights = TensorFiles,
 ) -> list[Decoder]:
     """This rank's chunks of the model in `hf_dir`, one but for virtual pipeline stages. Collective.
 
@@ -38,6 +40,7 @@ def build_model(
         hf_dir: ``config.json`` and safetensors.
         sequence_parallel_output: under sequence parallelism each rank hands out its shard of the final hidden states.
         load_weights: False leaves Megatron's random initial weights.
+        open_weights: where they are read from, if not from the directory's files.
 
     Raises:
         UserError: another architecture, a layout that does not divide it, or a damaged directory.
@@ -51,14 +54,14 @@ def build_model(
         recompute_granularity=recompute_granularity,
     )
     if load_weights:
-        check_huggingface_weights(config, hf_dir)
+        check_huggingface_weights(config, hf_dir, open_weights)
     chunks = []
     for stage in range(parallel.chunks):
         vp_stage = stage if parallel.vpp_size is not None else None
         model = Decoder(config, implementation, parallel, attention_backend, vp_stage)
         chunks.append(model.to(parallel.device))
     if load_weights:
-        load_huggingface_weights(chunks, hf_dir, parallel)
+        load_huggingface_weights(chunks, hf_dir, parallel, open_weights)
     return chunks
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,23 +15,27 @@ from megatron_sead.models.weight_tables import Weight
 from megatron_sead.models.weights import PlacedWeight, named_weights, placed_weights
 from megatron_sead.parallel.context import ParallelContext
 
+OpenWeights = Callable[[Path], TensorFiles]  # what opens a directory's weights
+
 # --- In --------------------------------------------------------------------------------------------------------------
 
 
-def check_huggingface_weights(config: ModelConfig, hf_dir: Path) -> None:
+def check_huggingface_weights(config: ModelConfig, hf_dir: Path, open_weights: OpenWeights = TensorFiles) -> None:
     """The directory holds the model that its config.json describes. Reads headers, and a head that is the embedding
     once more; before any memory is taken.
 
     Raises:
         UserError: as `load_huggingface_weights` does.
     """
-    with TensorFiles(hf_dir) as files:
+    with open_weights(hf_dir) as files:
         files.check(list(named_weights(config)))
         files.check_repeated()
 
 
 @torch.no_grad()
-def load_huggingface_weights(models: list[Decoder], hf_dir: Path, parallel: ParallelContext) -> None:
+def load_huggingface_weights(
+    models: list[Decoder], hf_dir: Path, parallel: ParallelContext, open_weights: OpenWeights = TensorFiles
+) -> None:
     """Fill this rank's chunks, reading only this rank's slices. Every rank checks every tensor's name and shape.
 
     Args:
@@ -42,7 +46,7 @@ def load_huggingface_weights(models: list[Decoder], hf_dir: Path, parallel: Para
         UserError: it is ambiguous which files are the model; a file is missing or truncated; a tensor is missing,
             unknown, or has another shape or a dtype that is not tested.
     """
-    with TensorFiles(hf_dir) as files:
+    with open_weights(hf_dir) as files:
         weights = list(placed_weights(models[0].config, parallel.pp_size, parallel.chunks))
         files.check(weights)
         parameters = [dict(model.named_parameters()) for model in models]

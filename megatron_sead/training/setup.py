@@ -28,6 +28,8 @@ from megatron_sead.grading.grader import Grader
 from megatron_sead.launch.ownership import sole_owner
 from megatron_sead.models.builder import build_model
 from megatron_sead.models.decoder import Decoder
+from megatron_sead.models.huggingface import OpenWeights
+from megatron_sead.models.tensor_files import TensorFiles
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.parallel.groups import parallel_groups
 from megatron_sead.planning.plan import make_plan
@@ -85,7 +87,8 @@ def prepare(config: RunConfig) -> Iterator[Run]:
             inputs = settle_inputs(config, (student, teacher), prompts, heldout, store, parallel.control)
             if parallel.rank == 0:
                 _warn(config, inputs, prompts, heldout)
-            learner, chunks = _build_learner(config, student, teacher, parallel)
+            stop_token_ids = student.stop_token_ids, teacher.stop_token_ids
+            learner, chunks = build_learner(config, stop_token_ids, parallel)
         probe = probe_tokens(config.student.path, (p.student_token_ids for p in prompts))
         run = Run(
             config=config,
@@ -192,7 +195,12 @@ def _load_heldout(config: RunConfig, student: ModelTokenizer, teacher: ModelToke
 
 
 def _build_model(
-    config: RunConfig, model: ModelSettings, parallel: ParallelContext, *, sequence_parallel_output: bool
+    config: RunConfig,
+    model: ModelSettings,
+    parallel: ParallelContext,
+    open_weights: OpenWeights,
+    *,
+    sequence_parallel_output: bool,
 ) -> list[Decoder]:
     return build_model(
         model.path,
@@ -202,22 +210,36 @@ def _build_model(
         sequence_parallel_output=sequence_parallel_output,
         recompute_granularity=config.training.recompute_granularity,
         attention_backend=config.training.attention_backend,
+        open_weights=open_weights,
     )
 
 
-def _build_learner(
-    config: RunConfig, student: ModelTokenizer, teacher: ModelTokenizer, parallel: ParallelContext
+def build_learner(
+    config: RunConfig,
+    stop_token_ids: tuple[tuple[int, ...], tuple[int, ...]],
+    parallel: ParallelContext,
+    open_weights: OpenWeights = TensorFiles,
 ) -> tuple[Learner, list[Decoder]]:
-    teacher_chunks = _build_model(config, config.teacher, parallel, sequence_parallel_output=False)
+    """Both models with their weights, and what trains the student; and the student's chunks. Collective.
+
+    Args:
+        stop_token_ids: the student's and the teacher's.
+        open_weights: where weights are read from, if not from the models' directories.
+
+    Raises:
+        UserError: as `build_model`; or policy.top_k is beyond the vocabulary.
+    """
+    teacher_chunks = _build_model(config, config.teacher, parallel, open_weights, sequence_parallel_output=False)
     frozen = Teacher(teacher_chunks, offload=config.teacher.offload)
-    student_chunks = _build_model(config, config.student, parallel, sequence_parallel_output=True)  # the loss gathers
+    # The loss gathers
+    student_chunks = _build_model(config, config.student, parallel, open_weights, sequence_parallel_output=True)
     _check_top_k(config, student_chunks[0].config.vocab_size)
     ddp_chunks, optimizer, scheduler = build_optimizer(student_chunks, config.training, parallel)
     heads = Heads(
         student=student_chunks[-1].head_weight,
         teacher=frozen.head,
-        student_stop_token_ids=student.stop_token_ids,
-        teacher_stop_token_ids=teacher.stop_token_ids,
+        student_stop_token_ids=stop_token_ids[0],
+        teacher_stop_token_ids=stop_token_ids[1],
         vocab_size=student_chunks[0].config.vocab_size,  # the teacher's too: check_pair has seen to it
         scratch_bytes=config.training.scratch_bytes,
         group=parallel.tp if parallel.tp_size > 1 else None,

@@ -40,7 +40,7 @@ SETTINGS = [
 
 # A phase of a run: who has the function and its name, and which call of it fails
 PHASES = {
-    "setup": ("training.setup", "_build_learner", 1),
+    "setup": ("training.setup", "build_learner", 1),
     "evaluation": ("training.setup", "evaluate_student", 1),
     "generate": ("rollouts.transformers_engine:TransformersEngine", "generate", 2),  # the first is the evaluation's
     "grade": ("training.run:Run", "grade", 1),
