@@ -60,7 +60,7 @@ def run_schedule(
             micro_batch_size=tokens[0].shape[0],
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
-            **schedule_arguments(chunks[0], parallel),
+            **schedule_arguments(chunks[0], parallel, [(t.shape[0], t.shape[1]) for t in tokens]),
         )
 
 

@@ -174,7 +174,7 @@ def run_schedule(
         seq_length=max(tokens.shape[1] for tokens in batch.tokens),
         micro_batch_size=len(batch.tokens[0]),
         forward_only=False,
-        **schedule_arguments(wrapped[0], parallel),
+        **schedule_arguments(wrapped[0], parallel, [(b, s) for b, s in (batch.tokens[i].shape for i in mine)]),
     )
 
 
