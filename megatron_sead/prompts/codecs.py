@@ -28,6 +28,12 @@ class Codec(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def encodes_as(self, other: Codec) -> bool:
+        """Whether it is known that every text has the same ids by both."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def render(self, messages: Messages, template: str) -> str:
@@ -65,6 +71,15 @@ class HuggingFaceCodec:
         ids: list[int] = self.backend.encode(text, add_special_tokens=False)
         return ids
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:  # which transformers fails on
+            return []
+        ids: list[list[int]] = self.backend(list(texts), add_special_tokens=False)["input_ids"]
+        return ids
+
+    def encodes_as(self, other: Codec) -> bool:
+        return isinstance(other, HuggingFaceCodec) and _all_of(self.backend) == _all_of(other.backend)
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
@@ -92,6 +107,11 @@ class HuggingFaceCodec:
     def _definition(self) -> dict[str, Any]:
         definition: dict[str, Any] = json.loads(self.backend.backend_tokenizer.to_str())
         return definition
+
+
+def _all_of(backend: PreTrainedTokenizerFast) -> tuple[object, ...]:
+    """All that ids depend on."""
+    return type(backend), backend.split_special_tokens, backend.backend_tokenizer.to_str()
 
 
 class SentencePieceCodec:
@@ -123,6 +143,12 @@ class SentencePieceCodec:
             if found:
                 return [*self.encode(before), token, *self.encode(after)]
         return list(self._model.encode(text)) if text else []
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def encodes_as(self, other: Codec) -> bool:
+        return isinstance(other, SentencePieceCodec) and other._file == self._file
 
     def decode(self, ids: Sequence[int]) -> str:
         # Rows that pad the model's embedding are no pieces, and a student may write them all the same

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
@@ -18,6 +17,9 @@ from megatron_sead.prompts.tokenizer import ModelTokenizer
 from megatron_sead.wording import counted
 
 log = logging.getLogger(__name__)
+
+AT_ONCE = 512  # prompts of one call of the tokenizer, which shares them among its threads
+Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,38 +35,6 @@ class Prompt:
     teacher_token_ids: tuple[int, ...]
 
 
-def load_prompts(
-    settings: PromptSettings,
-    student: ModelTokenizer,
-    teacher: ModelTokenizer | None = None,
-    *,
-    setting: str = "prompts.path",
-    teacher_prompt_field: str | None = None,
-    needs_difficulty: bool = False,
-    max_new_tokens: int = 0,
-    room_setting: str = "rollouts.max_new_tokens",
-    limit: int | None = None,
-) -> list[Prompt]:
-    """All that `stream_prompts` yields.
-
-    Raises:
-        UserError: whatever it refuses.
-    """
-    return list(
-        stream_prompts(
-            settings,
-            student,
-            teacher,
-            setting=setting,
-            teacher_prompt_field=teacher_prompt_field,
-            needs_difficulty=needs_difficulty,
-            max_new_tokens=max_new_tokens,
-            room_setting=room_setting,
-            limit=limit,
-        )
-    )
-
-
 def stream_prompts(
     settings: PromptSettings,
     student: ModelTokenizer,
@@ -77,7 +47,7 @@ def stream_prompts(
     room_setting: str = "rollouts.max_new_tokens",
     limit: int | None = None,
 ) -> Iterator[Prompt]:
-    """Read, check and tokenize a prompt set, row by row.
+    """Read, check and tokenize a prompt set; few of its rows are in memory at a time.
 
     At the end mistakes are told, all together, and in the log how many prompts stand there more than once.
 
@@ -102,14 +72,9 @@ def stream_prompts(
         teacher_prompt_field=teacher_prompt_field,
         needs_difficulty=needs_difficulty,
     )
-    room, repeated = _Room(max_new_tokens, room_setting), Repeats()
-    for problem in problems:
-        repeated.add(problem)
-        prompt = None
-        with mistakes.kept(problem.place):
-            prompt = _tokenize_one(problem, settings, student, teacher, room)
-        if prompt is not None:
-            yield prompt
+    repeated = Repeats()
+    tokenizing = _Tokenizing(settings, max_new_tokens, room_setting, mistakes)
+    yield from tokenizing.prompts(repeated.counting(problems), student, teacher)
     mistakes.refuse()
     for line in repeated.lines(f"{setting}={settings.path}"):
         log.info("%s", line)  # the first rank alone logs at this level
@@ -129,67 +94,100 @@ def tokenize(
     Raises:
         UserError: prompts without tokens, or too long, a line each kind.
     """
-    room, prompts, mistakes = _Room(max_new_tokens, room_setting), list[Prompt](), RowMistakes()
-    for problem in problems:
-        with mistakes.kept(problem.place):
-            prompts.append(_tokenize_one(problem, settings, student, teacher, room))
+    mistakes = RowMistakes()
+    tokenizing = _Tokenizing(settings, max_new_tokens, room_setting, mistakes)
+    prompts = list(tokenizing.prompts(problems, student, teacher))
     mistakes.refuse()
     return prompts
 
 
-class _Room(NamedTuple):
-    """For a response."""
+@dataclass(frozen=True)
+class _Tokenizing:
+    """Problems become prompts, some at a time; those with a mistake are left out."""
 
-    tokens: int
-    setting: str
+    settings: PromptSettings
+    max_new_tokens: int  # room for a response
+    room_setting: str
+    mistakes: RowMistakes
+
+    def prompts(
+        self, problems: Iterable[Problem], student: ModelTokenizer, teacher: ModelTokenizer | None
+    ) -> Iterator[Prompt]:
+        """`teacher` as in `stream_prompts`."""
+        encode_equally = teacher is not None and teacher.codec.encodes_as(student.codec)
+        following = iter(problems)
+        while piece := list(islice(following, AT_ONCE)):
+            ours = self._tokens([(problem, problem.turns) for problem in piece], student, {})
+            theirs = ours
+            if teacher is not None:
+                asked = [(problem, problem.teacher_turns) for problem in piece if problem.place in ours]
+                theirs = self._tokens(asked, teacher, dict(ours.values()) if encode_equally else {})
+            yield from (
+                Prompt(
+                    id=problem.id,
+                    text=problem.text,
+                    answers=problem.answers,
+                    difficulty=problem.difficulty,
+                    level=problem.level,
+                    student_token_ids=ours[problem.place][1],
+                    teacher_token_ids=theirs[problem.place][1],
+                )
+                for problem in piece
+                if problem.place in theirs
+            )
+
+    def _tokens(
+        self, asked: list[tuple[Problem, Conversation]], tokenizer: ModelTokenizer, known: Mapping[str, Tokens]
+    ) -> dict[str, tuple[str, Tokens]]:
+        """The text and the tokens of each prompt, by its problem's place.
+
+        Args:
+            known: tokens of texts, which need not be encoded again.
+        """
+        texts: dict[str, str] = {}
+        for problem, turns in asked:
+            with self.mistakes.kept(problem.place):
+                texts[problem.place] = _rendered(turns, problem.place, self.settings, tokenizer)
+        new = list({text: None for text in texts.values() if text not in known})
+        tokens = {**known, **dict(zip(new, tokenizer.encode_all(new), strict=True))}
+        fitting: dict[str, tuple[str, Tokens]] = {}
+        for problem, _ in asked:
+            if (text := texts.get(problem.place)) is not None:
+                with self.mistakes.kept(problem.place):
+                    self._require_room(tokens[text], problem, tokenizer)
+                    fitting[problem.place] = text, tokens[text]
+        return fitting
+
+    def _require_room(self, tokens: Tokens, problem: Problem, tokenizer: ModelTokenizer) -> None:
+        _require_some(tokens, problem.place)
+        where = f"{problem.place}: prompt {problem.id!r} has {counted(len(tokens), 'token')}"
+        most = self.settings.max_prompt_tokens
+        if most is not None and len(tokens) > most:
+            raise UserError(f"{where}, more than prompts.max_prompt_tokens={most}")
+        context, new = tokenizer.context_length, self.max_new_tokens
+        if context is not None and len(tokens) + new > context:
+            reason = f", which leaves no room for {new} new ones ({self.room_setting})" if new else ", more than fit"
+            raise UserError(f"{where}{reason} in the {tokenizer.role}'s context of {context}")
 
 
-def _tokenize_one(
-    problem: Problem, settings: PromptSettings, student: ModelTokenizer, teacher: ModelTokenizer | None, room: _Room
-) -> Prompt:
-    tokens = _tokens(problem.turns, problem, settings, student, room)
-    return Prompt(
-        id=problem.id,
-        text=problem.text,
-        answers=problem.answers,
-        difficulty=problem.difficulty,
-        level=problem.level,
-        student_token_ids=tokens,
-        teacher_token_ids=(
-            tokens if teacher is None else _tokens(problem.teacher_turns, problem, settings, teacher, room)
-        ),
-    )
-
-
-def _tokens(
-    turns: Conversation, problem: Problem, settings: PromptSettings, tokenizer: ModelTokenizer, room: _Room
-) -> tuple[int, ...]:
-    tokens = prompt_tokens(turns, problem.place, settings, tokenizer)
-    where = f"{problem.place}: prompt {problem.id!r} has {counted(len(tokens), 'token')}"
-    if settings.max_prompt_tokens is not None and len(tokens) > settings.max_prompt_tokens:
-        raise UserError(f"{where}, more than prompts.max_prompt_tokens={settings.max_prompt_tokens}")
-    context = tokenizer.context_length
-    if context is not None and len(tokens) + room.tokens > context:
-        reason = (
-            f", which leaves no room for {room.tokens} new ones ({room.setting})" if room.tokens else ", more than fit"
-        )
-        raise UserError(f"{where}{reason} in the {tokenizer.role}'s context of {context}")
-    return tokens
-
-
-def prompt_tokens(
-    turns: Conversation, place: str, settings: PromptSettings, tokenizer: ModelTokenizer
-) -> tuple[int, ...]:
+def prompt_tokens(turns: Conversation, place: str, settings: PromptSettings, tokenizer: ModelTokenizer) -> Tokens:
     """Token ids of a prompt, whatever their number.
 
     Raises:
         UserError: whatever `ModelTokenizer.render` refuses; a prompt without tokens.
     """
+    tokens = tokenizer.encode(_rendered(turns, place, settings, tokenizer))
+    _require_some(tokens, place)
+    return tokens
+
+
+def _rendered(turns: Conversation, place: str, settings: PromptSettings, tokenizer: ModelTokenizer) -> str:
     try:
-        rendered = tokenizer.render(turns) if settings.template == "chat" else turns[0].content
+        return tokenizer.render(turns) if settings.template == "chat" else turns[0].content
     except UserError as error:
         raise error if len(turns) == 1 else UserError(f"{place}: {error}") from None
-    tokens = tokenizer.encode(rendered)
+
+
+def _require_some(tokens: Tokens, place: str) -> None:
     if not tokens:
         raise UserError(f"{place}: the prompt is empty: it has no tokens")
-    return tokens

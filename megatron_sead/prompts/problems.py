@@ -176,6 +176,12 @@ class Repeats:
             self._counts[kind] += 1
             self._first.setdefault(kind, f"{problem.place} and {place}")
 
+    def counting(self, problems: Iterable[Problem]) -> Iterator[Problem]:
+        """The same problems, each added when it is asked for."""
+        for problem in problems:
+            self.add(problem)
+            yield problem
+
     def lines(self, source: str) -> list[str]:
         """Counted, a line a kind."""
         return [

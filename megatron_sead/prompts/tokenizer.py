@@ -53,6 +53,10 @@ class ModelTokenizer:
         """Text as it is: no token is added before or after it, such as a BOS; a chat template's text has them in it."""
         return tuple(self.codec.encode(text))
 
+    def encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """`encode` of each, in less time."""
+        return [tuple(ids) for ids in self.codec.encode_all(texts)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Special tokens are left out."""
         return self.codec.decode(ids)

@@ -34,7 +34,7 @@ from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.parallel.groups import parallel_groups
 from megatron_sead.planning.plan import make_plan
 from megatron_sead.planning.preflight import check_inputs
-from megatron_sead.prompts.dataset import Prompt, load_prompts, stream_prompts
+from megatron_sead.prompts.dataset import Prompt, stream_prompts
 from megatron_sead.prompts.pair import check_pair
 from megatron_sead.prompts.problems import seen_in_training
 from megatron_sead.prompts.table import PromptTable
@@ -183,7 +183,7 @@ def _load_heldout(config: RunConfig, student: ModelTokenizer, teacher: ModelToke
     evaluation, settings = config.evaluation, config.evaluation.prompts(config.prompts)
     if settings is None:
         return []
-    return load_prompts(
+    prompts = stream_prompts(
         settings,
         student,
         teacher,
@@ -192,6 +192,7 @@ def _load_heldout(config: RunConfig, student: ModelTokenizer, teacher: ModelToke
         room_setting=f"{'evaluation' if evaluation.max_new_tokens else 'rollouts'}.max_new_tokens",
         limit=evaluation.limit,
     )
+    return list(prompts)
 
 
 def _build_model(

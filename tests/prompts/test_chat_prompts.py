@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from megatron_sead.config.run import ModelSettings, PromptSettings
 from megatron_sead.errors import UserError
-from megatron_sead.prompts.dataset import load_prompts
+from megatron_sead.prompts.dataset import stream_prompts
 from megatron_sead.prompts.pair import check_pair
 from megatron_sead.prompts.tokenizer import load_tokenizer
 
@@ -116,10 +116,10 @@ def test_begins_with_bos_once_through_a_prompt_file(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "model", NAMES | {"chat_template": TEMPLATES["bos"]})
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": " he? ", "answer": "1"}) + "\n")
     student, teacher = (load_tokenizer(ModelSettings(path=directory), role) for role in ("student", "teacher"))
-    prompts = load_prompts(PromptSettings(path=str(tmp_path / "prompts.jsonl")), student, teacher)
+    prompts = list(stream_prompts(PromptSettings(path=str(tmp_path / "prompts.jsonl")), student, teacher))
     assert list(prompts[0].student_token_ids) == transformers_ids(directory, None, " he? ")
     assert prompts[0].student_token_ids[:2] == (1, 3) and prompts[0].teacher_token_ids == prompts[0].student_token_ids
-    plain = load_prompts(PromptSettings(path=str(tmp_path / "prompts.jsonl"), template="plain"), student)
+    plain = list(stream_prompts(PromptSettings(path=str(tmp_path / "prompts.jsonl"), template="plain"), student))
     assert plain[0].student_token_ids == student.encode(" he? ") and 1 not in plain[0].student_token_ids
     settings = ModelSettings(path=directory)
     told = {aspect.name: aspect for aspect in check_pair(student, teacher, settings, settings, "plain").aspects}

@@ -13,8 +13,9 @@ from datasets import Dataset
 
 from megatron_sead.config.run import ModelSettings, PromptSettings, TeacherSettings
 from megatron_sead.errors import UserError
+from megatron_sead.prompts import dataset
 from megatron_sead.prompts.answers import reference_answers
-from megatron_sead.prompts.dataset import Prompt, load_prompts
+from megatron_sead.prompts.dataset import Prompt, stream_prompts
 from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
 
 ROWS = [
@@ -35,7 +36,7 @@ def write(path: Path, *lines: Any) -> PromptSettings:
 
 
 def load(path: Path, tokenizer: ModelTokenizer, *lines: Any, **changes: Any) -> list[Prompt]:
-    return load_prompts(write(path, *lines).model_copy(update=changes), tokenizer)
+    return list(stream_prompts(write(path, *lines).model_copy(update=changes), tokenizer))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
@@ -48,7 +49,7 @@ def test_formats_give_the_same_prompts(tmp_path: Path, tokenizer: ModelTokenizer
         path.write_text(json.dumps(rows))
     else:
         write(path, *rows)
-    prompts = load_prompts(PromptSettings(path=str(path), template="plain"), tokenizer)
+    prompts = list(stream_prompts(PromptSettings(path=str(path), template="plain"), tokenizer))
     first = tokenizer.encode("1+1=")
     assert prompts[0] == Prompt("a", "1+1=", ("2",), 0.25, "1", first, first)
     assert [(p.id, p.difficulty, p.level, p.answers) for p in prompts[1:]] == [("b", None, None, ("3",))]
@@ -68,7 +69,7 @@ def test_chat_template_and_the_teachers_own_prompt(tmp_path: Path, tiny_olmo3: P
     student = load_tokenizer(ModelSettings(path=tiny_olmo3), "student")
     teacher = load_tokenizer(TeacherSettings(path=tiny_olmo3, system_prompt="be good"), "teacher")
     settings = write(tmp_path / "p.jsonl", *ROWS).model_copy(update={"template": "chat", "instruction": "!"})
-    prompt = load_prompts(settings, student, teacher, teacher_prompt_field="solution")[0]
+    prompt, _ = stream_prompts(settings, student, teacher, teacher_prompt_field="solution")
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert prompt.student_token_ids == student.encode(turn.format("1+1=!"))
     system = "<|im_start|>system\nbe good<|im_end|>\n"
@@ -185,10 +186,10 @@ def test_many_mistakes_are_counted(tmp_path: Path, tokenizer: ModelTokenizer) ->
 
 def test_a_response_must_find_room(tmp_path: Path, tokenizer: ModelTokenizer) -> None:
     settings = write(tmp_path / "p.jsonl", GOOD)
-    assert load_prompts(settings, tokenizer, max_new_tokens=124)
+    assert list(stream_prompts(settings, tokenizer, max_new_tokens=124))
     told = r"4 tokens, which leaves no room for 125 new ones \(rollouts.max_new_tokens\) in the student's context"
     with pytest.raises(UserError, match=told):
-        load_prompts(settings, tokenizer, max_new_tokens=125)
+        list(stream_prompts(settings, tokenizer, max_new_tokens=125))
 
 
 def test_files_that_are_not_there_or_hold_nothing(tmp_path: Path, tokenizer: ModelTokenizer) -> None:
@@ -197,9 +198,9 @@ def test_files_that_are_not_there_or_hold_nothing(tmp_path: Path, tokenizer: Mod
     (tmp_path / "bad.parquet").write_text("x")
     for name, message in cases.items():
         with pytest.raises(UserError, match=message):
-            load_prompts(PromptSettings(path=str(tmp_path / name), template="plain"), tokenizer)
+            list(stream_prompts(PromptSettings(path=str(tmp_path / name), template="plain"), tokenizer))
     with pytest.raises(UserError, match="is a directory"):
-        load_prompts(PromptSettings(path=str(tmp_path), template="plain"), tokenizer)
+        list(stream_prompts(PromptSettings(path=str(tmp_path), template="plain"), tokenizer))
 
 
 def test_a_hub_failure_is_one_line(tokenizer: ModelTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +209,7 @@ def test_a_hub_failure_is_one_line(tokenizer: ModelTokenizer, monkeypatch: pytes
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(UserError, match=r"prompts.path=some/set: .*\(ConnectionError: no route to host\)"):
-        load_prompts(PromptSettings(path="some/set"), tokenizer)
+        list(stream_prompts(PromptSettings(path="some/set"), tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,44 @@ def test_real_files_with_the_real_tokenizer(
         path=str(data_folder / file), prompt_field=prompt_field, answer_field=answer_field, template="plain"
     )
     tokenizer = load_tokenizer(model, "student")
-    prompts = load_prompts(settings, tokenizer, limit=300)
+    prompts = list(stream_prompts(settings, tokenizer, limit=300))
     assert len(prompts) == min(count, 300)
     assert prompts[0].answers == first
     assert tokenizer.decode(prompts[0].student_token_ids) == prompts[0].text
+
+
+def test_prompts_are_the_same_in_whatever_pieces_they_are_tokenized(
+    tmp_path: Path, tiny_olmo3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"answer": 2, "prompt": f"{i}+1=" * (1 + i % 3), "solution": f"{i}+1=2;"} for i in range(7)]
+    settings = write(tmp_path / "p.jsonl", *rows).model_copy(update={"template": "chat"})
+    student = load_tokenizer(ModelSettings(path=tiny_olmo3), "student")
+    teacher = load_tokenizer(TeacherSettings(path=tiny_olmo3, system_prompt="be good"), "teacher")
+    for field in (None, "solution"):
+        for model in (teacher, student):  # of the student's tokenizer, a text that both see is encoded once
+            expected = [
+                (student.encode(student.render(row["prompt"])), model.encode(model.render(row[field or "prompt"])))
+                for row in rows
+            ]
+            for at_once in (1, 2, 512):
+                monkeypatch.setattr(dataset, "AT_ONCE", at_once)
+                prompts = stream_prompts(settings, student, model, teacher_prompt_field=field)
+                assert [(p.student_token_ids, p.teacher_token_ids) for p in prompts] == expected
+
+
+def test_mistakes_among_prompts_that_are_tokenized_together_are_told_by_row(
+    tmp_path: Path, tokenizer: ModelTokenizer
+) -> None:
+    file = tmp_path / "p.jsonl"
+    good = {"prompt": "1+1=", "answer": 2}
+    lines = [good, good | {"prompt": "1+1= " * 9}, "{", good | {"prompt": "2+2= " * 9}, good]
+    settings = write(file, *lines).model_copy(update={"max_prompt_tokens": 20})
+    prompts = stream_prompts(settings, tokenizer)
+    assert [next(prompts).id, next(prompts).id] == ["0", "3"]  # the row that is no JSON has no number
+    with pytest.raises(UserError) as refusal:
+        next(prompts)
+    assert [line.partition(": ")[0] for line in str(refusal.value).splitlines()] == [
+        f"{file}, line 2",
+        f"{file}, line 3",
+        f"{file}, line 4",
+    ]

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sead.config.run import ModelSettings, PromptSettings
 from megatron_sead.errors import UserError
-from megatron_sead.prompts.dataset import Prompt, load_prompts
+from megatron_sead.prompts.dataset import Prompt, stream_prompts
 from megatron_sead.prompts.messages import Turn, as_value, conversation, with_instruction
 from megatron_sead.prompts.problems import read_problems
 from megatron_sead.prompts.tokenizer import load_tokenizer
@@ -55,7 +55,7 @@ def test_a_conversation_keeps_its_roles(tiny_olmo3: Path, tmp_path: Path, messag
     """Its tokens are those of the template on the same messages, the instruction behind the last one."""
     tokenizer = load_tokenizer(ModelSettings(path=tiny_olmo3), "student")
     settings = write(tmp_path / "p.jsonl", {"prompt": messages, "answer": "2"}, instruction=" Go.")
-    (prompt,) = load_prompts(settings, tokenizer)
+    (prompt,) = stream_prompts(settings, tokenizer)
     turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
     turns = turns.removesuffix("<|im_end|>\n") + " Go.<|im_end|>\n<|im_start|>assistant\n"
     assert prompt.student_token_ids == tokenizer.encode(turns)
@@ -66,7 +66,8 @@ def test_the_settings_system_prompt_joins_a_conversation_without_one_and_contrad
 ) -> None:
     def asked(messages: list[dict[str, str]], system: str | None) -> Prompt:
         tokenizer = load_tokenizer(ModelSettings(path=tiny_olmo3, system_prompt=system), "student")
-        return load_prompts(write(tmp_path / "p.jsonl", {"prompt": messages, "answer": "2"}), tokenizer)[0]
+        (prompt,) = stream_prompts(write(tmp_path / "p.jsonl", {"prompt": messages, "answer": "2"}), tokenizer)
+        return prompt
 
     same = asked([SYSTEM, USER], None).student_token_ids
     assert asked([USER], "Be brief.").student_token_ids == asked([SYSTEM, USER], "Be brief.").student_token_ids == same
@@ -89,20 +90,20 @@ def test_a_template_that_drops_a_message_is_refused(tiny_olmo3: Path, tmp_path: 
     model = ModelSettings(path=tiny_olmo3, chat_template=tmp_path / "last.jinja")
     settings = write(tmp_path / "p.jsonl", {"prompt": [SYSTEM, USER], "answer": "2"})
     with pytest.raises(UserError, match=r"last\.jinja: the chat template leaves out the system's message 'Be brief\.'"):
-        load_prompts(settings, load_tokenizer(model, "student"))
+        list(stream_prompts(settings, load_tokenizer(model, "student")))
 
 
 def test_the_teachers_prompt_may_be_messages_in_a_nested_field(tiny_olmo3: Path, tmp_path: Path) -> None:
     student, teacher = (load_tokenizer(ModelSettings(path=tiny_olmo3), role) for role in ("student", "teacher"))
     row = {"prompt": "1+1=", "answer": "2", "hints": {"full": [SYSTEM, USER]}}
     settings = write(tmp_path / "p.parquet", row)
-    (prompt,) = load_prompts(settings, student, teacher, teacher_prompt_field="hints.full")
+    (prompt,) = stream_prompts(settings, student, teacher, teacher_prompt_field="hints.full")
     assert prompt.teacher_token_ids == student.encode(student.render((Turn(**SYSTEM), Turn(**USER))))
     assert prompt.student_token_ids == student.encode(student.render("1+1="))
     with pytest.raises(
         UserError, match=r"has no 'hints\.whole', which teacher\.prompt_field names; it has 'hints' with 'full'"
     ):
-        load_prompts(settings, student, teacher, teacher_prompt_field="hints.whole")
+        list(stream_prompts(settings, student, teacher, teacher_prompt_field="hints.whole"))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from megatron_sead.commands.difficulty import main as estimate_difficulty
 from megatron_sead.config.run import ModelSettings, PromptSettings, RunConfig, load_config
 from megatron_sead.errors import UserError
 from megatron_sead.planning.preflight import check_inputs
-from megatron_sead.prompts.dataset import load_prompts
+from megatron_sead.prompts.dataset import stream_prompts
 from megatron_sead.prompts.exact_json import dumps, loads
 from megatron_sead.prompts.problems import read_problems, repeats
 from megatron_sead.prompts.rows import is_hub_name
@@ -228,8 +228,11 @@ def test_all_refuse_an_odd_file_with_the_same_line(
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        load_prompts(
-            PromptSettings(path=str(path), template="plain"), load_tokenizer(ModelSettings(path=tiny_olmo3), "student")
+        list(
+            stream_prompts(
+                PromptSettings(path=str(path), template="plain"),
+                load_tokenizer(ModelSettings(path=tiny_olmo3), "student"),
+            )
         )
     told = str(caught.value)
     assert str(path) in told

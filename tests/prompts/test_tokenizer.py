@@ -174,3 +174,36 @@ def test_a_config_that_is_at_fault_is_told_and_not_the_tokenizer(
     with pytest.raises(UserError) as caught:
         load_tokenizer(ModelSettings(path=directory), "student")
     assert str(caught.value).startswith(f"{directory / 'config.json'}: {told}")
+
+
+@pytest.mark.parametrize("kind", ["directory", "cutting and padding", "file", "sentencepiece"])
+def test_many_texts_have_the_tokens_that_each_has_alone(directory: Path, sentencepiece_file: Path, kind: str) -> None:
+    definition = json.loads((directory / "tokenizer.json").read_text())
+    if kind == "cutting and padding":
+        cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+        pad = {"strategy": {"Fixed": 9}, "direction": "Left", "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+        definition |= {"truncation": cut, "padding": pad | {"pad_to_multiple_of": None}}
+        (directory / "tokenizer.json").write_text(json.dumps(definition))
+    place = {"file": directory / "tokenizer.json", "sentencepiece": sentencepiece_file}.get(kind)
+    settings = ModelSettings(path=directory, tokenizer=place, stop_token_ids=[1])
+    texts = ["1 + 1 = 2", "", "<|im_start|>user\n10<|im_end|>", "é\u2028 漢 \x00", " 2 + 3" * 200, "1 + 1 = 2", "what "]
+    together = load_tokenizer(settings, "student").encode_all(texts)
+    assert together == [load_tokenizer(settings, "student").encode(text) for text in texts]
+    assert len(together[4]) > 200 and together[1] == ()
+    assert load_tokenizer(settings, "student").encode_all([]) == []
+
+
+def test_texts_are_encoded_alike_by_the_same_tokenizer_alone(directory: Path, sentencepiece_file: Path) -> None:
+    def encodes_alike(*settings: ModelSettings) -> bool:
+        one, other = (load_tokenizer(model, "student").codec for model in settings)
+        return one.encodes_as(other)
+
+    model = ModelSettings(path=directory)
+    other = Path(shutil.copytree(directory, directory.with_name("other")))
+    pieces = ModelSettings(path=directory, tokenizer=sentencepiece_file, stop_token_ids=[1])
+    assert encodes_alike(model, ModelSettings(path=other)) and encodes_alike(pieces, pieces)
+    assert not encodes_alike(model, pieces) and not encodes_alike(pieces, model)
+    definition = json.loads((other / "tokenizer.json").read_text())
+    definition["added_tokens"][-1]["lstrip"] = not definition["added_tokens"][-1]["lstrip"]
+    (other / "tokenizer.json").write_text(json.dumps(definition))
+    assert not encodes_alike(model, ModelSettings(path=other))

@@ -154,7 +154,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str, list[str]]] = {
 
 def found_after(inputs: Path, folder: Path, change: Callable[[Path], object], *overrides: str) -> dict[str, str]:
     """What has changed between the inputs and a copy in `folder`, by name."""
-    from megatron_sead.prompts.dataset import load_prompts
+    from megatron_sead.prompts.dataset import stream_prompts
     from megatron_sead.prompts.tokenizer import load_tokenizer
     from megatron_sead.training.input_changes import differences  # imports Megatron: not to be collected
     from megatron_sead.training.inputs import fingerprint
@@ -162,8 +162,10 @@ def found_after(inputs: Path, folder: Path, change: Callable[[Path], object], *o
     def examine(folder: Path) -> tuple[Any, Any, Any]:
         config = load_config(TINY_CONFIG, [*SHORT, *settings(folder), "output=unused", *overrides])
         student, teacher = load_tokenizer(config.student, "student"), load_tokenizer(config.teacher, "teacher")
-        prompts = load_prompts(config.prompts, student, teacher)
-        heldout = load_prompts(config.prompts.model_copy(update={"path": config.evaluation.path}), student, teacher)
+        prompts = list(stream_prompts(config.prompts, student, teacher))
+        heldout = list(
+            stream_prompts(config.prompts.model_copy(update={"path": config.evaluation.path}), student, teacher)
+        )
         return json.loads(json.dumps(fingerprint(config, student, teacher, prompts, heldout))), prompts, heldout
 
     then, *_ = examine(inputs)

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from megatron_sead.config.run import load_config
-from megatron_sead.prompts.dataset import load_prompts
+from megatron_sead.prompts.dataset import stream_prompts
 from megatron_sead.prompts.tokenizer import load_tokenizer
 from tests.distributed.programs import run_program
 from tests.distributed.ranks import RankPools
@@ -56,7 +56,7 @@ def test_transformers_writes_the_prompts_of_the_run(exported: str, run: Path, re
     config = load_config(run / "config.yaml", [])
     tokenizer = AutoTokenizer.from_pretrained(directory)
     ours = load_tokenizer(config.student, "student")
-    for prompt in load_prompts(config.prompts, ours, limit=5):
+    for prompt in stream_prompts(config.prompts, ours, limit=5):
         messages = [{"role": "user", "content": prompt.text}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert tuple(ids) == prompt.student_token_ids

@@ -67,12 +67,12 @@ def student() -> Any:
 
 
 def teacher_prompts(overrides: list[str]) -> dict[str, tuple[int, ...]]:
-    from megatron_sead.prompts.dataset import load_prompts
+    from megatron_sead.prompts.dataset import stream_prompts
     from megatron_sead.prompts.tokenizer import load_tokenizer
 
     config = load_config(TINY, [*SHORT, *overrides])
     tokenizers = load_tokenizer(config.student, "student"), load_tokenizer(config.teacher, "teacher")
-    prompts = load_prompts(config.prompts, *tokenizers, teacher_prompt_field=config.teacher.prompt_field)
+    prompts = list(stream_prompts(config.prompts, *tokenizers, teacher_prompt_field=config.teacher.prompt_field))
     return {prompt.id: prompt.teacher_token_ids for prompt in prompts}
 
 
