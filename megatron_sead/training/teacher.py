@@ -6,6 +6,7 @@ kilobytes a token at hidden size 5120 against two hundred over 100k tokens, and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import TracebackType
 
 import torch
@@ -16,6 +17,9 @@ from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.pipeline import run_schedule
 
 # Shapes: n response tokens of a micro-batch, h hidden size
+
+SLAB_BYTES = 2**30
+ALIGNMENT = 256  # bytes, as torch's own allocators align: which kernel a product takes depends on it
 
 
 class Teacher:
@@ -57,27 +61,65 @@ class _OffloadedWeights:
     """Frozen parameters that are kept in host memory; inside ``with`` they are on their device.
 
     Since they are frozen, leaving copies nothing back: the device's copy is freed, and the host's is still the same.
+    They lie in few large pieces of memory: torch rounds each piece of pinned memory up to a power of two.
     """
 
     def __init__(self, chunks: list[Decoder], stays: torch.Tensor | None) -> None:
-        self._host_copies: list[tuple[torch.nn.Parameter, torch.device, torch.Tensor]] = []
-        for chunk in chunks:
-            for parameter in chunk.parameters():
-                if parameter is not stays:
-                    host = parameter.data.cpu()
-                    host = host.pin_memory() if parameter.is_cuda else host
-                    self._host_copies.append((parameter, parameter.device, host))
-        self._offload()
+        parameters = [p for chunk in chunks for p in chunk.parameters() if p is not stays]
+        self._slabs = [_Slab(group) for group in _groups(parameters)]
 
     def __enter__(self) -> None:
-        for parameter, device, host in self._host_copies:
-            parameter.data = host.to(device, non_blocking=True)
+        for slab in self._slabs:
+            slab.onto_device()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._offload()
+        for slab in self._slabs:
+            slab.off_device()
 
-    def _offload(self) -> None:
-        for parameter, _, host in self._host_copies:
-            parameter.data = host
+
+class _Slab:
+    """One piece of host memory, and the parameters that are views of it, or of its copy."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self._parameters, self._device = parameters, parameters[0].device
+        size = sum(map(_aligned_bytes, parameters))
+        self._host = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._device.type == "cuda")
+        for parameter, place in self._places():
+            view = self._host[place].view(parameter.dtype).view(parameter.shape)
+            parameter.data = view.copy_(parameter.data)
+
+    def onto_device(self) -> None:
+        self._point_to(self._host.to(self._device, non_blocking=True))
+
+    def off_device(self) -> None:
+        self._point_to(self._host)
+
+    def _point_to(self, memory: torch.Tensor) -> None:
+        for parameter, place in self._places():
+            parameter.data = memory[place].view(parameter.dtype).view(parameter.shape)
+
+    def _places(self) -> Iterator[tuple[torch.nn.Parameter, slice]]:
+        start = 0
+        for parameter in self._parameters:
+            yield parameter, slice(start, start + parameter.nbytes)
+            start += _aligned_bytes(parameter)
+
+
+def _aligned_bytes(parameter: torch.nn.Parameter) -> int:
+    return -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _groups(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """In order, as many as a slab holds; a larger one has its own."""
+    group: list[torch.nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if group and size + _aligned_bytes(parameter) > SLAB_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(parameter)
+        size += _aligned_bytes(parameter)
+    if group:
+        yield group

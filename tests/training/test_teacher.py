@@ -35,6 +35,32 @@ def test_on_a_cpu_nothing_moves_and_nothing_changes(pools: RankPools) -> None:
     assert pools.of(1).run(places_of_weights, "cpu") == [({"cpu"}, {"cpu"}, "cpu", True)]
 
 
+def weights_in_slabs() -> tuple[list[int], bool]:
+    """Parameters of odd sizes and two types, in slabs of 1 KiB: their sizes, and whether all stay what they were."""
+    from megatron_sead.training import teacher
+
+    sizes = [(3, 5), (100,), (300,), (7,), (1, 1), (64,)]
+    made = [torch.randn(size) if n % 2 else torch.randn(size).bfloat16() for n, size in enumerate(sizes)]
+    parameters = [torch.nn.Parameter(tensor.clone(), requires_grad=False) for tensor in made]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher, "SLAB_BYTES", 1024)
+        slabs = [teacher._Slab(group) for group in teacher._groups(parameters)]
+    same = True
+    for move in (teacher._Slab.onto_device, teacher._Slab.off_device):
+        for slab in slabs:
+            move(slab)
+        same &= all(
+            torch.equal(p, tensor) and p.dtype == tensor.dtype for p, tensor in zip(parameters, made, strict=True)
+        )
+        same &= all(p.data_ptr() % 2 == 0 and p.is_contiguous() for p in parameters)
+    return [len(slab._host) for slab in slabs], same
+
+
+def test_weights_share_few_pieces_of_memory(pools: RankPools) -> None:
+    """256 + 512 bytes; 600 take 768 and 256 are left for the next; 256 + 256."""
+    assert pools.of(1).run(weights_in_slabs) == [([768, 1024, 512], True)]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: weights move between it and host memory")
 def test_on_a_gpu_all_but_the_head_lives_in_host_memory() -> None:
     assert places_of_weights("cuda") == ({"cpu"}, {"cuda"}, "cuda", True)
