@@ -1,16 +1,13 @@
 """Layer-by-layer parity of two directories: transformers' model and ours read the same long text, one layer in memory.
 
-transformers' own forward runs, masks, positions and rotary angles included; a layer's weights are loaded when it is
-called and freed when it has returned. Then our layer, filled from the Megatron checkpoint, runs on its own states.
+transformers' own forward runs as `streamed` has it. After each of its layers ours, filled from the Megatron checkpoint,
+runs on its own states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +19,7 @@ from megatron_sead.errors import ArgumentError, UserError
 from megatron_sead.models.builder import model_config
 from megatron_sead.models.config import ModelConfig
 from megatron_sead.models.norms import RMSNorm
+from megatron_sead.models.streamed import HEAD_TOKENS, in_pieces, log_probabilities, streamed_hidden_states
 from megatron_sead.models.weight_tables import EMBEDDING, HEAD
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.wording import counted
@@ -31,9 +29,6 @@ from megatron_sead.wording import counted
 BEYOND = 256  # tokens past the last length at which the model changes its ways
 STATE_TOLERANCE = 1e-4  # of hidden states, relative to the largest of its layer
 LOGPROB_TOLERANCE = 1e-3  # nats
-MLP_TOKENS = 1024  # at once through a feed-forward layer, whose activations are the widest
-HEAD_TOKENS = 512  # at once through the head
-HEAD_ROWS = 16384  # of the head at once in fp32
 
 
 @dataclass(frozen=True)
@@ -162,11 +157,11 @@ def compare_on_text(
         if advance:
             advance((layer + 1) * layer_bytes, layers * layer_bytes)
 
-    theirs = _run_transformers(hf, tokens, after_layer)
+    theirs = streamed_hidden_states(hf.source, hf.files.read, tokens, dtype=torch.float32, after_layer=after_layer)
     ours.finish()
     agreement.stages.append(Stage("final norm", _relative(ours.hidden[:, 0], theirs)))
     name = EMBEDDING if hf.config.tied_embeddings else HEAD
-    heads = hf.tensor(name), megatron.tensor(name)
+    heads = hf.files.read(name), megatron.tensor(name)
     _compare_logprobs(theirs, ours.hidden[:, 0], *heads, tokens, agreement)
     return agreement
 
@@ -181,42 +176,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _embedded(hf: HuggingFaceModel, tokens: torch.Tensor) -> torch.Tensor:
-    return F.embedding(tokens, hf.tensor(EMBEDDING)).float()
-
-
-def _run_transformers(
-    hf: HuggingFaceModel, tokens: torch.Tensor, after_layer: Callable[[int, torch.Tensor], None]
-) -> torch.Tensor:
-    """Final hidden states [s, h]; `after_layer` sees those of each layer [1, s, h], whose weights are gone by then."""
-    from transformers import AutoConfig, AutoModel
-
-    try:
-        config = AutoConfig.from_pretrained(hf.source, trust_remote_code=False)
-    except Exception as error:  # its checks raise what they like
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{hf.source / 'config.json'}: transformers cannot read it ({reason})") from None
-    with torch.device("meta"):
-        model = AutoModel.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
-        ).eval()
-    model.rotary_emb = type(model.rotary_emb)(config)  # its frequencies are computed, not loaded
-
-    def come(layer: int, module: torch.nn.Module, _: Any) -> None:
-        prefix = f"model.layers.{layer}."
-        weights = {name.removeprefix(prefix): tensor.float() for name, tensor in hf.layer(layer)}
-        module.load_state_dict(weights, assign=True)
-
-    def go(layer: int, module: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
-        module.to("meta")
-        after_layer(layer, output)
-
-    for number, layer in enumerate(model.layers):
-        _in_pieces(layer.mlp, dim=1)
-        layer.register_forward_pre_hook(partial(come, number))
-        layer.register_forward_hook(partial(go, number))
-    model.norm.load_state_dict({"weight": hf.tensor("model.norm.weight").float()}, assign=True)
-    hidden: torch.Tensor = model(inputs_embeds=_embedded(hf, tokens)[None], use_cache=False).last_hidden_state
-    return hidden[0]
+    return F.embedding(tokens, hf.files.read(EMBEDDING)).float()
 
 
 class _MegatronSide:
@@ -243,26 +203,13 @@ class _MegatronSide:
                 saved = self.model.checkpoint.read(megatron_key(named), layer)
                 parameters.pop(named.weight.megatron).data.copy_(saved)
         assert not parameters, f"no tensor for {list(parameters)}"
-        _in_pieces(module.mlp, dim=0)
+        in_pieces(module.mlp, dim=0)
         self.hidden, _ = module(hidden_states=self.hidden, attention_mask=None, rotary_pos_emb=self.angles)
 
     def finish(self) -> None:
         norm = RMSNorm(self.config, self.config.hidden_size, eps=self.config.layernorm_epsilon)
         norm.weight.data.copy_(self.model.checkpoint.read("decoder.final_layernorm.weight"))
         self.hidden = norm(self.hidden)
-
-
-def _in_pieces(module: Any, dim: int) -> None:
-    """Call a module that treats each token by itself on a few tokens at a time."""
-    whole = module.forward
-
-    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        pieces = [whole(piece, *args, **kwargs) for piece in hidden_states.split(MLP_TOKENS, dim)]
-        if isinstance(pieces[0], tuple):  # Megatron's (output, bias); there is no bias
-            return torch.cat([output for output, _ in pieces], dim), None
-        return torch.cat(pieces, dim)
-
-    module.forward = forward
 
 
 def _compare_logprobs(
@@ -277,7 +224,7 @@ def _compare_logprobs(
     total, text = 0.0, torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(tokens), HEAD_TOKENS):
         rows = slice(start, start + HEAD_TOKENS)
-        a, b = _logprobs(expected[rows], expected_head), _logprobs(found[rows], found_head)
+        a, b = log_probabilities(expected[rows], expected_head), log_probabilities(found[rows], found_head)
         nexts = tokens[start + 1 : start + 1 + HEAD_TOKENS, None]
         text += torch.stack([x[: len(nexts)].gather(1, nexts).double().sum() for x in (a, b)])
         apart = b.sub_(a).abs_()
@@ -286,9 +233,3 @@ def _compare_logprobs(
         total += float(apart.sum(dtype=torch.float64))
     agreement.mean = total / len(tokens) / len(expected_head)
     agreement.text = tuple((text / (len(tokens) - 1)).tolist())
-
-
-def _logprobs(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """[s, v] in fp32, the head converted a part at a time."""
-    logits = torch.cat([F.linear(hidden, part.float()) for part in head.split(HEAD_ROWS)], dim=1)
-    return logits.sub_(logits.logsumexp(dim=1, keepdim=True))

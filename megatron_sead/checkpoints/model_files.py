@@ -93,12 +93,6 @@ class ModelFiles(ABC):
         named, i = self._weight_of[name]
         return self.read(named)[i]
 
-    def layer(self, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, whole tensor) of one layer, from 0, one weight at a time."""
-        for named in self.weights:
-            if named.layer == layer:
-                yield from zip(named.names, self.read(named), strict=True)
-
     def single_dtype(self) -> torch.dtype:
         """
         Raises:

@@ -8,13 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from megatron_sead.config.rollouts import TransformersRollouts
+from megatron_sead.models.streamed import streamed_log_probs
 from megatron_sead.rollouts.engine import EngineContext
-from megatron_sead.rollouts.registry import make_engine
 
 
 def reference_log_probs(context: EngineContext, tokens: list[int]) -> torch.Tensor:
-    """Log-probabilities [len(tokens) - 1] fp32 by the model of the context's directory.
+    """Log-probabilities [len(tokens) - 1] fp32 by the model of the context's directory, one layer in memory.
 
     Args:
         context: without a group.
@@ -30,4 +29,6 @@ def reference_log_probs(context: EngineContext, tokens: list[int]) -> torch.Tens
 
 
 def _log_probs(context: EngineContext, tokens: list[int]) -> torch.Tensor:
-    return make_engine(TransformersRollouts(), context).score(tokens)
+    return streamed_log_probs(
+        context.directory, tokens, dtype=context.dtype, device=context.device, vocab_size=context.vocab_size
+    )

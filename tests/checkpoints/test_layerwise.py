@@ -39,6 +39,7 @@ def agree(hf_dir: Path, checkpoint: Path, *, yarn_on_every_layer: bool = False) 
     """On a rank: what `compare_on_text` finds, pieces small enough that every loop over them turns."""
     from megatron_sead.checkpoints import layerwise
     from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel
+    from megatron_sead.models import streamed
     from megatron_sead.models.olmo3.config import Olmo3Config
     from megatron_sead.models.olmo3.rotary import DualRotaryEmbedding
     from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
@@ -46,8 +47,9 @@ def agree(hf_dir: Path, checkpoint: Path, *, yarn_on_every_layer: bool = False) 
     told: list[tuple[int, int]] = []
     parallel = initialize_parallel(ParallelSettings(), "cpu", seed=0)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"MLP_TOKENS": 10, "HEAD_TOKENS": 7, "HEAD_ROWS": 13}.items():
-            patch.setattr(layerwise, name, value)
+        patch.setattr(layerwise, "HEAD_TOKENS", 7)
+        for name, value in {"MLP_TOKENS": 10, "HEAD_ROWS": 13}.items():
+            patch.setattr(streamed, name, value)
         if yarn_on_every_layer:
             right = DualRotaryEmbedding.forward
             patch.setattr(DualRotaryEmbedding, "forward", lambda self, n: right(self, n)[[1, 1]])
