@@ -85,7 +85,8 @@ def iterate_huggingface_weights(models: list[Decoder], parallel: ParallelContext
     """(Hugging Face name, whole tensor) of every weight, on every rank, whatever the layout.
 
     Collective over tensor- and pipeline-parallel groups: every rank must consume it to the end, in step. One
-    parameter is whole at a time. The tensors are the caller's own, in the model's dtype, on its device.
+    parameter is whole at a time. The tensors are in the model's dtype, on its device, and may be parts of its
+    parameters: whoever wants them unchanged after the next update copies them.
     """
     parameters = [dict(model.named_parameters()) for model in models]
     for placed in placed_weights(models[0].config, parallel.pp_size, parallel.chunks):
@@ -124,5 +125,5 @@ def _gather(weight: Weight, shard: torch.Tensor, parallel: ParallelContext) -> l
     if weight.padded_rows is not None:  # the last ranks hold the padding
         share, true_rows = shard.shape[0], weight.shapes[0][0]
         by_rank = [[part[: max(0, true_rows - rank * share)] for part in parts] for rank, parts in enumerate(by_rank)]
-    # cat, of several shards or of one, makes a tensor of its own: never a view of the parameter
-    return [torch.cat(parts, dim=weight.tp_dim or 0) for parts in zip(*by_rank, strict=True)]
+    dim = weight.tp_dim or 0
+    return [parts[0] if len(parts) == 1 else torch.cat(parts, dim) for parts in zip(*by_rank, strict=True)]

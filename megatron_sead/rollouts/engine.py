@@ -95,6 +95,7 @@ class RolloutEngine(Protocol):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take new weights: (Hugging Face name, whole tensor) pairs, one tensor in memory at a time.
 
+        They may be the student's own parameters: what is kept must be a copy.
         Must be consumed to the end on every rank, whatever is wrong with a name: making them is collective.
         """
         ...

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from megatron_sead.config.rollouts import TransformersRollouts
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.models.family import read_config_fields
 from megatron_sead.models.weight_files import locate_tensors
-from megatron_sead.rollouts.engine import EngineContext, GenerationRequest, Meanwhile, Rollout, Sampling
+from megatron_sead.rollouts.engine import EngineContext, EngineFailed, GenerationRequest, Meanwhile, Rollout, Sampling
+from megatron_sead.rollouts.new_weights import arriving
 from megatron_sead.rollouts.sampling import choose_tokens, uniforms
 from megatron_sead.rollouts.sharing import gather_written, share_of
 
@@ -80,16 +83,18 @@ class TransformersEngine:
 
         Raises:
             NotFiniteNumbers: on every rank: the model's logits are not finite for one of the prompts.
+            EngineFailed: on every rank: one has not the memory.
         """
         rank, size = (0, 1) if self.group is None else (self.group.rank(), self.group.size())
         mine = share_of(requests, rank, size)  # prompts of like length share a batch
         written: dict[int, Rollout] = {}
-        problem: NotFiniteNumbers | None = None
+        problem: UserError | None = None
         for start in range(0, len(mine), self.batch_size):
             batch = mine[start : start + self.batch_size]
             try:
-                rollouts = self._write([requests[i] for i in batch], step, sampling or self.sampling)
-            except NotFiniteNumbers as error:  # the other ranks are still writing
+                with _memory_told():
+                    rollouts = self._write([requests[i] for i in batch], step, sampling or self.sampling)
+            except UserError as error:  # the other ranks are still writing
                 problem = error
                 break
             written.update(zip(batch, rollouts, strict=True))
@@ -98,26 +103,13 @@ class TransformersEngine:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy new weights in place.
 
-        The iterator is consumed to the end even when a name is wrong: other ranks take part in making it.
-
         Raises:
-            ValueError: a name that the model does not have, another shape, or a weight that did not come.
+            ValueError: as `arriving` does.
         """
         parameters = dict(self.model.named_parameters())
-        missing, problems = set(parameters), []
-        with torch.no_grad():
-            for name, tensor in weights:
-                if name not in parameters:
-                    problems.append(f"{name}: the rollout model has no such weight")
-                elif tensor.shape != parameters[name].shape:
-                    shapes = f"{list(tensor.shape)}, the rollout model's is {list(parameters[name].shape)}"
-                    problems.append(f"{name}: shape {shapes}")
-                else:
-                    parameters[name].copy_(tensor)
-                missing.discard(name)
-        problems += [f"{name}: no new value came" for name in sorted(missing)]
-        if problems:
-            raise ValueError("; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else ""))
+        with arriving(weights, self._shapes) as pairs, torch.no_grad():
+            for name, tensor in pairs:
+                parameters[name].copy_(tensor)
 
     @torch.inference_mode()
     def score(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -136,9 +128,10 @@ class TransformersEngine:
 
     def wake(self) -> None:
         """Allocate memory for the weights, which `load_weights` fills. An engine that is awake stays as it is."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.shape != self._shapes[name]:
-                parameter.data = parameter.data.new_empty(self._shapes[name])
+        with _memory_told():
+            for name, parameter in self.model.named_parameters():
+                if parameter.shape != self._shapes[name]:
+                    parameter.data = parameter.data.new_empty(self._shapes[name])
 
     def close(self) -> None:
         """Let the model go."""
@@ -210,6 +203,9 @@ class _Decoder:
         # Left padding: all rows write their next token in the same column
         padded = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         self._model = model
+        # transformers 5.24 calls the cache by another name than those before it
+        names = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
         self._next = torch.tensor(padded, device=model.device)  # [b, s], then [b, 1]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
         columns = torch.arange(longest, device=model.device)
@@ -225,8 +221,8 @@ class _Decoder:
             # Without padding the model needs no mask, and its attention may take a faster path
             attention_mask=self._mask if self._padded else None,
             position_ids=self._positions,
-            past_key_values=self._cache,
             logits_to_keep=1,
+            **{self._cache_name: self._cache},
         )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
@@ -260,6 +256,16 @@ def _load_model(directory: Path, dtype: torch.dtype) -> Any:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{directory}: transformers cannot load it: {_first_line(error)}") from None
+
+
+@contextmanager
+def _memory_told() -> Iterator[None]:
+    """A GPU that is full ends the engine, not the student."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = f"rollouts.engine='transformers': {_first_line(error)}; a smaller rollouts.batch_size takes less memory"
+        raise EngineFailed(told) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -5,17 +5,24 @@ from __future__ import annotations
 import gc
 import math
 import os
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest.mock import patch
 
+import numpy
 import torch
 
 from megatron_sead.config.rollouts import VllmRollouts
 from megatron_sead.errors import NotFiniteNumbers, UserError
-from megatron_sead.models.weight_files import locate_tensors
+from megatron_sead.models.family import read_config_fields
+from megatron_sead.models.weight_tables import HEAD
+from megatron_sead.models.weights import named_weights, tensor_shapes
 from megatron_sead.rollouts.engine import EngineContext, EngineFailed, GenerationRequest, Meanwhile, Rollout, Sampling
+from megatron_sead.rollouts.new_weights import arriving
 from megatron_sead.rollouts.sampling import request_seed
 from megatron_sead.rollouts.sharing import gather_written, share_of
 
@@ -58,34 +65,28 @@ class VllmEngine:
         self._stop = sorted(context.stop_token_ids)
         self._repetition = (settings.repetition_period, settings.repetition_count)
         self._sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens)
-        self._names = set(locate_tensors(context.directory))
+        self._directory = context.directory
         self._sleeps_for_real = context.device.type == "cuda"  # on a CPU vLLM cannot
         self._asleep = False
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from vllm import LLM  # seconds, and it changes transformers' classes: only where a run uses it
 
-        self._llm: Any = self._guarded(
-            lambda: LLM(
-                str(context.directory),
-                dtype=DTYPES[context.dtype],
-                seed=context.seed,
-                skip_tokenizer_init=True,  # requests are tokens, and so are responses
-                tensor_parallel_size=settings.tensor_parallel_size,
-                distributed_executor_backend=None if context.group is None else "external_launcher",
-                enable_sleep_mode=self._sleeps_for_real,
-                # A prompt found there is computed in other pieces: the last bits would depend on who came first
-                enable_prefix_caching=False,
-                enforce_eager=settings.enforce_eager,
-                gpu_memory_utilization=settings.gpu_memory_utilization,
-                max_num_seqs=settings.batch_size,
-                max_model_len=context.max_length,
-                generation_config="vllm",
-                use_tqdm_on_load=False,
-                **_limits(settings, context),
+        arguments = llm_arguments(settings, context, self._sleeps_for_real)
+        with _random_numbers_kept(context.device):
+            self._llm: Any = self._guarded(lambda: LLM(str(context.directory), **arguments))
+        if context.vocab_size not in (None, size := self._llm.model_config.get_vocab_size()):
+            raise UserError(
+                f"rollouts.engine='vllm': draws from all {size} tokens of {context.directory}, not from "
+                f"{context.vocab_size} of them; take rollouts.engine=transformers"
             )
-        )
-        self._true_vocabulary = self._vocabulary(context.vocab_size)
+        # On a CPU vLLM keeps the matrices in another form alone, and computes with that
+        (self._packed,) = self._llm.apply_model(lambda model: any(w.numel() == 0 for w in model.parameters()))
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that an update holds: what the files hold under a second name comes once."""
+        return tensor_shapes(list(named_weights(SimpleNamespace(**read_config_fields(self._directory)))))
 
     def generate(
         self,
@@ -111,34 +112,24 @@ class VllmEngine:
         return gather_written(written if self._speaks else {}, problem, len(requests), self._group, meanwhile)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """New weights, a module of vLLM's at a time: it holds the tensors of one until they are complete.
-
-        The iterator is consumed to the end even when a name is wrong: other ranks take part in making it.
+        """New weights, copied in place; or a module at a time, where vLLM has packed what it computes with.
 
         Raises:
-            ValueError: a name that the model's directory does not have, or a weight that did not come.
+            ValueError: as `arriving` does.
             EngineFailed: vLLM does not take them.
         """
-        came: list[str] = []
-
-        def known() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in weights:
-                came.append(name)
-                if name in self._names:
-                    yield name, tensor
-
-        source = known()
-        try:
-            self._guarded(lambda: self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": source}))
-        finally:
-            for _ in source:
-                pass
-        wrong = [f"{name}: the rollout model has no such weight" for name in came if name not in self._names]
-        wrong += [f"{name}: no new value came" for name in sorted(self._names.difference(came))]
-        if wrong:
-            raise ValueError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if wrong[5:] else ""))
+        with arriving(weights, self._shapes) as pairs:
+            self._guarded(lambda: self._take_packed(pairs) if self._packed else self._take_in_place(pairs))
         if self._sleeps_for_real:
             self._guarded(lambda: self._llm.wake_up(tags=["kv_cache"]))
+
+    def _take_in_place(self, pairs: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self._llm.apply_model(lambda model: model.load_weights(pairs))
+
+    def _take_packed(self, pairs: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
+        if HEAD not in self._shapes:  # a head that is the embedding does not come, and vLLM packs what has come
+            self._llm.apply_model(_pack_heads)
 
     def score(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Log-probabilities [len(token_ids) - 1] fp32 of each token after the first, given those before it."""
@@ -195,18 +186,11 @@ class VllmEngine:
             logprobs=0,  # of the chosen token alone; vLLM's are before temperature and top_p
             ignore_eos=True,  # what ends a response is the run's to say
             stop_token_ids=self._stop,
-            allowed_token_ids=self._true_vocabulary,
             repetition_detection=(
                 None if period is None else RepetitionDetectionParams(max_pattern_size=period, min_count=count)
             ),
             detokenize=False,
         )
-
-    def _vocabulary(self, vocab_size: int | None) -> list[int] | None:
-        """The tokens that may be sampled; None: all of the model's."""
-        if vocab_size is None or vocab_size >= self._llm.model_config.get_vocab_size():
-            return None
-        return list(range(vocab_size))
 
     def _guarded(self, call: Callable[[], ValueT]) -> ValueT:
         """vLLM's errors are of many kinds, and its engine is of no use after one."""
@@ -217,6 +201,44 @@ class VllmEngine:
         except Exception as error:
             told = next(iter(str(error).splitlines()), "")
             raise EngineFailed(f"rollouts.engine='vllm': {type(error).__name__}: {told}") from error
+
+
+def llm_arguments(settings: VllmRollouts, context: EngineContext, sleeps: bool) -> dict[str, Any]:
+    """What LLM is told beside the model's directory."""
+    return {
+        "dtype": DTYPES[context.dtype],
+        "seed": context.seed,
+        "skip_tokenizer_init": True,  # requests are tokens, and so are responses
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "distributed_executor_backend": None if context.group is None else "external_launcher",
+        "enable_sleep_mode": sleeps,
+        # A prompt found there is computed in other pieces: the last bits would depend on who came first
+        "enable_prefix_caching": False,
+        "enforce_eager": settings.enforce_eager,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "max_num_seqs": settings.batch_size,
+        "max_model_len": context.max_length,
+        "generation_config": "vllm",
+        "use_tqdm_on_load": False,
+    } | _limits(settings, context)
+
+
+def _pack_heads(model: torch.nn.Module) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+@contextmanager
+def _random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """vLLM seeds this process anew when it starts; the student's numbers go on as if it had not."""
+    python, array = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    random.setstate(python)
+    numpy.random.set_state(array)
 
 
 def _limits(settings: VllmRollouts, context: EngineContext) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def train(
                 trained.learning_rates.append(optimizer.param_groups[0]["lr"])
                 trained.losses += _step(ddp_chunks, optimizer, scheduler, parallel, step)
                 trained.adam_steps.append(_adam_steps(optimizer))
-                whole = dict(iterate_huggingface_weights(chunks, parallel))
+                whole = {name: tensor.clone() for name, tensor in iterate_huggingface_weights(chunks, parallel)}
                 trained.weights.append(whole if parallel.rank == 0 else {})
                 trained.draws += _draw()
                 if step + 1 in save_after:

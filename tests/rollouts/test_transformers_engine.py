@@ -10,7 +10,7 @@ import torch
 from transformers import Olmo3ForCausalLM
 
 from megatron_sead.errors import NotFiniteNumbers, UserError
-from megatron_sead.rollouts.engine import GenerationRequest, Rollout, Sampling
+from megatron_sead.rollouts.engine import EngineFailed, GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.transformers_engine import TransformersEngine
 
 pytestmark = pytest.mark.transformers_lane
@@ -176,6 +176,22 @@ def test_logits_that_are_not_finite_are_told(tiny_olmo3: Path, temperature: floa
     engine.model.get_output_embeddings().weight[5, 3] = float("nan")
     with pytest.raises(NotFiniteNumbers, match=r"prompt 'p\d': the model's logits of token 0 are not finite"):
         engine.generate(make_requests(3), step=0)
+
+
+@pytest.mark.parametrize("verb", ["generate", "wake"])
+def test_a_full_gpu_is_one_line(tiny_olmo3: Path, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+
+    engine = make_engine(tiny_olmo3)
+    engine.sleep()
+    if verb == "generate":
+        monkeypatch.setattr(engine, "_write", full)
+    else:
+        monkeypatch.setattr(torch.Tensor, "new_empty", full)
+    told = r"^rollouts\.engine='transformers': CUDA out of memory\. Tried to allocate 2 GiB\.; a smaller "
+    with pytest.raises(EngineFailed, match=told):
+        engine.generate(make_requests(2), 0) if verb == "generate" else engine.wake()
 
 
 def test_an_engine_that_has_slept_writes_as_before_once_it_has_weights(

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_sead.config.rollouts import VllmRollouts
 from megatron_sead.errors import NotFiniteNumbers, UserError
@@ -89,10 +90,43 @@ def expected(text: list[int], moved: dict[str, torch.Tensor]) -> tuple[Expected,
 
 
 @pytest.fixture(scope="module")
-def engine(expected: object) -> VllmEngine:
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose head is its embedding, and its scores by transformers before and after an update."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from megatron_sead.rollouts.transformers_engine import TransformersEngine
+
+    directory = tmp_path_factory.mktemp("tied")
+    sizes = {"vocab_size": 307, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)).save_pretrained(directory)
+    weights = load_file(directory / "model.safetensors")
+    moved = {name: weight + 0.02 * torch.randn(weight.shape) for name, weight in weights.items()}
+    again = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(weights | again, directory / "model.safetensors", metadata={"format": "pt"})
+    engine = TransformersEngine(directory, sampling=GREEDY, stop_token_ids=STOP, pad_token_id=3, seed=5)
+    text = list(range(3, 63))
+    before = engine.score(text)
+    engine.load_weights(moved.items())
+    torch.save({"moved": moved, "before": before, "after": engine.score(text)}, directory / "scores.pt")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def engine(expected: object, tied: Path) -> VllmEngine:
+    before = random_numbers()
     made = make_engine(SETTINGS, context(TINY))
     assert isinstance(made, VllmEngine)
+    assert all(map(torch.equal, random_numbers(), before))  # vLLM seeds the process when it starts
     return made
+
+
+def random_numbers() -> list[torch.Tensor]:
+    """Where the process's generators stand."""
+    return [
+        torch.get_rng_state(),
+        torch.tensor(random.getstate()[1]),
+        torch.tensor(numpy.random.get_state()[1].astype(int)),
+    ]
 
 
 @pytest.fixture(params=[0, 1], ids=["first weights", "new weights"])
@@ -236,6 +270,22 @@ def test_a_model_that_vllm_does_not_load_is_one_line(tmp_path: Path, expected: o
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed, as on a CPU", "as loaded, as on a GPU"])
+def test_a_head_that_is_the_embedding_follows_it(packed: bool, tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes once, though the file holds it twice; and where vLLM has packed its matrices, it has a copy of it."""
+    from vllm import _custom_ops
+
+    if not packed:
+        monkeypatch.setattr(_custom_ops, "_supports_onednn", False)
+    told, text = torch.load(tied / "scores.pt"), list(range(3, 63))
+    made = make_engine(SETTINGS, context(tied))
+    assert isinstance(made, VllmEngine)
+    assert made._packed is packed
+    torch.testing.assert_close(made.score(text), told["before"], **CLOSE)
+    made.load_weights(told["moved"].items())
+    torch.testing.assert_close(made.score(text), told["after"], **CLOSE)
+
+
 def test_every_name_that_is_used_of_vllm_is_there() -> None:
     """What an upgrade would break; then VERSIONS of the settings must change as well."""
     from vllm import LLM, SamplingParams
@@ -249,8 +299,9 @@ def test_every_name_that_is_used_of_vllm_is_there() -> None:
     used += " max_num_seqs max_model_len generation_config use_tqdm_on_load"
     assert set(used.split()) <= engine_settings
     used = "temperature top_p max_tokens seed logprobs prompt_logprobs ignore_eos stop_token_ids"
-    used += " allowed_token_ids detokenize repetition_detection"
+    used += " detokenize repetition_detection"
     assert set(used.split()) <= set(inspect.signature(SamplingParams).parameters)
     assert "tags" in inspect.signature(LLM.wake_up).parameters and "level" in inspect.signature(LLM.sleep).parameters
     assert "weights_iterator" in inspect.signature(GPUModelRunner.reload_weights).parameters
+    assert callable(LLM.apply_model)
     assert callable(parallel_state.destroy_distributed_environment)
