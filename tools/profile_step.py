@@ -39,6 +39,7 @@ PARTS = {  # in the table's order: what a step must do, then what it should hard
     "statistics and loss, with LM heads": "work",
     "optimizer": "work",
     "weights to the engine": "work",
+    "the engine's check": "work",
     "collectives": "work",
     "grading": "else",
     "packing": "else",
@@ -149,10 +150,12 @@ def watch_run(clock: Clock, run: Any) -> None:
 
     run.curriculum.next_batch = begin
     clock.watch(run.engine, "generate", "generation: sampling, bookkeeping")
-    clock.watch(run.engine.model, "forward", "generation: model")
+    if hasattr(run.engine, "model"):  # of vLLM all of generation counts as one part
+        clock.watch(run.engine.model, "forward", "generation: model")
     clock.watch(run, "grade", "grading")
     clock.watch(run, "pack", "packing")
     clock.watch(run, "load_engine", "weights to the engine")
+    clock.watch(run.engine, "score", "the engine's check")
     for chunk in run.learner.teacher.chunks:
         clock.watch(chunk, "forward", "teacher forward")
     for chunk in run.learner.student:
