@@ -18,7 +18,9 @@ app = App()
 
 @app.command()
 def main(
-    source: Annotated[str, typer.Option("--input", help="prompt file (JSONL, JSON, parquet) or hub data set")],
+    source: Annotated[
+        str, typer.Option("--input", help="prompt file (JSONL, JSON, parquet), a folder of such, or hub data set")
+    ],
     output: Annotated[Path, typer.Option(help="JSONL file to write; beside it what was dropped, and provenance")],
     benchmarks: Annotated[
         list[str] | None,

@@ -60,9 +60,11 @@ class TeacherSettings(ModelSettings):
 class PromptSettings(Settings):
     """Where prompts come from and how a row becomes tokens."""
 
-    path: PathOrHubName = Field(description="JSONL, JSON or parquet file, or a hub name for datasets.load_dataset")
+    path: PathOrHubName = Field(
+        description="JSONL, JSON or parquet file, a folder of such, or a hub name for datasets.load_dataset"
+    )
     subset: str | None = Field(None, description="configuration name of a hub data set")
-    split: str = Field("train", description="split of a hub data set")
+    split: str = Field("train", description="split of a hub data set, or of a folder that holds several")
     prompt_field: str = Field("prompt", min_length=1, description="field with the problem")
     answer_field: str = Field("answer", min_length=1, description="field with the right answer, or a list of them")
     id_field: str = Field("id", description="field with a unique id; rows without one are numbered")

@@ -13,6 +13,7 @@ from typing import Literal
 from megatron_sead.config.environment import expand_path
 from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
+from megatron_sead.prompts.folders import is_saved
 from megatron_sead.prompts.problems import Problem, check_rows
 from megatron_sead.prompts.rows import read_rows
 
@@ -99,13 +100,13 @@ def _record(name: str, *, is_own: bool) -> Benchmark:
 
 
 def _file(benchmark: Benchmark, place: str) -> str:
-    """The file itself, the one in a folder that is of the benchmark's split, or a hub name as it is."""
+    """The file itself, the one in a folder of the benchmark's split, a saved data set, or a hub name as it is."""
     try:
         place = expand_path(place)
     except ValueError as error:
         raise UserError(f"benchmark {benchmark.name}={place}: {error}") from None
     folder = Path(place)
-    if not folder.is_dir():
+    if not folder.is_dir() or is_saved(folder):
         return place
     for split in dict.fromkeys(("test", benchmark.split)):
         files = [path for path in sorted(folder.rglob(f"{split}*")) if path.suffix in FILES and path.is_file()]

@@ -28,6 +28,7 @@ from megatron_sead.files.durable import replace_text
 from megatron_sead.files.outputs import require_free
 from megatron_sead.prompts.dataset import tokenize
 from megatron_sead.prompts.exact_json import dumps, holds_no_number
+from megatron_sead.prompts.folders import require_outside
 from megatron_sead.prompts.problems import check_rows, repeats
 from megatron_sead.prompts.row_mistakes import RowMistakes
 from megatron_sead.prompts.rows import Row, read_rows
@@ -92,6 +93,7 @@ def estimate(settings: EstimateSettings, output: Path, ranks: Ranks) -> None:
     Raises:
         UserError: whatever must change first; nothing that stands there is overwritten.
     """
+    require_outside(output, settings.prompts.path, "prompts.path")
     mistakes = RowMistakes()
     rows = read_rows(settings.prompts, mistakes=mistakes)
     problems = check_rows(rows, settings.prompts, mistakes=mistakes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from typing import IO, Any, NamedTuple
@@ -22,6 +22,8 @@ from megatron_sead.prompts.messages import Conversation, as_text
 from megatron_sead.prompts.problems import answers_of, problem_of, same_text, turns_of
 from megatron_sead.prompts.rows import Row
 
+FILE = 2**40  # more than the rows of a file
+Rows = Sequence[int | str]
 NO_PROMPT, NO_ANSWER = "no prompt", "no answer"
 # What sets write where there is no answer to compare with, beside what no answer can be
 PLACEHOLDERS = {"proof", "notfound", "not found", "no answer", "see solution", "n/a"}
@@ -65,7 +67,8 @@ class Candidates:
         self._by_row: dict[bytes, int] = {}  # prompt and answer as they stand there -> problem
         self._by_text: dict[bytes, int] = {}
         self._answers = array("q")  # of each problem's first row, hashed
-        self._copied, self._copies = array("q"), array("q")  # problem, and row number
+        self._copied, self._copies = array("q"), array("q")  # problem, and its row
+        self._rows = RowNumbers()
         self.others: dict[int, dict[tuple[str, ...], str]] = {}  # problem -> other answers to it, and their places
         self.shared = SharedLines()
         self._content = sha256()
@@ -82,6 +85,7 @@ class Candidates:
     def add(self, row: Row) -> None:
         """Raises: UserError: an id, level or difficulty that is none, as training would say."""
         settings, self.rows = self._settings, self.rows + 1
+        self._rows.key(row.place)  # of all rows, before any are told
         said = row.value(settings.prompt_field, None), row.value(settings.answer_field, None)
         key = blake2b(repr(said).encode(errors="surrogatepass"), digest_size=16).digest()
         self._content.update(key)
@@ -93,15 +97,19 @@ class Candidates:
         else:
             self._copy(known, row)
 
-    def __iter__(self) -> Iterator[tuple[Candidate, list[int], dict[tuple[str, ...], str]]]:
-        """Each problem with the numbers of the rows that repeat it, and other answers to it with their places."""
+    def __iter__(self) -> Iterator[tuple[Candidate, Rows, dict[tuple[str, ...], str]]]:
+        """Each problem with the rows that repeat it, and other answers to it with their places."""
         self._spool.seek(0)
         problems, rows = np.frombuffer(self._copied, np.int64), np.frombuffer(self._copies, np.int64)
         order = np.argsort(problems, kind="stable")
         rows, bounds = rows[order], np.searchsorted(problems[order], np.arange(len(self) + 1))
         for number in range(len(self)):
-            copies = rows[bounds[number] : bounds[number + 1]].tolist()
+            copies = self._rows.told(rows[bounds[number] : bounds[number + 1]].tolist())
             yield Candidate(*pickle.load(self._spool)), copies, self.others.get(number, {})
+
+    def row_of(self, candidate: Candidate) -> Rows:
+        """Its own, as its copies are told."""
+        return self._rows.told([self._rows.key(candidate.place)])
 
     def _new(self, row: Row, said: tuple[Any, Any]) -> int | None:
         """The problem of a row that stands there for the first time; None: the row is unusable."""
@@ -135,7 +143,7 @@ class Candidates:
 
     def _copy(self, problem: int, row: Row) -> None:
         self._copied.append(problem)
-        self._copies.append(row_number(row.place))
+        self._copies.append(self._rows.key(row.place))
 
     def _require_gradable(self, answers: tuple[str, ...], row: Row) -> None:
         """A model that writes the reference answer itself is right."""
@@ -194,9 +202,22 @@ def same_answers(grader: Grader, reference: tuple[str, ...], given: tuple[str, .
     return grader.grade(" and ".join(rf"\boxed{{{answer}}}" for answer in given), reference)
 
 
-def row_number(place: str) -> int:
-    """17 of "FILE, row 17"."""
-    return int(place.rpartition(" ")[2])
+class RowNumbers:
+    """Rows as single numbers: 17 for "FILE, row 17", and more for a row of the next of several files."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, int] = {}  # "FILE, row" -> place among them
+
+    def key(self, place: str) -> int:
+        file, _, number = place.rpartition(" ")
+        return self._files.setdefault(file, len(self._files)) * FILE + int(number)
+
+    def told(self, keys: list[int]) -> Rows:
+        """The rows' numbers; their places, where several files have numbers."""
+        if len(self._files) <= 1:
+            return list(keys)
+        files = list(self._files)
+        return [f"{files[key // FILE]} {key % FILE}" for key in keys]
 
 
 def _shown(value: Any) -> str:

@@ -31,12 +31,13 @@ from megatron_sead.preparation.candidates import (
     Candidate,
     Candidates,
     Fault,
-    row_number,
+    Rows,
     same_answers,
 )
 from megatron_sead.preparation.overlap import Benchmarks, read_benchmark
 from megatron_sead.preparation.settings import PrepareSettings
 from megatron_sead.prompts.exact_json import dumps
+from megatron_sead.prompts.folders import require_outside
 from megatron_sead.prompts.messages import Conversation, as_text, as_value, with_instruction
 from megatron_sead.prompts.rows import stream_rows
 from megatron_sead.wording import counted
@@ -64,6 +65,7 @@ def prepare(settings: PrepareSettings, benchmarks: list[str], output: Path) -> N
     dropped, provenance = beside(output, "dropped.jsonl"), beside(output, "provenance.json")
     for path in (output, dropped, provenance):
         require_free(path)
+    require_outside(output, settings.prompts.path, "input")
     too_long = _limit(settings)
     known, described = _read_benchmarks(settings, benchmarks)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -103,19 +105,27 @@ class _Writer:
         self._count(fault.reason, 1)
         self._write(self._dropped, asdict(fault))
 
-    def drop(self, reason: str, candidate: Candidate, copies: list[int], **more: Any) -> None:
-        """A whole problem, with all of its rows."""
-        rows = [row_number(candidate.place), *copies]
+    def drop(self, reason: str, candidate: Candidate, rows: Rows, **more: Any) -> None:
+        """A whole problem.
+
+        Args:
+            rows: all of its.
+        """
         self._count(reason, len(rows))
         said = {"reason": reason, "place": candidate.place, "text": as_text(candidate.turns)}
-        self._write(self._dropped, said | more | {"rows": rows})
+        self._write(self._dropped, said | more | {"rows": list(rows)})
 
-    def keep(self, candidate: Candidate, copies: list[int], turns: Conversation) -> None:
+    def keep(self, candidate: Candidate, copies: Rows, turns: Conversation) -> None:
         """Its copies are dropped."""
         if copies:
             self.rows[DUPLICATE] += len(copies)
             self.problems[DUPLICATE] += 1
-            said = {"reason": DUPLICATE, "place": candidate.place, "text": as_text(candidate.turns), "rows": copies}
+            said = {
+                "reason": DUPLICATE,
+                "place": candidate.place,
+                "text": as_text(candidate.turns),
+                "rows": list(copies),
+            }
             self._write(self._dropped, said)
         self._count(KEPT, 1)
         row: dict[str, Any] = {"id": self._new_id(candidate.id, turns), "prompt": as_value(turns)}
@@ -178,17 +188,18 @@ def _sift(
         if number % (TOLD_EVERY // 10) == 0:
             show(f"{number:,} of {counted(len(candidates), 'problem')} looked at")
         bare = candidates.shared.without(candidate.turns)
+        all_rows = [*candidates.row_of(candidate), *copies]
         turns = bare if settings.drop_instruction else candidate.turns
         if any(not _same(grader, candidate.answers, other) for other in others):
             answers = {
                 ", ".join(answers): place for answers, place in {candidate.answers: candidate.place, **others}.items()
             }
-            writer.drop(CONFLICT, candidate, copies, answers=answers)
+            writer.drop(CONFLICT, candidate, all_rows, answers=answers)
         elif (found := benchmarks.find(bare[-1].content)) is not None:
             told = {"benchmark": found.place, "benchmark_text": found.text, "share": round(found.share, 3)}
-            writer.drop(EXACT if found.is_exact else NEAR, candidate, copies, **told)
+            writer.drop(EXACT if found.is_exact else NEAR, candidate, all_rows, **told)
         elif (told_length := too_long(candidate.place, turns)) is not None:
-            writer.drop(TOO_LONG, candidate, copies, told=told_length)
+            writer.drop(TOO_LONG, candidate, all_rows, told=told_length)
         else:
             writer.keep(candidate, copies, turns)
 

@@ -1,4 +1,4 @@
-"""Rows of a prompt set, from a JSONL, JSON or parquet file or a hub data set, each with a place to name it by.
+"""Rows of a prompt set, from JSONL, JSON or parquet files or a hub data set, each with a place to name it by.
 
 Imports no torch: a run, a check before it and an estimate of difficulty read with the same code. What a file is, its
 first bytes say, not its name.
@@ -19,14 +19,17 @@ from typing import TYPE_CHECKING, Any
 from megatron_sead.config.run import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.exact_json import fault, loads
+from megatron_sead.prompts.folders import is_saved, load_saved, shards
 from megatron_sead.prompts.row_mistakes import RowMistakes
+from megatron_sead.wording import counted
 
 if TYPE_CHECKING:
     import pyarrow
+    from datasets import Dataset
 
 log = logging.getLogger(__name__)
 
-VALID = "must be a JSONL, JSON or parquet file"
+VALID = "must be a JSONL, JSON or parquet file, or a folder of such"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 SUFFIXES = [".jsonl", ".json", ".ndjson", ".jsonlines", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".xlsx"]
 SUFFIXES += [".gz", ".zip", ".zst", ".xz", ".bz2", ".yaml", ".pkl"]
@@ -40,7 +43,7 @@ SIGNATURES = (  # how files begin that are something else
     (b"BZh", f"compressed with bzip2, {PACKED}"),
     (b"PK\x03\x04", "a zip archive or a spreadsheet"),
     (b"ARROW1", "an Arrow file"),
-    (b"\xff\xff\xff\xff", "an Arrow stream"),  # as datasets.save_to_disk writes
+    (b"\xff\xff\xff\xff", "an Arrow stream; of those that datasets.save_to_disk wrote name the folder"),
     (b"\x80\x04", "a pickle"),
     (b"version https://git-lfs", "a Git LFS pointer: the file itself was never fetched (git lfs pull)"),
     (b"<", "HTML or XML: perhaps the page about the file was saved in its place"),
@@ -129,20 +132,19 @@ def stream_rows(
     Args:
         setting: the setting that names the path, for messages.
         mistakes: collects those of single rows, which are left out; the caller refuses them. None: the first is raised.
-        mistakes: collects those of single rows, which are left out; the caller refuses them. None: they are refused
-            here.
 
     Raises:
-        UserError: a missing, unreadable or empty file, one that is something else (says what), a line that is not a
-            JSON object (with its number), a name given twice in an object, a lone surrogate in any field, a hub data
-            set that cannot be loaded, a subset of a file.
+        UserError: a folder without data files, a missing, unreadable or empty file, one that is something else (says
+            what), a line that is not a JSON object (with its number), a name given twice in an object, a lone surrogate
+            in any field, a hub data set that cannot be loaded, a subset of a file.
     """
     source, is_hub = f"{setting}={settings.path}", is_hub_name(settings.path)
     if settings.subset is not None and not is_hub:
         group = setting.partition(".")[0]
-        raise UserError(f"{group}.subset={settings.subset}: only a hub data set has subsets, and {source} is a file")
+        kind = "folder" if os.path.isdir(settings.path) else "file"
+        raise UserError(f"{group}.subset={settings.subset}: only a hub data set has subsets, and {source} is a {kind}")
     nothing = True
-    for place, fields in _from_hub(settings, source) if is_hub else _from_file(Path(settings.path), source):
+    for place, fields in _from_hub(settings, source) if is_hub else _from_disk(settings, setting):
         nothing, row = False, None
         with nullcontext() if mistakes is None else mistakes.kept(place):
             row = _row(fields, place)
@@ -159,6 +161,19 @@ def is_hub_name(path: str) -> bool:
         return False
     named_as_file = difflib.get_close_matches(place.suffix.lower(), SUFFIXES, 1, 0.75)
     return not named_as_file and not ("/" in path and place.parent.is_dir())
+
+
+def _from_disk(settings: PromptSettings, setting: str) -> Iterator[Found]:
+    path, source = Path(settings.path), f"{setting}={settings.path}"
+    if not os.path.isdir(path):  # pathlib's raises for a name that is too long
+        yield from _from_file(path, source)
+    elif is_saved(path):
+        yield from _from_dataset(load_saved(path, settings.split, source), f"{path}, row")
+    else:
+        files = shards(path, settings.split, source)
+        log.info("%s: reads %s, from %s on", source, counted(len(files), "file"), files[0].relative_to(path))
+        for file in files:
+            yield from _from_file(file, f"{setting}={file}")
 
 
 def _from_file(path: Path, source: str) -> Iterator[Found]:
@@ -182,8 +197,6 @@ def _from_file(path: Path, source: str) -> Iterator[Found]:
 
 def _content(path: Path, source: str, size: int = -1) -> bytes:
     try:
-        if path.is_dir():
-            raise UserError(f"{source}: is a directory; {VALID}, one file")
         if path.exists() and not path.is_file():
             raise UserError(f"{source}: is a device or a pipe; {VALID}")
         with open(path, "rb") as file:
@@ -275,7 +288,7 @@ def _from_hub(settings: PromptSettings, source: str) -> Iterator[Found]:
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # it tells every retry; one line at the end is enough
     try:
-        data = load_dataset(settings.path, settings.subset, split=settings.split).with_format("arrow")
+        data = load_dataset(settings.path, settings.subset, split=settings.split)
     except Exception as error:  # no network, no such data set, subset or split: many types, one meaning for the user
         raise UserError(
             f"{source}: no such file, and the hub data set cannot be loaded "
@@ -283,8 +296,13 @@ def _from_hub(settings: PromptSettings, source: str) -> Iterator[Found]:
         ) from None
     finally:
         hub_logging.set_verbosity(verbosity)
+    yield from _from_dataset(data, f"{settings.path}, {settings.split} row")
+
+
+def _from_dataset(data: Dataset, unit: str) -> Iterator[Found]:
+    data = data.with_format("arrow")
     batches = (data[start : start + AT_ONCE] for start in range(0, len(data), AT_ONCE))
-    yield from _from_batches(batches, f"{settings.path}, {settings.split} row", data.column_names)
+    yield from _from_batches(batches, unit, data.column_names)
 
 
 def _from_batches(batches: Iterator[Any], unit: str, names: list[str]) -> Iterator[Found]:

@@ -234,3 +234,23 @@ def test_what_only_sounds_alike_is_no_overlap() -> None:
         "Hi! Find the remainder when $2^{100}$ is divided by $1000$. Express your answer as an integer. Bye!"
     )
     assert embedded is not None and not embedded.is_exact and embedded.share == 1
+
+
+def test_a_folder_of_shards_is_prepared_and_its_rows_are_told_with_their_files(tmp_path: Path) -> None:
+    problems = [dapo(f"What is {i} + {i}?", str(2 * i), f"index-{i}") for i in range(4)]
+    folder, output = tmp_path / "release", tmp_path / "out.jsonl"
+    folder.mkdir()
+    write(folder / "train-0.parquet", *problems[:3], problems[1])
+    write(folder / "train-1.parquet", problems[3], problems[1])
+    assert prepare(folder, folder / "out.jsonl", *DAPO_FIELDS) == 2  # nothing is written among what is read
+    assert prepare(folder, output, *DAPO_FIELDS) == 0
+    assert counts(output) == {"kept": 4, "duplicate": 2}
+    (copies,) = dropped(output)
+    assert copies["rows"] == [f"{folder / 'train-0.parquet'}, row 4", f"{folder / 'train-1.parquet'}, row 2"]
+    Dataset.from_list(problems).save_to_disk(str(tmp_path / "saved"))
+    assert prepare(tmp_path / "saved", tmp_path / "of_saved.jsonl", *DAPO_FIELDS) == 0
+    texts = [
+        [p.text for p in read_problems(PromptSettings(path=str(path)))]
+        for path in (output, tmp_path / "of_saved.jsonl")
+    ]
+    assert texts[0] == texts[1]

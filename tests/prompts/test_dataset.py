@@ -199,7 +199,7 @@ def test_files_that_are_not_there_or_hold_nothing(tmp_path: Path, tokenizer: Mod
     for name, message in cases.items():
         with pytest.raises(UserError, match=message):
             list(stream_prompts(PromptSettings(path=str(tmp_path / name), template="plain"), tokenizer))
-    with pytest.raises(UserError, match="is a directory"):
+    with pytest.raises(UserError, match=r"holds both bad.parquet and empty.jsonl"):
         list(stream_prompts(PromptSettings(path=str(tmp_path), template="plain"), tokenizer))
 
 
