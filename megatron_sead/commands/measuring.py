@@ -14,7 +14,7 @@ import typer
 
 from megatron_sead.commands.cli import one_line_errors, one_line_errors_on_ranks
 from megatron_sead.errors import ArgumentError
-from megatron_sead.files.durable import DISK_REFUSES
+from megatron_sead.files.durable import refused_by_the_disk
 from megatron_sead.launch.ownership import sole_owner
 from megatron_sead.launch.rank_failures import ending_together
 
@@ -43,14 +43,14 @@ def measuring(device: str, output: Path, lock: Path, kept: Path) -> Iterator[Ran
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # what transformers tells its own authors
     try:
-        with ending_together(), joined_ranks(device) as ranks, ExitStack() as stack:
+        with (
+            refused_by_the_disk(lambda reason: ArgumentError("output", output, reason)),
+            ending_together(),
+            joined_ranks(device) as ranks,
+            ExitStack() as stack,
+        ):
             ranks.on_first(lambda: stack.enter_context(sole_owner(lock, f"--output={output}")))
             yield ranks
     except KeyboardInterrupt:
         print(f"interrupted; the same command continues from {kept}", file=sys.stderr)
         raise typer.Exit(130) from None
-    except OSError as error:
-        if error.errno not in DISK_REFUSES:
-            raise
-        reason = f"cannot be written ({error.filename}): {error.strerror}"
-        raise ArgumentError("output", output, reason) from error

@@ -10,7 +10,7 @@ import typer
 
 from megatron_sead.commands.cli import App, expand_argument, one_line_errors
 from megatron_sead.errors import ArgumentError
-from megatron_sead.files.durable import DISK_REFUSES
+from megatron_sead.files.durable import refused_by_the_disk
 from megatron_sead.launch.ownership import sole_owner
 
 app = App()
@@ -50,13 +50,11 @@ def main(
         if output.suffix.lower() in (".parquet", ".json"):
             raise ArgumentError("output", output, "JSON lines are written; choose a name in .jsonl")
         try:
-            with sole_owner(output.with_name(f"{output.name}.lock"), f"--output={output}"):
+            with (
+                refused_by_the_disk(lambda reason: ArgumentError("output", output, reason)),
+                sole_owner(output.with_name(f"{output.name}.lock"), f"--output={output}"),
+            ):
                 prepare(settings, [str(expand_argument(path)) for path in held_out], output)
         except KeyboardInterrupt:
             print("interrupted; nothing was written, and the same command starts anew", file=sys.stderr)
             raise typer.Exit(130) from None
-        except OSError as error:
-            if error.errno not in DISK_REFUSES:
-                raise
-            reason = f"cannot be written ({error.filename}): {error.strerror}"
-            raise ArgumentError("output", output, reason) from error

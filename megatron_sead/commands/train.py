@@ -22,7 +22,7 @@ from megatron_sead.config.environment import environment_number
 from megatron_sead.config.run import RunConfig, load_config
 from megatron_sead.config.settings_file import repeated_overrides
 from megatron_sead.errors import UserError, kept
-from megatron_sead.files.durable import DISK_REFUSES
+from megatron_sead.files.durable import refused_by_the_disk
 from megatron_sead.launch.ownership import refuse_if_owned
 from megatron_sead.launch.rank_failures import ending_together
 
@@ -105,17 +105,15 @@ def _train(config: RunConfig) -> None:
 
     if not {"", os.getcwd()} & set(sys.path):  # a policy of one's own, where `python -m` would find it too
         sys.path.append(os.getcwd())
-    try:
-        with ending_together():
-            run(config)
-    except OSError as error:
-        if error.errno not in DISK_REFUSES:
-            raise
-        place = f" ({error.filename})" if error.filename else ""
-        raise UserError(
-            f"output={config.output}: cannot be written{place}: {error.strerror}; whole checkpoints are as they were, "
-            "and once this is mended the same command continues"
-        ) from error
+    with refused_by_the_disk(lambda reason: _disk_refuses(config.output, reason)), ending_together():
+        run(config)
+
+
+def _disk_refuses(output: Path, reason: str) -> UserError:
+    return UserError(
+        f"output={output}: {reason}; whole checkpoints are as they were, and once this is mended the same command "
+        "continues"
+    )
 
 
 def _configure_logging(device: str) -> None:

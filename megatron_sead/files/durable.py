@@ -6,12 +6,35 @@ import errno
 import itertools
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_sead.errors import UserError
+
 # errno of an OSError that is the disk's or its owner's doing, not a fault of the program
-DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
-DISK_REFUSES |= {errno.EEXIST, errno.ENAMETOOLONG}
+_DISK_REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
+_DISK_REFUSES |= {errno.EEXIST, errno.ENAMETOOLONG}
+
+
+@contextmanager
+def refused_by_the_disk(told: Callable[[str], UserError]) -> Iterator[None]:
+    """A full or unwritable disk is no fault of the program.
+
+    Args:
+        told: makes the error from "cannot be written (FILE): No space left on device".
+
+    Raises:
+        UserError: the disk refuses what the body writes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_REFUSES:
+            raise
+        place = "" if error.filename is None else f" ({error.filename})"
+        raise told(f"cannot be written{place}: {error.strerror}") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from megatron_sead.files.durable import replace_text
+from megatron_sead.errors import UserError
+from megatron_sead.files.durable import refused_by_the_disk, replace_text
 from megatron_sead.reporting.metrics import MetricsWriter
 
 
@@ -58,3 +60,18 @@ def test_metrics_are_not_written_where_a_link_leads(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "theirs")
     MetricsWriter(tmp_path, first_step=0, tensorboard=False).close()
     assert not (tmp_path / "theirs").exists()
+
+
+def test_what_the_disk_refuses_is_a_users_error_and_what_the_program_does_wrong_is_none(tmp_path: Path) -> None:
+    for place in (tmp_path / ("x" * 300), tmp_path):
+        with pytest.raises(UserError, match=r"^output=o: cannot be written \(\S+\): \w"), refused_by_the_disk(told):
+            place.write_text("text")
+    full = pytest.raises(UserError, match=r"^output=o: cannot be written: No space left on device$")
+    with full, refused_by_the_disk(told):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError), refused_by_the_disk(told):
+        (tmp_path / "none").read_text()
+
+
+def told(reason: str) -> UserError:
+    return UserError(f"output=o: {reason}")
