@@ -31,14 +31,16 @@ small_settings() { # PLACE: what a full-size run is at the size of the tiny pair
         rollouts.kv_cache_memory_bytes=67108864
 }
 
-setting() { # CONFIG NAME [key=value ...]: its value in the run's settings
+values_of() { # CONFIG NAMES [key=value ...]: values of the run's settings whose NAMES are given, with blanks between; a line each
     "$VENV_PYTHON" -c 'import sys
 from functools import reduce
 from pathlib import Path
 from megatron_sead.commands.cli import one_line_errors
 from megatron_sead.config.run import load_config
 with one_line_errors():
-    print(reduce(getattr, sys.argv[2].split("."), load_config(Path(sys.argv[1]), sys.argv[3:])))' "$@"
+    config = load_config(Path(sys.argv[1]), sys.argv[3:])
+    for name in sys.argv[2].split():
+        print(reduce(getattr, name.split("."), config))' "$@"
 }
 
 wait_for() { # FILE: made by the first node
@@ -53,7 +55,7 @@ sead() {
 }
 
 full_size() {
-    local name="$1" config="$2" place argument output student teacher prompts prepared release benchmarks=() of_release=() choice=() small=()
+    local name="$1" config="$2" place argument values output student teacher prompts longest prepared release benchmarks=() of_release=() choice=() small=()
     shift 2
     release="${RELEASE:-BytedTsinghua-SIA/DAPO-Math-17k}"
     of_release=(answer_field=reward_model.ground_truth drop_instruction=true)
@@ -76,8 +78,8 @@ full_size() {
         choice=(--data "$BENCHMARKS")
         benchmarks=(--benchmarks "$BENCHMARKS"/*/test.jsonl)
     fi
-    output="$(setting "$config" output "$@")" student="$(setting "$config" student.path "$@")" || return
-    teacher="$(setting "$config" teacher.path "$@")" prompts="$(setting "$config" prompts.path "$@")" || return
+    values="$(values_of "$config" "output student.path teacher.path prompts.path prompts.max_prompt_tokens" "$@")" || return
+    { read -r output && read -r student && read -r teacher && read -r prompts && read -r longest; } <<< "$values"
 
     if [ "${NODE_RANK:-0}" -gt 0 ]; then
         wait_for "$prompts" && launch "$config" "$@"
@@ -88,7 +90,7 @@ full_size() {
         if [ ! -e "$prepared" ]; then
             echo "== prompts: $release -> $prepared"
             sead prepare --input "$release" --output "$prepared" --model "$student" \
-                "${benchmarks[@]}" "${of_release[@]}" max_prompt_tokens="$(setting "$config" prompts.max_prompt_tokens "$@")" || return
+                "${benchmarks[@]}" "${of_release[@]}" max_prompt_tokens="${longest/None/null}" || return
         fi
         echo "== difficulty of each prompt for the student -> $prompts"
         sead difficulty --config "$config" --output "$prompts" --nproc-per-node "$NPROC" -- "$@" prompts.path="$prepared" || return
