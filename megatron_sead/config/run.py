@@ -6,12 +6,14 @@ What a valid configuration still needs to fit (ranks, output directory) is in ``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
+from megatron_sead.config.prompts import PromptSettings
 from megatron_sead.config.rollouts import RolloutSettings, TransformersRollouts
 from megatron_sead.config.settings import LocalPath, PathOrHubName, Settings
 from megatron_sead.config.settings_file import dump_settings, load_settings
@@ -57,26 +59,6 @@ class TeacherSettings(ModelSettings):
     offload: bool = Field(True, description="keep the teacher's weights off the GPU while it is not scoring")
 
 
-class PromptSettings(Settings):
-    """Where prompts come from and how a row becomes tokens."""
-
-    path: PathOrHubName = Field(
-        description="JSONL, JSON or parquet file, a folder of such, or a hub name for datasets.load_dataset"
-    )
-    subset: str | None = Field(None, description="configuration name of a hub data set")
-    split: str = Field("train", description="split of a hub data set, or of a folder that holds several")
-    prompt_field: str = Field("prompt", min_length=1, description="field with the problem")
-    answer_field: str = Field("answer", min_length=1, description="field with the right answer, or a list of them")
-    id_field: str = Field("id", description="field with a unique id; rows without one are numbered")
-    difficulty_field: str = Field("difficulty", description="1 - pass rate of the initial student, in [0, 1]")
-    level_field: str = Field("level", description="group under which accuracy is reported")
-    template: Literal["chat", "plain"] = Field(
-        "chat", description="chat: apply the chat template; plain: text as it is"
-    )
-    instruction: str = Field("", description="text appended to every prompt, e.g. how to mark the answer")
-    max_prompt_tokens: int | None = Field(None, gt=0, description="longer prompts are an error; default: the context")
-
-
 class ParallelSettings(Settings):
     """Megatron-Core layout. Data-parallel size is what is left of the ranks."""
 
@@ -89,6 +71,17 @@ class ParallelSettings(Settings):
     sequence_parallel: bool = Field(
         False, description="split norms and residuals over the sequence on the tensor-parallel ranks"
     )
+    timeout_minutes: float = Field(
+        60.0,
+        gt=0,
+        le=100_000,
+        description="longest wait of a rank for others, as for their rollouts; then the run ends",
+    )
+
+    @property
+    def timeout(self) -> timedelta:
+        """Of every process group."""
+        return timedelta(minutes=self.timeout_minutes)
 
     def problems(self) -> Iterator[str]:
         if self.context_parallel_size > 1:

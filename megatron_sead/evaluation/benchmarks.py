@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sead.config.environment import expand_path
-from megatron_sead.config.run import PromptSettings
+from megatron_sead.config.prompts import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.folders import is_saved
 from megatron_sead.prompts.problems import Problem, check_rows

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from megatron_sead.config.prompts import PromptSettings
 from megatron_sead.config.rollouts import RolloutSettings, TransformersRollouts
-from megatron_sead.config.run import GradingSettings, ModelSettings, PromptSettings, RunConfig, load_config
+from megatron_sead.config.run import GradingSettings, ModelSettings, RunConfig, load_config
 from megatron_sead.config.settings import Settings
 from megatron_sead.config.settings_file import dotted_keys, load_settings, read_yaml, settings_from
 from megatron_sead.errors import UserError

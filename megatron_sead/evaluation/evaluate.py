@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from megatron_sead.config.prompts import PromptSettings
 from megatron_sead.config.rollouts import RolloutSettings, TransformersRollouts
-from megatron_sead.config.run import GradingSettings, ModelSettings, PromptSettings, load_config
+from megatron_sead.config.run import GradingSettings, ModelSettings, load_config
 from megatron_sead.config.settings import Settings
 from megatron_sead.config.settings_file import dotted_keys, load_settings, read_yaml, settings_from
 from megatron_sead.errors import UserError

@@ -55,7 +55,7 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         UserError: a device that is not there, or variables of torchrun that are missing.
     """
     chosen = local_gpu() if device == "cuda" else torch.device("cpu")
-    join_world(device)
+    join_world(device, PATIENCE)
     alone = dist.get_world_size() == 1
     try:
         yield Ranks(chosen, dist.new_group(backend="gloo", timeout=PATIENCE), dist.get_rank(), dist.get_world_size())

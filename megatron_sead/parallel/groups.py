@@ -39,13 +39,14 @@ def initialize_parallel(
     """
     torch_device = _choose_device(device)
     if not dist.is_initialized():
-        join_world(device)
+        join_world(device, settings.timeout)
     data_parallel_size(settings, dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=settings.virtual_pipeline_model_parallel_size,
         context_parallel_size=settings.context_parallel_size,
+        distributed_timeout_minutes=settings.timeout_minutes,
         create_gloo_process_groups=False,  # `control` is the only one that is used
     )
     context = _context(settings, torch_device, control_backend)
@@ -111,7 +112,7 @@ def _context(settings: ParallelSettings, device: torch.device, control_backend: 
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
         dp_with_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        control=dist.new_group(backend=control_backend),
+        control=dist.new_group(backend=control_backend, timeout=settings.timeout),
         megatron=ProcessGroupCollection.use_mpu_process_groups(),
     )
 

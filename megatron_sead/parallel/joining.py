@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,11 @@ def local_gpu() -> torch.device:
     return torch.device("cuda", local)
 
 
-def join_world(device: str) -> None:
+def join_world(device: str, timeout: timedelta) -> None:
     """Make the default process group: NCCL between GPUs, gloo between processes. Collective over all ranks.
+
+    Args:
+        timeout: of a collective.
 
     Raises:
         UserError: RANK is set, and another variable that torchrun sets is not.
@@ -35,6 +39,6 @@ def join_world(device: str) -> None:
     backend = "nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ:
         check_rank_variables()
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

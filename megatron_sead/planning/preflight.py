@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sead.config.checks import check_batch
-from megatron_sead.config.run import ModelSettings, PromptSettings, RunConfig
+from megatron_sead.config.prompts import PromptSettings
+from megatron_sead.config.run import ModelSettings, RunConfig
 from megatron_sead.errors import UserError, kept
 from megatron_sead.files.names import no_directory
 from megatron_sead.models.token_ids import embedding_rows

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from megatron_sead.config.run import PromptSettings
+from megatron_sead.config.prompts import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.grading.grader import Grader
 from megatron_sead.prompts.messages import Conversation, as_text

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_sead.config.run import PromptSettings
+from megatron_sead.config.prompts import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.messages import as_text, conversation
 from megatron_sead.prompts.rows import Row, stream_rows

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from megatron_sead.config.run import ModelSettings, PromptSettings
+from megatron_sead.config.prompts import PromptSettings
+from megatron_sead.config.run import ModelSettings
 from megatron_sead.config.settings import Settings
 from megatron_sead.config.settings_file import dotted_keys, load_settings
 

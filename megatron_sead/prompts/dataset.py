@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from megatron_sead.config.run import PromptSettings
+from megatron_sead.config.prompts import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.messages import Conversation
 from megatron_sead.prompts.problems import Problem, Repeats, stream_problems

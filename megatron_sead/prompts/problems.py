@@ -15,7 +15,7 @@ from itertools import islice
 from numbers import Real
 from typing import Any, Protocol
 
-from megatron_sead.config.run import PromptSettings
+from megatron_sead.config.prompts import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.answers import reference_answers, written_number
 from megatron_sead.prompts.exact_json import fault

@@ -7,6 +7,7 @@ Rollouts are dealt out anew when all are known, and the teacher's hidden states 
 
 from __future__ import annotations
 
+from datetime import timedelta
 from itertools import cycle, islice
 
 import torch
@@ -26,7 +27,7 @@ class EarlyScores:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._group = _model_parallel_group(run.parallel)
+        self._group = _model_parallel_group(run.parallel, run.config.parallel.timeout)
         self._correct: dict[int, bool] = {}  # by the number of the request, as all that follows
         self._hidden: dict[int, torch.Tensor] = {}  # [response tokens, h] on the last stage, in host memory
         self._holder: dict[int, int] = {}  # data-parallel rank
@@ -114,13 +115,13 @@ class EarlyScores:
         self._hidden |= received
 
 
-def _model_parallel_group(parallel: ParallelContext) -> ProcessGroup:
+def _model_parallel_group(parallel: ParallelContext, timeout: timedelta) -> ProcessGroup:
     """The ranks that hold one copy of the models, over gloo: their grades are objects. Collective over all ranks."""
     members: list[list[int]] = [[]] * parallel.world_size
     dist.all_gather_object(members, dist.get_process_group_ranks(parallel.megatron.mp), group=parallel.control)
     own: ProcessGroup | None = None
     for ranks in sorted(set(map(tuple, members))):
-        group = dist.new_group(list(ranks), backend="gloo")
+        group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
         own = group if parallel.rank in ranks else own
     assert own is not None
     return own

@@ -82,14 +82,8 @@ def train_step(
                 score, supervision = decided[index]
             else:
                 score, supervision = _decide(learner, hidden, from_teacher, micro_batch, alpha, step)
-            loss = heads.loss(
-                hidden,
-                from_teacher,
-                supervision.weights,
-                micro_batch,
-                learner.supervisor.token_loss,
-                score.student_log_prob,
-            )
+            tokens = (hidden, from_teacher, supervision.weights, micro_batch)
+            loss = heads.loss(*tokens, learner.supervisor.token_loss, score.student_log_prob)
         except NotFiniteError as error:  # told after the pass: the other stages and replicas are waiting in it
             problems.append(str(error))
             assert heads.student is not None

@@ -18,7 +18,7 @@ import pytest
 from datasets import Dataset
 
 from megatron_sead.commands.difficulty import main
-from megatron_sead.config.run import PromptSettings
+from megatron_sead.config.prompts import PromptSettings
 from megatron_sead.errors import UserError
 from megatron_sead.evaluation.asking import Questions
 from megatron_sead.evaluation.difficulty import load_estimate_settings

@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset
 
 from megatron_sead.commands.prepare import main
-from megatron_sead.config.run import PromptSettings
+from megatron_sead.config.prompts import PromptSettings
 from megatron_sead.preparation.overlap import Benchmarks, words
 from megatron_sead.prompts.problems import read_problems
 

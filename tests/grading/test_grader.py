@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sead.boxed import box_cut_off, boxed
-from megatron_sead.config.run import PromptSettings
+from megatron_sead.config.prompts import PromptSettings
 from megatron_sead.grading.answers import integer, split_answers, split_choice
 from megatron_sead.grading.extraction import marked_answers, unmarked_answers
 from megatron_sead.grading.grader import Grader

@@ -31,10 +31,16 @@ def place(**sizes: Any) -> dict[str, Any]:
         "stage": (context.is_first_stage, context.is_last_stage),
         "groups": [dist.get_process_group_ranks(g) for g in (context.tp, context.pp, context.dp, context.dp_with_cp)],
         "largest": int(flag),
+        "timeouts": {timeout_of(group) for group in (context.tp, context.pp, context.dp, context.control)},
         "draws": draws(),
     }
     destroy_parallel(keep_world=True)
     return found
+
+
+def timeout_of(group: Any) -> float:
+    """Minutes."""
+    return float(group._get_backend(torch.device("cpu")).options._timeout.total_seconds()) / 60
 
 
 def draws() -> tuple[float, float]:
@@ -48,7 +54,8 @@ def draws() -> tuple[float, float]:
 
 @pytest.mark.mcore_lane
 def test_four_ranks_as_two_by_two(ranks: RankPool) -> None:
-    found = ranks.run(place, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    found = ranks.run(place, tensor_model_parallel_size=2, pipeline_model_parallel_size=2, timeout_minutes=7.5)
+    assert all(f["timeouts"] == {7.5} for f in found)
     assert [f["place"] for f in found] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
     assert [f["stage"] for f in found] == [(True, False)] * 2 + [(False, True)] * 2
     assert found[3]["groups"] == [[2, 3], [1, 3], [3], [3]]

@@ -13,7 +13,8 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from megatron_sead.config.run import ModelSettings, PromptSettings
+from megatron_sead.config.prompts import PromptSettings
+from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.dataset import stream_prompts
 from megatron_sead.prompts.pair import check_pair

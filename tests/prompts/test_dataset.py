@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from megatron_sead.config.run import ModelSettings, PromptSettings, TeacherSettings
+from megatron_sead.config.prompts import PromptSettings
+from megatron_sead.config.run import ModelSettings, TeacherSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts import dataset
 from megatron_sead.prompts.answers import reference_answers

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_sead.config.run import ModelSettings, PromptSettings
+from megatron_sead.config.prompts import PromptSettings
+from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.dataset import Prompt, stream_prompts
 from megatron_sead.prompts.messages import Turn, as_value, conversation, with_instruction

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_sead.commands.difficulty import main as estimate_difficulty
-from megatron_sead.config.run import ModelSettings, PromptSettings, RunConfig, load_config
+from megatron_sead.config.prompts import PromptSettings
+from megatron_sead.config.run import ModelSettings, RunConfig, load_config
 from megatron_sead.errors import UserError
 from megatron_sead.planning.preflight import check_inputs
 from megatron_sead.prompts.dataset import stream_prompts
