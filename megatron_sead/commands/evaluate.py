@@ -75,9 +75,9 @@ def main(
             given = [str(part) for pair in pairs for part in pair]
             start_ranks(nproc_per_node, "megatron_sead.commands.sead", ["evaluate", *given, "--", *(overrides or [])])
         with measuring(settings.device, output, output / "evaluate.lock", output) as ranks:
-            answers = evaluate_models(settings, models, benchmarks, output, ranks, convert)
+            outcome = evaluate_models(settings, models, benchmarks, output, ranks, convert)
             if ranks.rank == 0:
-                results = tabulate(answers, benchmarks)
+                results = tabulate(outcome, benchmarks)
                 write_results(results, models, settings, output)
                 print_results(results)
                 print(f"{output}: {', '.join(FILES)}, and every answer with its grade")

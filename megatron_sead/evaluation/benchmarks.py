@@ -13,6 +13,7 @@ from typing import Literal
 from megatron_sead.config.environment import expand_path
 from megatron_sead.config.prompts import PromptSettings
 from megatron_sead.errors import UserError
+from megatron_sead.evaluation.groups import Groups, groups_of
 from megatron_sead.prompts.folders import is_saved
 from megatron_sead.prompts.problems import Problem, check_rows
 from megatron_sead.prompts.rows import read_rows
@@ -123,8 +124,8 @@ def _file(benchmark: Benchmark, place: str) -> str:
 
 def read_benchmark(
     benchmark: Benchmark, template: Literal["chat", "plain"], instruction: str, limit: int | None
-) -> tuple[PromptSettings, list[Problem]]:
-    """How the problems become prompts, and the problems.
+) -> tuple[PromptSettings, list[Problem], Groups]:
+    """How the problems become prompts, the problems, and the groups that their rows put them into.
 
     Args:
         instruction: text behind every problem.
@@ -151,5 +152,5 @@ def read_benchmark(
     found = {
         setting: next((name for name in names if name in rows[0].fields), names[0]) for setting, names in fields.items()
     }
-    settings = settings.model_copy(update=found)
-    return settings, check_rows(rows[:limit], settings, benchmark.name)
+    settings, rows = settings.model_copy(update=found), rows[:limit]
+    return settings, check_rows(rows, settings, benchmark.name), groups_of(rows)

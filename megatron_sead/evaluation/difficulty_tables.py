@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_sead.evaluation.accuracy import numbers_first
+from megatron_sead.evaluation.groups import Answers, by_group, groups_of
 from megatron_sead.evaluation.statistics import pass_rates, summarize
-from megatron_sead.evaluation.tally import Graded
 from megatron_sead.prompts.rows import Row
 from megatron_sead.wording import counted
 
 WIDTH = 40  # characters of the longest bar
 MOST_BINS = 16  # pass rates of more samples share bins
-MOST_GROUPS = 40  # a field with more values is a name, not a group
-SOURCES = ("source", "data_source")  # fields that say where a row is from, in released sets
-
-Answers = Sequence[Sequence[Graded]]  # of each prompt
 
 
 def print_tables(output: Path, rows: Sequence[Row], level_field: str, answers: Answers) -> None:
@@ -29,10 +24,8 @@ def print_tables(output: Path, rows: Sequence[Row], level_field: str, answers: A
     console = Console()
     for line in histogram(answers):
         console.print(Text(line))
-    for name in dict.fromkeys((level_field, *SOURCES)):
-        groups = grouped([row.fields.get(name) for row in rows], answers)
-        if groups:
-            console.print(_table(name, groups))
+    for name, values in groups_of(rows, [level_field]).items():
+        console.print(_table(name, by_group(values, answers)))
     summary = summarize(answers)
     rates = pass_rates(answers)
     console.print(
@@ -53,16 +46,6 @@ def histogram(answers: Answers) -> list[str]:
         bar = "█" * -(-counts[i] * WIDTH // most)
         lines.append(f"{i / bins:>10.3f} {counts[i]:>8,}  {bar}".rstrip())
     return lines
-
-
-def grouped(values: Iterable[object], answers: Answers) -> dict[str, Answers]:
-    """The answers by the value of a field, in order; {} for a field that no row has, or that says nothing in common."""
-    groups: dict[str, list[Sequence[Graded]]] = {}
-    for value, of_prompt in zip(values, answers, strict=True):
-        groups.setdefault("(none)" if value is None else str(value), []).append(of_prompt)
-    if not 1 < len(groups) <= MOST_GROUPS:
-        return {}
-    return {name: groups[name] for name in sorted(groups, key=numbers_first)}
 
 
 def _table(name: str, groups: dict[str, Answers]) -> Table:

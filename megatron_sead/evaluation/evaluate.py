@@ -22,6 +22,7 @@ from megatron_sead.evaluation.accuracy import EVALUATION_STEP
 from megatron_sead.evaluation.asking import Questions, progress
 from megatron_sead.evaluation.benchmarks import BOXED, Benchmark, read_benchmark
 from megatron_sead.evaluation.difficulty import RUN_KEYS
+from megatron_sead.evaluation.groups import Groups
 from megatron_sead.evaluation.measuring import Measured, describe, examiner, opened_tally, sampling_of
 from megatron_sead.evaluation.models import Model
 from megatron_sead.evaluation.ranks import Ranks
@@ -90,6 +91,7 @@ class Task:
 
     name: str
     problems: list[Problem]
+    groups: Groups
     prompts: PromptSettings  # by which they become prompts
     samples: int
     sampling: Sampling
@@ -116,7 +118,14 @@ class Sitting:
 
 
 Convert = Callable[[Path, Path], None]
-Answers = dict[str, dict[str, list[list[Graded]]]]  # by model and benchmark, of each prompt its samples
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All answers; by model and benchmark, of each prompt its samples."""
+
+    answers: dict[str, dict[str, list[list[Graded]]]]
+    groups: dict[str, Groups]  # of each benchmark
 
 
 def evaluate_models(
@@ -126,7 +135,7 @@ def evaluate_models(
     output: Path,
     ranks: Ranks,
     convert: Convert,
-) -> Answers:
+) -> Outcome:
     """Ask every model what it was not asked yet. Collective; the first rank writes, and it alone has the answers.
 
     Everything is looked at before anything is asked: a mistake in the last benchmark shows at once.
@@ -153,12 +162,11 @@ def evaluate_models(
         ]
         for model, whole, of_model in zip(models, measured, sittings, strict=True):
             _complete(settings, model.label, whole, of_model, ranks)
-        if ranks.rank > 0:
-            return {}
-        return {
+        answers = {
             model.label: {sitting.name: sitting.answers() for sitting in of_model}
-            for model, of_model in zip(models, sittings, strict=True)
+            for model, of_model in zip(models, sittings if ranks.rank == 0 else (), strict=ranks.rank == 0)
         }
+        return Outcome(answers, {task.name: task.groups for task in tasks})
 
 
 def _task(settings: EvaluateSettings, benchmark: Benchmark) -> Task:
@@ -169,9 +177,9 @@ def _task(settings: EvaluateSettings, benchmark: Benchmark) -> Task:
             "same; set samples=1, or another temperature"
         )
     asking = settings.prompts
-    prompts, problems = read_benchmark(benchmark, asking.template, asking.instruction, settings.limit)
+    prompts, problems, groups = read_benchmark(benchmark, asking.template, asking.instruction, settings.limit)
     sampling = sampling_of(rollouts) if samples > 1 else Sampling(0.0, 1.0, rollouts.max_new_tokens)
-    return Task(benchmark.name, problems, prompts, samples, sampling)
+    return Task(benchmark.name, problems, groups, prompts, samples, sampling)
 
 
 def _measured(settings: EvaluateSettings, model: Model, output: Path, ranks: Ranks, convert: Convert) -> Measured:

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_sead.evaluation.benchmarks import Benchmark
-from megatron_sead.evaluation.evaluate import Answers, EvaluateSettings
+from megatron_sead.evaluation.evaluate import EvaluateSettings, Outcome
+from megatron_sead.evaluation.groups import by_group
 from megatron_sead.evaluation.models import Model
 from megatron_sead.evaluation.statistics import (
     Difference,
@@ -40,10 +41,12 @@ class Results:
     averages: dict[str, tuple[float, float]]  # of each model over the benchmarks, with its error
     baseline: str  # the model that the others are compared with
     differences: dict[str, dict[str, Difference]]  # of each other model and benchmark
+    groups: dict[str, dict[str, dict[str, dict[str, Summary]]]]  # by benchmark, field, group and model
 
 
-def tabulate(answers: Answers, benchmarks: Sequence[Benchmark]) -> Results:
-    """Accuracies of all models, and how each other one differs from the first on the same problems."""
+def tabulate(outcome: Outcome, benchmarks: Sequence[Benchmark]) -> Results:
+    """Accuracies of all models, also by group, and how each other one differs from the first on the same problems."""
+    answers = outcome.answers
     summaries = {
         label: {name: summarize(of_prompts) for name, of_prompts in by_name.items()}
         for label, by_name in answers.items()
@@ -61,7 +64,19 @@ def tabulate(answers: Answers, benchmarks: Sequence[Benchmark]) -> Results:
             }
             for label in others
         },
+        groups={
+            name: {field: _of_groups(outcome, name, values) for field, values in groups.items()}
+            for name, groups in outcome.groups.items()
+        },
     )
+
+
+def _of_groups(outcome: Outcome, benchmark: str, values: Sequence[str]) -> dict[str, dict[str, Summary]]:
+    found: dict[str, dict[str, Summary]] = {}
+    for label, by_name in outcome.answers.items():
+        for group, answers in by_group(values, by_name[benchmark]).items():
+            found.setdefault(group, {})[label] = summarize(answers)
+    return found
 
 
 def write_results(results: Results, models: Sequence[Model], settings: EvaluateSettings, output: Path) -> None:
@@ -122,14 +137,27 @@ def _tables(results: Results) -> list[tuple[str, list[tuple[str, ...]]]]:
             for name, d in differences.items()
         ]
         tables.append((f"{label} against {results.baseline}", [head, *body]))
+    for name, fields in results.groups.items():
+        for field, groups in fields.items():
+            of_groups = [(field, "problems", *results.summaries), *map(_group_row, groups, groups.values())]
+            tables.append((f"{results.titles[name]} by {field}", of_groups))
     return tables
+
+
+def _group_row(group: str, summaries: dict[str, Summary]) -> tuple[str, ...]:
+    problems = next(iter(summaries.values())).prompts
+    return (group, f"{problems:,}", *map(_accuracy, summaries.values()))
+
+
+def _accuracy(summary: Summary) -> str:
+    return f"{summary.accuracy:.1%} ± {100 * summary.standard_error:.1f}"
 
 
 def _summary_row(title: str, summary: Summary) -> tuple[str, ...]:
     finished = summary.accuracy_if_finished
     return (
         title,
-        f"{summary.accuracy:.1%} ± {100 * summary.standard_error:.1f}",
+        _accuracy(summary),
         "none finished" if finished is None else f"{finished:.1%}",
         f"{summary.truncated:.1%}",
         f"{summary.mean_tokens:,.0f}",
@@ -146,10 +174,7 @@ def _json(results: Results, models: Sequence[Model], settings: EvaluateSettings)
     content: dict[str, Any] = {
         "models": {model.label: str(model.checkpoint or model.place) for model in models},
         "benchmarks": results.titles,
-        "results": {
-            label: {name: asdict(summary) for name, summary in by_name.items()}
-            for label, by_name in results.summaries.items()
-        },
+        "results": {label: _as_dicts(by_name) for label, by_name in results.summaries.items()},
         "average": {
             label: {"accuracy": mean, "standard_error": error} for label, (mean, error) in results.averages.items()
         },
@@ -157,9 +182,21 @@ def _json(results: Results, models: Sequence[Model], settings: EvaluateSettings)
             label: {name: asdict(difference) | {"against": results.baseline} for name, difference in by_name.items()}
             for label, by_name in results.differences.items()
         },
+        "groups": {
+            name: {
+                field: {group: _as_dicts(by_model) for group, by_model in groups.items()}
+                for field, groups in fields.items()
+            }
+            for name, fields in results.groups.items()
+            if fields
+        },
         "settings": settings.model_dump(mode="json", exclude={"model": {"path"}, "device": True}),
     }
     return json.dumps(content, indent=2) + "\n"
+
+
+def _as_dicts(summaries: dict[str, Summary]) -> dict[str, dict[str, Any]]:
+    return {name: asdict(summary) for name, summary in summaries.items()}
 
 
 def _plot(results: Results) -> bytes:

@@ -281,8 +281,14 @@ def test_prompts_are_counted_by_level_and_source(
     tiny_olmo3: Path, tmp_path: Path, solved: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [
-        {"prompt": f"{i}=", "answer": i, "level": [10, 2][i % 2], "source": f"set {i // 6}"} for i in range(PROMPTS)
-    ]
+        {
+            "prompt": f"{i}=",
+            "answer": i,
+            "level": [10, 2][i % 2],
+            "source": {"place": i, "data_source": f"set {i // 6}"},
+        }
+        for i in range(PROMPTS)
+    ]  # as sead prepare writes
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert estimate(tiny_olmo3, prompts, tmp_path / "out.jsonl") == 0
@@ -291,7 +297,7 @@ def test_prompts_are_counted_by_level_and_source(
         told.index("by level")
         < told.index("│ 2 ")
         < told.index("│ 10 ")
-        < told.index("by source")
+        < told.index("by data_source")
         < told.index("set 1")
     )
 

@@ -77,9 +77,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def benchmarks(tmp_path: Path) -> list[str]:
-    """One greedy, one sampled."""
-    for name in ("gsm8k", "aime24"):
-        rows = [{"id": i, "problem": f"{i}+1=", "answer": "1"} for i in range(PROBLEMS)]
+    """One greedy, with levels; one sampled."""
+    for name, levels in (("gsm8k", {True: 10, False: 2}), ("aime24", {})):
+        rows = [
+            {"id": i, "problem": f"{i}+1=", "answer": "1", "level": levels.get(i % 2 == 0), "source": f"p. {i}"}
+            for i in range(PROBLEMS)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [f"{name}={tmp_path / name}.jsonl" for name in ("gsm8k", "aime24")]
 
@@ -123,6 +126,23 @@ def test_known_answers_give_known_numbers(
     assert results(output)["average"]["half"]["accuracy"] == pytest.approx(0.39)
     for text in (told.out, (output / "results.md").read_text()):
         assert "GSM8K" in text and "52.0% ± 10.2" in text and "all against half" in text and "+48.0" in text
+    groups = results(output)["groups"]
+    assert groups.keys() == {"gsm8k"} and groups["gsm8k"].keys() == {"level"}  # each row has a source of its own
+    levels = groups["gsm8k"]["level"]
+    assert [(name, level["half"]["prompts"], level["all"]["accuracy"]) for name, level in levels.items()] == [
+        ("2", 12, 1),
+        ("10", 13, 1),
+    ]
+    assert levels["2"]["half"]["accuracy"] == pytest.approx(6 / 12)  # of the odd ones 1, 3, ... 11
+    assert levels["10"]["half"]["accuracy"] == pytest.approx(7 / 13)
+    lines = (output / "results.md").read_text().splitlines()
+    table = lines[lines.index("## GSM8K by level") :][2:6]
+    assert table[0] == "| level | problems | half | all |"
+    assert table[2:] == [
+        "| 2 | 12 | 50.0% ± 15.1 | 100.0% ± 0.0 |",
+        "| 10 | 13 | 53.8% ± 14.4 | 100.0% ± 0.0 |",
+    ]
+    assert "GSM8K by level" in told.out
     assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
     header, *answers = (output / "half" / "aime24.jsonl").read_text().splitlines()
     assert len(answers) == 25 * 32

@@ -33,18 +33,20 @@ def test_each_release_is_read_by_its_own_fields(
     (tmp_path / name).mkdir()
     (tmp_path / name / "test.jsonl").write_text(json.dumps(row) + "\n")
     [benchmark] = choose_benchmarks([name], tmp_path)
-    _, [found] = read_benchmark(benchmark, "chat", BOXED, None)
+    _, [found], _ = read_benchmark(benchmark, "chat", BOXED, None)
     assert (found.text, found.answers) == ("p" + BOXED, answers)
 
 
 SIZES = {"math500": 500, "minerva_math": 272, "olympiadbench": 675, "amc23": 40, "aime24": 30, "aime25": 30}
 SIZES |= {"gsm8k": 1319}
+GROUPS = {"math500": {"level": 5, "subject": 7}, "minerva_math": {"type": 9}, "olympiadbench": {"subfield": 4}}
 
 
 def test_the_released_files_are_read_whole(data_folder: Path) -> None:
     for benchmark in choose_benchmarks([*SIZES], data_folder):
-        _, problems = read_benchmark(benchmark, "plain", "", None)
+        _, problems, groups = read_benchmark(benchmark, "plain", "", None)
         assert len(problems) == SIZES[benchmark.name]
+        assert {field: len(set(values)) for field, values in groups.items()} == GROUPS.get(benchmark.name, {})
         assert all(len(answer) < 300 for problem in problems for answer in problem.answers)
         assert len(read_benchmark(benchmark, "plain", "", 3)[1]) == 3
 
