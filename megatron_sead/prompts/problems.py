@@ -14,6 +14,7 @@ from hashlib import blake2b
 from itertools import islice
 from numbers import Real
 from typing import Any, Protocol
+from unicodedata import normalize
 
 from megatron_sead.config.prompts import PromptSettings
 from megatron_sead.errors import UserError
@@ -154,8 +155,9 @@ def stream_problems(
 
 
 def same_text(text: str) -> bytes:
-    """A key that two prompts share if they differ in spaces alone."""
-    return blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+    """A key that two prompts share if they differ in spaces alone, or in how the same characters are encoded: é is one
+    code point or two."""
+    return blake2b(" ".join(normalize("NFC", text).split()).encode(), digest_size=16).digest()
 
 
 class Repeats:

@@ -254,3 +254,11 @@ def test_a_folder_of_shards_is_prepared_and_its_rows_are_told_with_their_files(t
         for path in (output, tmp_path / "of_saved.jsonl")
     ]
     assert texts[0] == texts[1]
+
+
+def test_one_problem_in_two_encodings_is_one_problem_and_a_power_is_no_factor(tmp_path: Path) -> None:
+    """é is one code point or two; 2² and 22, which compatibility normalisation would make equal, are not the same."""
+    texts = ["Caf\u00e9s: 1+1?", "Cafe\u0301s:\u00a01+1?", "What is 2\u00b2?", "What is 22?"]
+    source = write(tmp_path / "in.jsonl", *({"prompt": text, "answer": "2"} for text in texts))
+    assert prepare(source, tmp_path / "out.jsonl") == 0
+    assert [row["prompt"] for row in read(tmp_path / "out.jsonl")] == [texts[0], *texts[2:]]
