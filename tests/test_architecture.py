@@ -28,10 +28,11 @@ ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS | LEAVES} | {
     "evaluation": {"rollouts", "grading", "prompts", "parallel", "checkpoints", "models"},
     "preparation": {"grading", "prompts"},
     "training": PARTS | {"evaluation", "launch", "planning"},
+    "tracing": PARTS | {"training", "planning"},
     "planning": {"models", "prompts"},
     "launch": set(),
     "reporting": {"distillation"},
-    "commands": PARTS - {"distillation"} | {"evaluation", "preparation", "training", "planning", "launch"},
+    "commands": PARTS - {"distillation"} | {"evaluation", "preparation", "training", "planning", "launch", "tracing"},
     "train": {"commands"},
 }
 # Modules that start at once: neither they nor what they import at the top brings torch, Megatron or transformers

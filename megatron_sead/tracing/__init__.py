@@ -1,0 +1,15 @@
+"""A training step on a GPU that is not there: the product's code on fake CUDA tensors, acting as any rank of any world.
+
+====================== ================================================================================================
+tracing/device.py      a CUDA device in name only: `device_guard.cpp` for C++, torch.cuda's names for Python
+tracing/kernels.py     the kernels that a GPU would take where this build of torch would take others
+tracing/world.py       process groups that nothing goes through
+tracing/weights.py     weights of a model whose config.json alone is there
+tracing/shadows.py     real values of small tensors, so that whatever reads one goes on as in a run
+tracing/memory.py      live and highest bytes by phase, and who holds them
+tracing/collectives.py what ranks send each other: checked, recorded, compared
+tracing/costs.py       floating-point operations, bytes, and what they take by `rates.yaml`
+tracing/watch.py       the mode that sees every operation and tells all of these
+tracing/step.py        builds a run's models as a rank, and takes two steps
+====================== ================================================================================================
+"""

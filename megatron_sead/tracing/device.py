@@ -1,0 +1,264 @@
+"""A CUDA device that is there in name only, for a build of torch without CUDA.
+
+It changes torch for the rest of the process: a trace is a process of its own. That is why it is applied by an explicit
+call, and refuses where Megatron-Core has been adapted to the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from megatron_sead.distillation.kernels.compiled import COMPILERS
+from megatron_sead.errors import UserError
+from megatron_sead.parallel.cpu_adaptor import is_adapted
+
+SOURCE = Path(__file__).with_name("device_guard.cpp")
+GPU = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=80 * 2**30,
+    warp_size=32,
+    max_threads_per_multi_processor=2048,
+    regs_per_multiprocessor=65536,
+    shared_memory_per_multiprocessor=233472,
+    L2_cache_size=50 * 2**20,
+)
+GENERATOR_BYTES = 16  # of a CUDA generator's state
+
+
+def compiler() -> str | None:
+    """The C++ compiler, as the environment's CXX or by its usual names; None where there is none."""
+    named = os.environ.get("CXX")
+    if named:
+        return named if shutil.which(shlex.split(named)[0]) else None
+    return next(filter(shutil.which, COMPILERS), None)
+
+
+@functools.cache
+def install_device() -> None:
+    """Let this process make fake cuda tensors, and differentiate through them. Idempotent.
+
+    Raises:
+        UserError: there is no C++ compiler, or it fails; or this torch has CUDA.
+    """
+    assert not is_adapted(), "this process runs Megatron-Core on the CPU"
+    if torch.backends.cuda.is_built():
+        raise UserError(
+            f"a trace needs a torch without CUDA, not {torch.__version__}: install its +cpu build in an environment of "
+            "its own; it needs no GPU"
+        )
+    if ctypes.CDLL(str(_compiled_guard())).install() != 1:
+        raise RuntimeError("torch does not see the fake CUDA device")
+    torch.autograd.set_multithreading_enabled(False)  # the device's own thread would outlive Python
+    _answer_cuda_names()
+    _let_fake_tensors_be_moved()
+
+
+def _compiled_guard() -> Path:
+    """The library, from the user's cache folder where an earlier trace has left it there."""
+    key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-sead"
+    library = cache / f"device-guard-{key}.so"
+    if library.is_file():
+        return library
+    program = compiler()
+    if program is None:
+        raise UserError(
+            f"a trace needs a C++ compiler, and none of {', '.join(COMPILERS)} is installed (CXX names another)"
+        )
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=cache)
+    except OSError:
+        folder, library = tempfile.mkdtemp(), Path()
+    made = Path(folder, "device-guard.so")
+    _compile(program, made)
+    if library == Path():
+        return made
+    os.replace(made, library)
+    os.rmdir(folder)
+    return library
+
+
+def _compile(program: str, into: Path) -> None:
+    root = Path(torch.__file__).parent
+    command = [*shlex.split(program), "-O0", "-std=c++20", "-shared", "-fPIC", f"-I{root}/include", str(SOURCE)]
+    command += ["-o", str(into), f"-L{root}/lib", "-lc10", "-ltorch_cpu"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise UserError(f"a trace needs a C++ compiler that knows C++20; {program}: {result.stderr.strip()[:200]}")
+
+
+# --- torch.cuda -------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """Nothing runs, so there is nothing to wait for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device, self.cuda_stream = torch.device("cuda", 0), 0
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> Event:
+        return event if event is not None else Event()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc: Any) -> None: ...
+
+
+class Event:
+    """Of a `Stream`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: Any) -> float:
+        return 0.0
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
+def _generator_state(device: Any = None) -> torch.Tensor:
+    with unset_fake_temporarily():
+        return torch.zeros(GENERATOR_BYTES, dtype=torch.uint8)
+
+
+def _answer_cuda_names() -> None:
+    stream, memory = Stream(), (GPU.total_memory, GPU.total_memory)
+    random = {
+        "get_rng_state": _generator_state,
+        "set_rng_state": _always(None),
+        "manual_seed": _always(None),
+        "manual_seed_all": _always(None),
+    }
+    answers: dict[str, Any] = random | {
+        "is_available": _always(True),
+        "is_initialized": _always(True),
+        "device_count": _always(1024),  # whichever local rank is traced
+        "current_device": _always(0),
+        "set_device": _always(None),
+        "synchronize": _always(None),
+        "empty_cache": _always(None),
+        "ipc_collect": _always(None),
+        "get_device_capability": _always((GPU.major, GPU.minor)),
+        "get_device_properties": _always(GPU),
+        "get_device_name": _always(GPU.name),
+        "is_bf16_supported": _always(True),
+        "is_current_stream_capturing": _always(False),
+        "Stream": Stream,
+        "Event": Event,
+        "stream": _always(nullcontext()),
+        "current_stream": _always(stream),
+        "default_stream": _always(stream),
+        "memory_stats": _always({}),
+        "reset_peak_memory_stats": _always(None),
+        "mem_get_info": _always(memory),
+        "_lazy_init": _always(None),
+        "default_generators": (SimpleNamespace(set_state=_always(None), get_state=_generator_state),),
+        "_exchange_device": _always(0),
+        "_maybe_exchange_device": _always(0),
+    }
+    answers |= {f"{kind}memory_{what}": _always(0) for kind in ("", "max_") for what in ("allocated", "reserved")}
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    for name, answer in random.items():
+        setattr(torch.cuda.random, name, answer)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, _always(None))
+    torch.cuda.nvtx.range = _always(nullcontext())
+
+
+# --- FakeTensor: what it does not know of devices ---------------------------------------------------------------------
+
+
+def _let_fake_tensors_be_moved() -> None:
+    # The mode must not touch the device, whatever is_available() says
+    fake_tensor.FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment,method-assign]
+    fake_tensor.init_gpu_context = _always(None)
+    # It keeps its device in Python, which torch's setter of `data` does not know of
+    data = torch.Tensor.data
+
+    def set_data(self: Any, value: torch.Tensor) -> None:
+        data.__set__(self, value)
+        if isinstance(value, FakeTensor):
+            self.fake_device = value.fake_device
+        vars(self).pop("shadow", None)
+        if hasattr(value, "shadow"):
+            self.shadow = value.shadow
+
+    FakeTensor.data = property(lambda self: data.__get__(self), set_data)  # type: ignore[assignment,method-assign]
+    FakeTensor.pin_memory = _pinned  # type: ignore[assignment,method-assign]
+    torch.nn.Module._apply = _apply_in_place  # type: ignore[assignment,method-assign]
+    from torch.optim.optimizer import _foreach_supported_types
+
+    _foreach_supported_types.append(FakeTensor)  # a fake stands for a plain tensor: optimizers take it in lists
+    torch.tensor = functools.wraps(torch.tensor)(functools.partial(_tensor, torch.tensor))
+
+
+def _pinned(self: torch.Tensor, device: Any = None) -> torch.Tensor:
+    return torch.empty_like(self, pin_memory=True).copy_(self)
+
+
+def _apply_in_place(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    """``Module.to`` and the like. torch would swap fakes, which fails where one has a weak reference."""
+    for child in self.children():
+        _apply_in_place(child, fn)
+    for parameter in self._parameters.values():
+        if parameter is not None:
+            with torch.no_grad():
+                changed = fn(parameter)
+            if changed is not parameter:
+                parameter.data = changed
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = fn(buffer)
+    return self
+
+
+def _tensor(plain: Callable[..., torch.Tensor], data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """``torch.tensor`` reads scalars below every mode: they are asked for first."""
+
+    def values(item: Any) -> Any:
+        if isinstance(item, list | tuple):
+            return [values(part) for part in item]
+        return item.item() if isinstance(item, FakeTensor) and item.dim() == 0 else item
+
+    return plain(values(data), *args, **kwargs)

@@ -1,0 +1,152 @@
+"""Real values of small tensors on the host, beside the fakes that stand for them.
+
+A step reads a few tensors: counts, norms, masks that choose tokens. What is small is therefore computed for real, and
+what cannot be known (anything made from large tensors) is a random number between 0.1 and 1, the same on all ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._pytree import tree_map
+
+SMALL = 2**16  # elements
+SMALL_BY_TOKEN = 2**23, 8  # elements, of tensors with at most so many a token: a whole step's tokens must fit
+
+aten = torch.ops.aten
+UNWRITTEN = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+# What has a size, or a result, that only values tell
+BY_VALUE = {
+    aten.nonzero.default,
+    aten._unique2.default,
+    aten.unique_consecutive.default,
+    aten.unique_dim.default,
+    aten.masked_select.default,
+    aten.repeat_interleave.Tensor,
+    aten.bincount.default,
+    aten.equal.default,
+}
+
+_generator = torch.Generator()
+
+
+def is_small(tensor: torch.Tensor) -> bool:
+    elements, (most, width) = tensor.numel(), SMALL_BY_TOKEN
+    return elements <= SMALL or (elements <= most and (tensor.dim() < 2 or tensor.shape[-1] <= width))
+
+
+def shadow_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A small tensor's values, which may be written; of one that nothing has computed, random ones."""
+    if not isinstance(tensor, FakeTensor):
+        return tensor
+    if not hasattr(tensor, "shadow"):
+        set_shadow(tensor, unknown(tensor))
+    return tensor.shadow  # type: ignore[no-any-return]
+
+
+def set_shadow(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    assert values.shape == tensor.shape, f"{list(values.shape)} stands for {list(tensor.shape)}"
+    tensor.shadow = values  # type: ignore[attr-defined]
+
+
+def unknown(like: torch.Tensor) -> torch.Tensor:
+    """Random values of a tensor's shape; integers and truth values are zero."""
+    with unset_fake_temporarily():
+        shape, dtype = tuple(like.shape), like.dtype
+        if not dtype.is_floating_point:
+            return torch.zeros(shape, dtype=dtype)
+        _generator.manual_seed(hash(shape) % 2**31)
+        values = (torch.rand(shape, generator=_generator) * 0.9 + 0.1).to(dtype)
+        if like.is_contiguous() or 0 in like.stride():
+            return values
+        return torch.empty_strided(shape, like.stride(), dtype=dtype).copy_(values)  # views of it must be possible
+
+
+def tensors_of(*values: Any) -> list[torch.Tensor]:
+    """Those in arguments or results of an operation, lists among them included."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_of(*value)
+    return found
+
+
+def is_cuda(tensor: torch.Tensor) -> bool:
+    """As ``tensor.is_cuda``, which of a fake takes long."""
+    return tensor.fake_device.type == "cuda" if isinstance(tensor, FakeTensor) else tensor.is_cuda
+
+
+def follow(
+    func: Any, args: Any, kwargs: dict[str, Any], inputs: list[torch.Tensor], results: list[torch.Tensor]
+) -> None:
+    """Give the small results of an operation, and what it has written to, their values."""
+    small, written = [r for r in results if is_small(r)], _written(func, args, kwargs)
+    if not small and not written:
+        return
+    if func not in UNWRITTEN and all(map(is_small, inputs)):
+        values = _compute(func, args, kwargs)
+        for fake, value in zip(results, tensors_of(values), strict=True):
+            set_shadow(fake, value)
+        return
+    for fake in written:  # from what is not known
+        if hasattr(fake, "shadow"):
+            with unset_fake_temporarily():
+                fake.shadow.copy_(unknown(fake))
+    for fake in small:
+        if not any(fake is w for w in written):
+            set_shadow(fake, unknown(fake))
+
+
+def by_value(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The result of one of `BY_VALUE`, its tensors as fakes on the device of the operation's first one."""
+    device = tensors_of(args, list(kwargs.values()))[0].device
+
+    def stand_in(value: Any) -> Any:
+        return _fake_of(value, device) if isinstance(value, torch.Tensor) else value
+
+    return tree_map(stand_in, _compute(func, args, kwargs))
+
+
+def places_where(mask: torch.Tensor) -> list[torch.Tensor]:
+    """A mask as one tensor of indices for each of its dimensions."""
+    with unset_fake_temporarily():
+        columns = [column.contiguous() for column in shadow_of(mask).nonzero().unbind(1)]
+    return [_fake_of(column, mask.device) for column in columns]
+
+
+def _fake_of(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    fake = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device=device)
+    set_shadow(fake, values)
+    return fake
+
+
+def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def real(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return shadow_of(value)
+        return torch.device("cpu") if isinstance(value, torch.device) else value
+
+    arguments, named = tree_map(real, args), tree_map(real, kwargs)
+    if named.get("pin_memory"):
+        named["pin_memory"] = False
+    with unset_fake_temporarily():
+        return func(*arguments, **named)
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Small tensors among the arguments that the operation writes to."""
+    if not func._schema.is_mutable:
+        return []
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [fake for fake in tensors_of(*(named.get(name) for name in writes)) if is_small(fake)]

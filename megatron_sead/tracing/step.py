@@ -1,0 +1,162 @@
+"""A run's models as one rank of its world, and two steps of training on them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_sead.config.run import RunConfig
+from megatron_sead.models.token_ids import stop_token_ids
+from megatron_sead.parallel.context import ParallelContext
+from megatron_sead.prompts.packing import MicroBatch, pack
+from megatron_sead.reporting.timing import PhaseTimer
+from megatron_sead.tracing.collectives import Call
+from megatron_sead.tracing.costs import Costs, Rates
+from megatron_sead.tracing.device import install_device
+from megatron_sead.tracing.kernels import install_kernels, restart_sums
+from megatron_sead.tracing.memory import PhaseMemory
+from megatron_sead.tracing.watch import Copies, Watch
+from megatron_sead.tracing.weights import DeclaredWeights
+from megatron_sead.tracing.world import Told, world_of
+from megatron_sead.training.setup import build_learner
+from megatron_sead.training.step import Learner, train_step
+
+TOKEN = 7  # of all prompts and responses
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Of one step: all alike."""
+
+    micro_batches: int  # a data-parallel rank
+    prompt_tokens: int
+    response_tokens: int
+
+
+@dataclass
+class RankTrace:
+    """What one rank has done. Memory, copies, reads and costs are those of the last step: the second is as all later
+    ones, the first has no optimizer state yet."""
+
+    rank: int
+    stage: int
+    parameters: int
+    teacher_parameters: int
+    memory: dict[str, PhaseMemory] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)  # from the first one on
+    copies: dict[tuple[str, str, str], Copies] = field(default_factory=dict)
+    reads: dict[tuple[str, str], int] = field(default_factory=dict)
+    costs: Costs | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    unknown: dict[str, int] = field(default_factory=dict)
+
+
+class TracedParts(PhaseTimer):
+    """Tells the watch which part of a step runs."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        return self._watch.during(name)
+
+
+def trace_rank(
+    config: RunConfig,
+    rank: int,
+    world_size: int,
+    rollouts: Rollouts,
+    rates: Rates,
+    told: Told | None = None,
+    steps: int = 2,
+) -> RankTrace:
+    """Build the run's models as this rank and take two steps. In a process that has done nothing else with torch.
+
+    Args:
+        rollouts: of each step.
+        told: what other ranks have broadcast; a rank of the last pipeline stage is traced before those of others.
+
+    Raises:
+        UserError: as a run's start does; no C++ compiler.
+        RuntimeError: whatever a rank of a real run would fail with.
+    """
+    with traced_learner(config, rank, world_size, rates, told or Told()) as (watch, learner, trace):
+        with watch.during("rollouts"):
+            batches = synthetic_batches(config, learner.parallel, rollouts)
+        for step in range(steps):
+            if step > 0:
+                _forget_earlier_steps(watch)
+            with watch.during("step"):
+                trace.metrics = train_step(learner, batches, 0.5, step, timer=TracedParts(watch)).metrics
+        trace.memory, trace.calls = watch.memory.phases, watch.collectives.calls
+        trace.copies, trace.reads, trace.costs = watch.copies, dict(watch.reads), watch.costs
+        trace.unknown = dict(watch.unknown)
+        del learner, batches
+    return trace
+
+
+@contextmanager
+def traced_learner(
+    config: RunConfig, rank: int, world_size: int, rates: Rates, told: Told
+) -> Iterator[tuple[Watch, Learner, RankTrace]]:
+    """A run's models as one rank has them, under a watch; when the body ends they are gone."""
+    install_device()
+    install_kernels()
+    restart_sums()
+    watch = Watch(rates)
+    with watch.entered(), world_of(config.parallel, rank, world_size, told, watch) as parallel:
+        watch.collectives.name_groups(parallel)
+        with watch.during("build"):
+            stops = _stop_tokens(config)
+            learner, chunks = build_learner(config, stops, parallel, DeclaredWeights)
+        trace = RankTrace(rank, parallel.pp_rank, _count(chunks), _count(learner.teacher.chunks))
+        del chunks
+        yield watch, learner, trace
+        del learner
+        gc.collect()  # modules and their optimizer refer to each other
+
+
+def synthetic_batches(config: RunConfig, parallel: ParallelContext, rollouts: Rollouts) -> list[MicroBatch]:
+    """A step's rollouts, as a run packs them."""
+    count = rollouts.micro_batches * config.training.micro_batch_size * parallel.dp_size
+    prompt = (TOKEN,) * rollouts.prompt_tokens
+    return pack(
+        [prompt] * count,
+        [prompt] * count,
+        [(TOKEN,) * rollouts.response_tokens] * count,
+        [True] * count,
+        micro_batch_size=config.training.micro_batch_size,
+        data_parallel_rank=parallel.dp_rank,
+        data_parallel_size=parallel.dp_size,
+        length_multiple=parallel.tp_size if config.parallel.sequence_parallel else 1,
+        pad_token_id=0,
+        device=parallel.device,
+        log_probs=[(-1.0,) * rollouts.response_tokens] * count,
+    )
+
+
+def _forget_earlier_steps(watch: Watch) -> None:
+    watch.memory.phases.clear()
+    watch.copies.clear()
+    watch.reads.clear()
+    watch.costs = Costs(watch.costs.rates)
+
+
+def _stop_tokens(config: RunConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    found = (stop_token_ids(model, role) for model, role in ((config.student, "student"), (config.teacher, "teacher")))
+    student, teacher = (((0,), "") if ids is None else ids for ids in found)
+    return student[0], teacher[0]
+
+
+def _count(chunks: list[Any]) -> int:
+    return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+
+
+def peak(memory: dict[str, PhaseMemory], place: str) -> tuple[str, int]:
+    """The phase of the highest peak, and its bytes."""
+    name = max(memory, key=lambda phase: memory[phase].peak[place])
+    return name, memory[name].peak[place]

@@ -1,0 +1,175 @@
+"""A process that traces all cases of `test_step.py`, one after another: ``python -m tests.tracing.cases FOLDER``.
+
+It prints a JSON object a case, as it ends. A process of its own, since it changes torch for good.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tests.tracing.models import ROOT, run_of
+
+TP2, PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
+SP, VPP2 = "parallel.sequence_parallel=true", "parallel.virtual_pipeline_model_parallel_size=2"
+FULL, SELECTIVE = "training.recompute_granularity=full", "training.recompute_granularity=selective"
+NONE = "training.recompute_granularity=null"
+
+# World size, ranks that are traced, settings
+MATRIX: dict[str, tuple[int, list[int], list[str]]] = {
+    "one rank, no recompute": (1, [0], [NONE]),
+    "tp2, sequence parallel": (2, [0, 1], [TP2, SP, FULL]),
+    "tp2, selective recompute, forward KL": (2, [0, 1], [TP2, SELECTIVE, "policy.name=forward_kl"]),
+    "pp2, teacher kept": (2, [1, 0], [PP2, "teacher.offload=false", "zones.scope=sequence"]),
+    "pp2, virtual 2": (2, [1, 0], [PP2, VPP2, "policy.name=zones"]),
+    "dp2, no distributed optimizer": (2, [0, 1], ["training.use_distributed_optimizer=false", "policy.name=eopd"]),
+    "tp2, pp2, dp2": (8, [4, 0], [TP2, PP2, SP, "zones.thresholds=running", "training.micro_batch_size=2"]),
+    "fp32, absolute zones": (1, [0], ["training.precision=fp32", "zones.thresholds=absolute"]),
+    "sampled token": (2, [0, 1], [TP2, SP, "policy.name=opd_sampled"]),
+}
+ROOT_ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+STEPS = {"tp2, sequence parallel": 2, "tp2, pp2, dp2": 2}  # of the others one
+
+
+def trace(folder: Path, name: str) -> dict[str, Any]:
+    from megatron_sead.planning.plan import make_plan
+    from megatron_sead.tracing.collectives import disagreements
+    from megatron_sead.tracing.costs import load_rates
+    from megatron_sead.tracing.step import Rollouts, trace_rank
+    from megatron_sead.tracing.world import Told
+
+    world, ranks, overrides = MATRIX[name]
+    config, told, traces = run_of(folder, *overrides), Told(), {}
+    for rank in ranks:
+        traces[rank] = trace_rank(config, rank, world, Rollouts(2, 16, 48), load_rates(), told, STEPS.get(name, 1))
+    plan = make_plan(config, world)
+    return {
+        "parameters": [
+            [
+                t.parameters,
+                plan.stages[t.stage].parameters,
+                t.teacher_parameters,
+                plan.stages[t.stage].teacher_parameters,
+            ]
+            for t in traces.values()
+        ],
+        "metrics": [t.metrics for t in traces.values()],
+        "disagreements": disagreements({rank: t.calls for rank, t in traces.items()}),
+        "calls": [len(t.calls) for t in traces.values()],
+        "phases": [{name: memory.peak["device"] for name, memory in t.memory.items()} for t in traces.values()],
+        "unknown": sorted({name for t in traces.values() for name in t.unknown}),
+    }
+
+
+# --- Sabotages: each is a fault that a run on GPUs would have --------------------------------------------------------
+
+
+def not_moved() -> AbstractContextManager[Any]:
+    """The teacher's hidden states are left on the host."""
+    from megatron_sead.training import scoring
+
+    return mock.patch.object(scoring.Heads, "score", _on_host(scoring.Heads.score))
+
+
+def _on_host(score: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, hidden, teacher, batch: score(self, hidden, teacher.cpu(), batch)
+
+
+def wrong_gather() -> AbstractContextManager[Any]:
+    """A gather into a tensor for one rank too few."""
+    from megatron_sead.distillation import chunks
+
+    gather = chunks.dist.all_gather_into_tensor
+
+    def short(out: Any, mine: Any, **options: Any) -> Any:
+        return gather(out[: len(out) - len(mine)], mine, **options)
+
+    return mock.patch.object(chunks.dist, "all_gather_into_tensor", short)
+
+
+def freed_early() -> AbstractContextManager[Any]:
+    """The student's hidden states are given back before the loss has read them."""
+    from megatron_sead.training import scoring
+
+    loss = scoring.Heads.loss
+
+    def freed(self: Any, hidden: Any, *args: Any) -> Any:
+        hidden.untyped_storage().resize_(0)
+        return loss(self, hidden, *args)
+
+    return mock.patch.object(scoring.Heads, "loss", freed)
+
+
+def teacher_left_on_host() -> AbstractContextManager[Any]:
+    """The teacher's weights are not brought back."""
+    from megatron_sead.training import teacher
+
+    return mock.patch.object(teacher._OffloadedWeights, "__enter__")
+
+
+@contextmanager
+def left_out(rank: int) -> Iterator[None]:
+    """One rank skips the sum of the loss's gradients once."""
+    import torch.distributed as dist
+
+    from megatron_sead.models.olmo3 import norms
+
+    reduce, skipped = norms._all_reduce, []
+
+    def forgetful(x: Any, group: Any) -> Any:
+        if dist.get_rank() == rank and not skipped:
+            skipped.append(True)
+            return x
+        return reduce(x, group)
+
+    with mock.patch.object(norms, "_all_reduce", forgetful):
+        yield
+
+
+SABOTAGES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "none": nullcontext,
+    "not moved": not_moved,
+    "wrong gather": wrong_gather,
+    "freed early": freed_early,
+    "teacher left on the host": teacher_left_on_host,
+    "a collective left out": lambda: left_out(1),
+}
+
+
+def sabotage(folder: Path, name: str) -> dict[str, Any]:
+    from megatron_sead.tracing.collectives import disagreements
+    from megatron_sead.tracing.costs import load_rates
+    from megatron_sead.tracing.step import Rollouts, trace_rank
+
+    config, calls = run_of(folder, TP2, SP, layers=1), {}
+    try:
+        with SABOTAGES[name]():
+            for rank in (0, 1):
+                calls[rank] = trace_rank(config, rank, 2, Rollouts(2, 4, 28), load_rates(), steps=1).calls
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"error": None, "disagreements": disagreements(calls)}
+
+
+def main(folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    from megatron_sead.tracing import shadows
+
+    shadows.SMALL = 2**10  # small models' activations are to be as unknown as large ones'
+    for kind, cases in ((trace, MATRIX), (sabotage, SABOTAGES)):
+        for name in cases:
+            try:
+                result = kind(folder, name)
+            except Exception as error:
+                result = {"failed": f"{type(error).__name__}: {error}"}
+            print(json.dumps({"case": name, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

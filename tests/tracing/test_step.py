@@ -1,0 +1,77 @@
+"""Steps on fake CUDA tensors: every kind of layout and setting runs, ranks agree, and faults of a GPU run are found.
+
+All cases run in one process of their own (`cases.py`), which changes torch for good.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from megatron_sead.tracing.device import compiler
+from tests.tracing.cases import MATRIX, ROOT_ENVIRONMENT, SABOTAGES
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="a fake CUDA device needs a C++ compiler")
+
+UNKNOWN = {  # operations that a CPU has no kernel for
+    "torch_attn._varlen_attn.default",
+    "torch_attn._varlen_attn_backward.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_flash_attention_backward.default",
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.tracing.cases", str(tmp_path_factory.mktemp("shapes"))]
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | ROOT_ENVIRONMENT, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    lines = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
+    return {line["case"]: line for line in lines}
+
+
+@pytest.mark.parametrize("case", MATRIX)
+def test_a_step_runs_on_fake_tensors(case: str, results: dict[str, dict[str, Any]]) -> None:
+    result = results[case]
+    assert "failed" not in result, result["failed"]
+    for ours, planned, teachers, teachers_planned in result["parameters"]:
+        assert (ours, teachers) == (planned, teachers_planned)
+    for metrics in result["metrics"]:
+        assert math.isfinite(metrics["loss"]) and metrics["active_tokens"] > 0
+    assert result["disagreements"] == []
+    assert min(result["calls"]) > (10 if len(result["calls"]) > 1 else 0)
+    for phases in result["phases"]:
+        assert {"teacher", "student scores", "training pass", "optimizer"} <= phases.keys()
+        assert min(phases.values()) > 0
+    assert set(result["unknown"]) <= UNKNOWN
+
+
+def test_zones_are_as_large_as_their_shares(results: dict[str, dict[str, Any]]) -> None:
+    (metrics,) = results["one rank, no recompute"]["metrics"]
+    assert [metrics[f"zone_{zone}_share"] for zone in "abc"] == pytest.approx([0.5, 0.4, 0.1], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("not moved", "device"),
+        ("wrong gather", "distillation/chunks.py"),
+        ("freed early", "after its memory was freed"),
+        ("teacher left on the host", "device"),
+    ],
+)
+def test_a_fault_raises(name: str, part: str, results: dict[str, dict[str, Any]]) -> None:
+    assert name in SABOTAGES
+    assert part in (results[name]["error"] or ""), results[name]
+
+
+def test_a_collective_that_one_rank_leaves_out_is_told(results: dict[str, dict[str, Any]]) -> None:
+    assert results["none"] == {"case": "none", "error": None, "disagreements": []}
+    (line,) = results["a collective left out"]["disagreements"]
+    assert "group tp, ranks 0 and 1" in line and "models/olmo3/norms.py" in line
