@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sead.config.micro_batches import count_multiple
 from megatron_sead.config.run import ParallelSettings, RunConfig, load_config
 from megatron_sead.config.settings_file import flatten
 from megatron_sead.distillation.curriculum import gate
@@ -22,6 +23,7 @@ MAY_CHANGE_ON_RESUME = (
     "device",
     "parallel.",
     "training.micro_batch_size",
+    "training.micro_batch_tokens",
     "training.scratch_bytes",
     "training.recompute_granularity",
     "training.attention_backend",
@@ -125,10 +127,15 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
     """
     parallel, training = config.parallel, config.training
     pp, replicas = parallel.pipeline_model_parallel_size, data_parallel_size(parallel, world_size)
-    unit = training.micro_batch_size * replicas
+    if training.micro_batch_tokens is not None:
+        if training.global_batch_size < replicas:
+            raise UserError(
+                f"training.global_batch_size={training.global_batch_size}: must be at least {replicas}, the "
+                "data-parallel size: each replica trains on a rollout or more"
+            )
+        return replicas
     virtual = parallel.virtual_pipeline_model_parallel_size
-    if virtual is not None:
-        unit *= pp  # the interleaved schedule runs micro-batches in groups of pp
+    unit = training.micro_batch_size * replicas * count_multiple(parallel)
     if training.global_batch_size % unit:
         below = training.global_batch_size // unit * unit
         valid = f"{below} or {below + unit}" if below else f"{unit}"

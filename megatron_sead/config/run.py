@@ -106,7 +106,13 @@ class TrainingSettings(Settings):
 
     steps: int = Field(ge=1, description="optimizer steps; one update a step, on fresh rollouts")
     global_batch_size: int = Field(ge=1, description="rollouts a step: prompts x samples_per_prompt")
-    micro_batch_size: int = Field(1, ge=1, description="rollouts in one forward pass")
+    micro_batch_size: int = Field(1, ge=1, description="rollouts in one forward pass, each padded to the longest")
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens in one forward pass at most: rollouts of any length, packed without padding; "
+        "null: micro_batch_size rollouts",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="of weights and activations; gradients and optimizer state are fp32"
     )
@@ -141,7 +147,12 @@ class TrainingSettings(Settings):
     scratch_bytes: int = Field(256 * 2**20, ge=2**20, description="memory for one chunk of logits in the fused loss")
 
     def problems(self) -> Iterator[str]:
-        if self.global_batch_size % self.micro_batch_size:
+        if self.micro_batch_tokens is not None and self.micro_batch_size != 1:
+            yield (
+                f"training.micro_batch_tokens={self.micro_batch_tokens}: packs as many rollouts as fit; must be null, "
+                f"or training.micro_batch_size left at 1, not {self.micro_batch_size}"
+            )
+        elif self.global_batch_size % self.micro_batch_size:
             yield (
                 f"training.global_batch_size={self.global_batch_size}: must be divisible by "
                 f"training.micro_batch_size={self.micro_batch_size}"

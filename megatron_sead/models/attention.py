@@ -10,6 +10,7 @@ from megatron.core.transformer.attention import SelfAttention
 
 from megatron_sead.models import windowed
 from megatron_sead.models.config import ModelConfig
+from megatron_sead.models.packed import PackedSequences
 from megatron_sead.models.rotary import rotate
 
 # Shapes: s sequence, b batch, H hidden size (s/tp tokens under sequence parallelism), and on this rank
@@ -38,18 +39,27 @@ class RotaryAttention(SelfAttention):
         attention_mask: torch.Tensor | None,
         *,
         rotary_pos_emb: torch.Tensor,
+        packed_seq_params: PackedSequences | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[s, b, H] -> ([s, b, H], no bias).
 
-        Causal, and nothing else is masked: batches are padded on the right.
+        Causal, and nothing else is masked: batches are padded on the right. Packed sequences, of which each sees
+        itself alone, are in a batch of one.
         """
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         angles = self.angles(rotary_pos_emb)
         query, key = rotate(query, angles), rotate(key, angles)
+        if packed_seq_params is not None:  # cores take packed sequences without a batch, as Megatron's do
+            query, key, value = (x.squeeze(1) for x in (query, key, value))
         if self.checkpoint_core_attention and self.training:
             context = self._checkpointed_attention_forward(
-                query, key, value, attention_mask, attn_mask_type=self.attn_mask_type
+                query,
+                key,
+                value,
+                attention_mask,
+                attn_mask_type=self.attn_mask_type,
+                packed_seq_params=packed_seq_params,
             )
         else:
             context = self.core_attention(
@@ -59,8 +69,10 @@ class RotaryAttention(SelfAttention):
                 attention_mask,
                 attn_mask_type=self.attn_mask_type,
                 attention_bias=None,
-                packed_seq_params=None,
+                packed_seq_params=packed_seq_params,
             )
+        if packed_seq_params is not None:
+            context = context.reshape(len(context), 1, -1)
         return self.linear_proj(context)
 
     def get_query_key_value_tensors(
@@ -84,8 +96,26 @@ class TorchCoreAttention(torch.nn.Module):
         self.scale = config.attention_scale(layer_number)
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *args: Any,
+        packed_seq_params: PackedSequences | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
+        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]; of packed sequences all without b."""
+        if packed_seq_params is None:
+            return self._rows(query, key, value)
+        lengths = packed_seq_params.lengths
+        if windowed.serves(query):
+            starts, longest = packed_seq_params.cu_seqlens_q, max(lengths)
+            context = windowed.packed_attention(query, key, value, starts, longest, self.window, self.scale)
+            return context.flatten(1)
+        sequences = zip(*(x[:, None].split(lengths) for x in (query, key, value)), strict=True)
+        return torch.cat([self._rows(*one) for one in sequences]).squeeze(1)
+
+    def _rows(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]."""
         if self.window is not None and len(query) > self.window and windowed.serves(query):
             return windowed.windowed_attention(query, key, value, self.window, self.scale).flatten(2)

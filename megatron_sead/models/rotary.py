@@ -8,8 +8,9 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_sead.models.config import ModelConfig
+from megatron_sead.models.packed import PackedSequences
 
-# Shapes: s sequence, b batch, n heads, d head dimension
+# Shapes: s sequence, t tokens of packed sequences, b batch, n heads, d head dimension
 
 
 class RotaryAngles(RotaryEmbedding):
@@ -22,12 +23,22 @@ class RotaryAngles(RotaryEmbedding):
         super().__init__(config.kv_channels, rotary_percent=1.0, cp_group=cp_group)
         self.frequencies = frequencies
 
-    def forward(self, max_seq_len: int, **kwargs: Any) -> torch.Tensor:
-        """Angles of positions 0 .. max_seq_len - 1."""
+    def get_rotary_seq_len(
+        self, context: Any, decoder: Any, hidden: Any, config: Any, packed_seq_params: Any = None, **kwargs: Any
+    ) -> int | torch.Tensor:
+        """What Megatron's model hands to `forward`: a length, or the positions [t] of packed sequences."""
+        if isinstance(packed_seq_params, PackedSequences):
+            assert packed_seq_params.positions is not None
+            return packed_seq_params.positions
+        length: int = super().get_rotary_seq_len(context, decoder, hidden, config, packed_seq_params, **kwargs)
+        return length
+
+    def forward(self, max_seq_len: int | torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Angles of positions 0 .. max_seq_len - 1; or of those that are given, [t]."""
         device = torch.device(torch.cuda.current_device())
         self.frequencies = self.frequencies.to(device)
-        positions = torch.arange(max_seq_len, dtype=torch.float32, device=device)
-        angles = positions[:, None] * self.frequencies[..., None, :]
+        positions = torch.arange(max_seq_len, device=device) if isinstance(max_seq_len, int) else max_seq_len
+        angles = positions.float()[:, None] * self.frequencies[..., None, :]
         return torch.cat([angles, angles], dim=-1)[..., None, None, :]
 
 

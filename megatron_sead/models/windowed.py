@@ -1,4 +1,4 @@
-"""Sliding windows on a GPU: FlashAttention over packed sequences, which skips keys that torch's masks only hide."""
+"""FlashAttention over packed sequences, on a GPU: causal, with windows, whose hidden keys it skips; no masks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from functools import cache
 from typing import Any
 
 import torch
+
+# Shapes: s sequence, b batch, t tokens of all packed sequences, n query heads, g key/value heads, d head dimension
 
 
 def serves(query: torch.Tensor) -> bool:
@@ -28,18 +30,43 @@ def windowed_attention(
     Returns:
         [s, b, n, d].
     """
-    length, batch, heads, _ = query.shape
+    length, batch = query.shape[:2]
+    starts = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
+    query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+    context = packed_attention(query, key, value, starts, length, window, scale)
+    return context.unflatten(0, (batch, length)).transpose(0, 1)
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of each sequence to itself.
+
+    Args:
+        query: [t, n, d].
+        key: [t, g, d], of which each serves n/g queries; so is value.
+        starts: [sequences + 1] int32, cumulative lengths from 0 to t: what is beyond them is not written.
+        window: how many tokens are seen, the current one included; None: all before it.
+
+    Returns:
+        [t, n, d].
+    """
     attention, parameters = _packed_attention()
     assert attention is not None  # `serves` said so
     options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in parameters else {}
-    if not options and heads != key.shape[2]:
-        key, value = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (key, value))
-    packed = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
-    starts = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
+    if not options and query.shape[1] != key.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    seen = -1 if window is None else window - 1
     context: torch.Tensor = attention(
-        *packed, starts, starts, length, length, scale=scale, window_size=(window - 1, 0), **options
+        query, key, value, starts, starts, longest, longest, scale=scale, window_size=(seen, 0), **options
     )
-    return context.unflatten(0, (batch, length)).transpose(0, 1)
+    return context
 
 
 @cache

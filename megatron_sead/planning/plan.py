@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_sead.config.checks import check_world_size, config_warnings
+from megatron_sead.config.micro_batches import check_token_budget, count_multiple
 from megatron_sead.config.run import ModelSettings, ParallelSettings, RunConfig
 from megatron_sead.errors import UserError, kept
 from megatron_sead.models.family import read_config_fields
@@ -101,8 +102,8 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
     console.print(
         f"{counted(plan.world_size, 'rank')} = tensor {parallel.tensor_model_parallel_size} x pipeline "
         f"{parallel.pipeline_model_parallel_size} x data {plan.data_parallel_size}; a step: "
-        f"{counted(config.training.global_batch_size, 'rollout')}, {counted(plan.micro_batches, 'micro-batch')} of "
-        f"{config.training.micro_batch_size} a data-parallel rank, at most {plan.sequence_length:,} tokens a rollout",
+        f"{counted(config.training.global_batch_size, 'rollout')}, {_told_micro_batches(plan, config)} a data-parallel "
+        f"rank, at most {plan.sequence_length:,} tokens a rollout",
         highlight=False,
     )
     models = Table("model", "layers", "hidden", "heads", "KV heads", "MLP", "vocabulary", "parameters")
@@ -117,6 +118,13 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
     console.print(table)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _told_micro_batches(plan: Plan, config: RunConfig) -> str:
+    count, budget = plan.micro_batches, config.training.micro_batch_tokens
+    if budget is None:
+        return f"{counted(count, 'micro-batch')} of {config.training.micro_batch_size}"
+    return f"at most {counted(count, 'micro-batch')} of {budget:,} tokens"
 
 
 ROWS = (
@@ -149,6 +157,8 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     mistakes: list[str] = []
     with kept(mistakes):
         data_parallel_size = check_world_size(config, world_size)
+    with kept(mistakes):
+        check_token_budget(config)
     shapes: dict[str, ModelShape] = {}
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         with kept(mistakes):
@@ -160,7 +170,7 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
     mistakes += _too_long(config, shapes, length)
     if mistakes:
         raise UserError("\n".join(dict.fromkeys(mistakes)))
-    micro_batches = config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
+    micro_batches = _most_micro_batches(config, data_parallel_size, length)
     if (missing := config.rollouts.missing()) is not None:
         notes.append(f"rollouts.engine={config.rollouts.engine}: {missing}; without it the run does not start")
     notes += config_warnings(config)
@@ -169,6 +179,16 @@ def make_plan(config: RunConfig, world_size: int) -> Plan:
         for stage in range(config.parallel.pipeline_model_parallel_size)
     ]
     return Plan(world_size, data_parallel_size, micro_batches, length, **shapes, stages=stages, notes=notes)
+
+
+def _most_micro_batches(config: RunConfig, data_parallel_size: int, length: int) -> int:
+    """Of a data-parallel rank and step: packed ones are so many when every rollout is as long as it may be."""
+    training, multiple = config.training, count_multiple(config.parallel)
+    together = training.micro_batch_size
+    if training.micro_batch_tokens is not None:
+        together = max(1, training.micro_batch_tokens // length)
+    count = -(-training.global_batch_size // (together * data_parallel_size))
+    return -(-count // multiple) * multiple
 
 
 def _check_layout(config: RunConfig, source: str, shape: ModelShape) -> None:
@@ -276,7 +296,7 @@ def _activation_bytes(
     """
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    tokens = config.training.micro_batch_size * length
+    tokens = config.training.micro_batch_tokens or config.training.micro_batch_size * length
     hidden = shape.hidden // (tp if parallel.sequence_parallel else 1)
     widths = 4 * (shape.query_width + shape.key_width) + 3 * shape.ffn
     layer = tokens * (6 * hidden + widths // tp) * width

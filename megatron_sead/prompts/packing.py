@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 
-# Shapes: b rollouts in a micro-batch, s padded length, n response tokens of the micro-batch
+from megatron_sead.prompts.sharing import deal, share_by_tokens
+
+# Shapes: b rollouts in a micro-batch, s padded length, n response tokens of the micro-batch; b is 1 of a packed view,
+# whose s counts the tokens of all its sequences
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """Where the sequences of a packed view begin and end. Padding at its end belongs to the last one."""
+
+    starts: torch.Tensor  # [sequences + 1] int32: cumulative lengths, from 0 to s
+    positions: torch.Tensor  # [s] int64: each token's place in its own sequence
+    lengths: tuple[int, ...]  # the same on the host
 
 
 @dataclass
@@ -17,6 +31,7 @@ class TokenView:
 
     tokens: torch.Tensor  # [b, s] int64, right-padded; the causal mask keeps padding out of every response position
     predictors: torch.Tensor  # [n] int64 into the flattened [b * s]: the position whose logits predict response token i
+    boundaries: Boundaries | None = None  # of a packed view; None: every row is one sequence
 
 
 @dataclass
@@ -32,6 +47,10 @@ class MicroBatch:
     sampled_log_prob: torch.Tensor | None = None  # [n] fp32: by the engine that wrote the token; NaN: it did not say
 
 
+# A view of prompts with their responses
+ViewOf = Callable[[list[tuple[int, ...]], list[tuple[int, ...]]], TokenView]
+
+
 def pack(
     prompts_student: list[tuple[int, ...]],
     prompts_teacher: list[tuple[int, ...]],
@@ -45,95 +64,145 @@ def pack(
     pad_token_id: int,
     device: torch.device,
     log_probs: Sequence[tuple[float, ...] | None] | None = None,
+    micro_batch_tokens: int | None = None,
+    count_multiple: int = 1,
 ) -> list[MicroBatch]:
     """This rank's micro-batches of the global step. All arguments are the global step's, equal on every rank.
 
     Args:
         responses: with the stop token, which is a response token like any other; prompt and padding are not.
         valid: one a rollout.
-        length_multiple: each view is padded to its own longest row, rounded up to this.
+        length_multiple: each view's length is rounded up to this; of rows, that of its longest.
         log_probs: of each response's tokens by the engine; None where it did not say, or for all of them.
+        micro_batch_tokens: views are packed, one rollout after another, with at most so many tokens for either model;
+            some may be without rollouts then. None: views are rows of `micro_batch_size` rollouts.
+        count_multiple: what the number of packed micro-batches must be a multiple of.
 
     Raises:
-        ValueError: an empty prompt or response, or rollouts that the ranks' micro-batches cannot share evenly.
+        ValueError: an empty prompt or response, rollouts that the ranks' micro-batches cannot share evenly, or one that
+            is longer than micro_batch_tokens.
     """
-    unit = micro_batch_size * data_parallel_size
-    if not responses or len(responses) % unit:
-        raise ValueError(
-            f"{len(responses)} rollouts cannot be shared by {data_parallel_size} data-parallel ranks in micro-batches "
-            f"of {micro_batch_size}: must be a multiple of {unit}"
-        )
+    if micro_batch_tokens is None:
+        _require_shares(len(responses), micro_batch_size, data_parallel_size)
+    elif len(responses) < data_parallel_size:
+        raise ValueError(f"{len(responses)} rollouts are fewer than {data_parallel_size} data-parallel ranks")
     if not all(prompts_student) or not all(prompts_teacher) or not all(responses):
         raise ValueError("a prompt or response holds no token: nothing would predict its first token")
-    lengths = [
-        len(student) + len(teacher) + 2 * len(response)
+    sizes = [
+        (len(student) + len(response), len(teacher) + len(response))
         for student, teacher, response in zip(prompts_student, prompts_teacher, responses, strict=True)
     ]
-    mine = deal(lengths, data_parallel_rank, data_parallel_size)
-    micro_batches = []
-    for start in range(0, len(mine), micro_batch_size):
-        rows = mine[start : start + micro_batch_size]
-        written = [responses[i] for i in rows]
-        asked, asked_teacher = [prompts_student[i] for i in rows], [prompts_teacher[i] for i in rows]
-        student = _view(asked, written, length_multiple, pad_token_id, device)
-        same = asked == asked_teacher
-        teacher = student if same else _view(asked_teacher, written, length_multiple, pad_token_id, device)
-        counts = torch.tensor([len(response) for response in written])
-        micro_batches.append(
-            MicroBatch(
-                student=student,
-                teacher=teacher,
-                targets=torch.tensor([token for response in written for token in response], device=device),
-                rollout_index=torch.tensor(rows).repeat_interleave(counts).to(device),
-                position=torch.cat([torch.arange(len(response)) for response in written]).to(device),
-                valid=torch.tensor([valid[i] for i in rows]).repeat_interleave(counts).to(device),
-                sampled_log_prob=None if log_probs is None else _told([log_probs[i] for i in rows], counts).to(device),
-            )
+    place = data_parallel_rank, data_parallel_size
+    make_view = _rows if micro_batch_tokens is None else _packed
+    view_of = partial(make_view, length_multiple=length_multiple, pad_token_id=pad_token_id, device=device)
+    if micro_batch_tokens is None:
+        mine = deal([sum(both) for both in sizes], *place)
+        shares = [mine[start : start + micro_batch_size] for start in range(0, len(mine), micro_batch_size)]
+    else:
+        budget = micro_batch_tokens // length_multiple * length_multiple
+        shares = share_by_tokens([max(both) for both in sizes], budget, *place, count_multiple)
+    step = _Step(prompts_student, prompts_teacher, responses, valid, log_probs)
+    return [step.micro_batch(rows, view_of, device) for rows in shares]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A global step's rollouts, a list each of what `pack` is given."""
+
+    prompts_student: list[tuple[int, ...]]
+    prompts_teacher: list[tuple[int, ...]]
+    responses: list[tuple[int, ...]]
+    valid: list[bool]
+    log_probs: Sequence[tuple[float, ...] | None] | None
+
+    def micro_batch(self, rows: list[int], view_of: ViewOf, device: torch.device) -> MicroBatch:
+        """Of the rollouts with these numbers."""
+        written = [self.responses[i] for i in rows]
+        asked, asked_teacher = [self.prompts_student[i] for i in rows], [self.prompts_teacher[i] for i in rows]
+        student = view_of(asked, written)
+        lengths = [len(response) for response in written]
+        counts = torch.tensor(lengths, dtype=torch.int64)
+        told = None if self.log_probs is None else _told([self.log_probs[i] for i in rows], lengths).to(device)
+        return MicroBatch(
+            student=student,
+            teacher=student if asked == asked_teacher else view_of(asked_teacher, written),
+            targets=torch.tensor([token for response in written for token in response], dtype=torch.int64).to(device),
+            rollout_index=torch.tensor(rows, dtype=torch.int64).repeat_interleave(counts).to(device),
+            position=_counts_from_0(lengths).to(device),
+            valid=torch.tensor([self.valid[i] for i in rows], dtype=torch.bool).repeat_interleave(counts).to(device),
+            sampled_log_prob=told,
         )
-    return micro_batches
 
 
-def _told(log_probs: list[tuple[float, ...] | None], counts: torch.Tensor) -> torch.Tensor:
-    return torch.cat(
-        [
-            torch.full((int(count),), math.nan) if values is None else torch.tensor(values, dtype=torch.float32)
-            for values, count in zip(log_probs, counts, strict=True)
-        ]
-    )
+def _require_shares(rollouts: int, micro_batch_size: int, ranks: int) -> None:
+    unit = micro_batch_size * ranks
+    if not rollouts or rollouts % unit:
+        raise ValueError(
+            f"{rollouts} rollouts cannot be shared by {ranks} data-parallel ranks in micro-batches "
+            f"of {micro_batch_size}: must be a multiple of {unit}"
+        )
 
 
-def deal(lengths: list[int], rank: int, ranks: int) -> list[int]:
-    """Which items a rank gets, longest first: as many as every other rank, and about as much length in all.
-
-    Items sorted by length (equal ones in their order) are dealt in rounds of one item a rank, the longest of a round
-    to the rank that has least so far. Micro-batches then hold rows of like length, and those that ranks run at the
-    same time are alike too.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    totals = [0] * ranks
-    for start in range(0, len(order), ranks):
-        poorest_first = sorted(range(ranks), key=lambda r: totals[r])
-        for receiver, item in zip(poorest_first, order[start : start + ranks], strict=True):
-            shares[receiver].append(item)
-            totals[receiver] += lengths[item]
-    return shares[rank]
+def _told(log_probs: list[tuple[float, ...] | None], lengths: list[int]) -> torch.Tensor:
+    parts = [torch.empty(0)]
+    for values, count in zip(log_probs, lengths, strict=True):
+        parts.append(torch.full((count,), math.nan) if values is None else torch.tensor(values, dtype=torch.float32))
+    return torch.cat(parts)
 
 
-def _view(
+def _rows(
     prompts: list[tuple[int, ...]],
     responses: list[tuple[int, ...]],
+    *,
     length_multiple: int,
     pad_token_id: int,
     device: torch.device,
 ) -> TokenView:
+    """[b, s]: a row each, padded to the longest."""
     rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    longest = max(len(row) for row in rows)
-    padded = -(-longest // length_multiple) * length_multiple
+    padded = _rounded_up(max(len(row) for row in rows), length_multiple)
     tokens = torch.tensor([[*row, *[pad_token_id] * (padded - len(row))] for row in rows], device=device)
-    # The logits at a position predict the token after it: the last prompt position predicts response token 0.
-    predictors = [
-        torch.arange(len(response)) + (b * padded + len(prompt) - 1)
-        for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-    ]
-    return TokenView(tokens, torch.cat(predictors).to(device))
+    starts = range(0, len(rows) * padded, padded)
+    return TokenView(tokens, _predictors(prompts, responses, starts).to(device))
+
+
+def _packed(
+    prompts: list[tuple[int, ...]],
+    responses: list[tuple[int, ...]],
+    *,
+    length_multiple: int,
+    pad_token_id: int,
+    device: torch.device,
+) -> TokenView:
+    """[1, s]: one after another, padded at the end alone. Without rollouts, padding alone: a pass needs some token."""
+    rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)] or [(pad_token_id,)]
+    used = sum(len(row) for row in rows)
+    padding = _rounded_up(used, length_multiple) - used
+    lengths = [*(len(row) for row in rows[:-1]), len(rows[-1]) + padding]
+    starts = [0, *accumulate(lengths)]
+    tokens = [token for row in rows for token in row] + [pad_token_id] * padding
+    return TokenView(
+        torch.tensor([tokens], device=device),
+        _predictors(prompts, responses, starts).to(device),
+        Boundaries(
+            torch.tensor(starts, dtype=torch.int32, device=device), _counts_from_0(lengths).to(device), tuple(lengths)
+        ),
+    )
+
+
+def _predictors(
+    prompts: list[tuple[int, ...]], responses: list[tuple[int, ...]], starts: Sequence[int]
+) -> torch.Tensor:
+    """[n] The logits at a position predict the token after it: the last prompt position predicts response token 0."""
+    parts = [torch.empty(0, dtype=torch.int64)]
+    for prompt, response, start in zip(prompts, responses, starts, strict=False):  # starts may end with the end
+        parts.append(torch.arange(len(response)) + (start + len(prompt) - 1))
+    return torch.cat(parts)
+
+
+def _counts_from_0(lengths: list[int]) -> torch.Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(length) for length in lengths)])
+
+
+def _rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_sead.models.packed import PackedSequences
 from megatron_sead.parallel.communicator import schedule_arguments
 from megatron_sead.parallel.context import ParallelContext
-from megatron_sead.prompts.packing import MicroBatch
+from megatron_sead.prompts.packing import MicroBatch, TokenView
 
-# Shapes: b rollouts in a micro-batch, s padded length, n response tokens of the micro-batch, h hidden size
+# Shapes: b rollouts in a micro-batch, 1 where they are packed; s padded length; n response tokens of the micro-batch;
+# h hidden size
 
 OnHidden = Callable[[int, torch.Tensor], Any]
 
@@ -68,11 +70,16 @@ def _forward_step(
     iterator: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module, view: str, on_hidden: OnHidden
 ) -> tuple[torch.Tensor, Callable[..., Any]]:
     index, micro_batch = next(iterator)
-    tokens = getattr(micro_batch, view).tokens
-    predictors = getattr(micro_batch, view).predictors
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    seen: TokenView = getattr(micro_batch, view)
+    tokens, predictors, bounds = seen.tokens, seen.predictors, seen.boundaries
+    if bounds is None:
+        positions, packed = torch.arange(tokens.shape[1], device=tokens.device), None
+    else:
+        positions, packed = bounds.positions, PackedSequences.of(bounds.starts, bounds.positions, bounds.lengths)
     config: Any = model.config  # Megatron's wrappers have it too
-    output = model(input_ids=tokens, position_ids=positions, attention_mask=None)
+    output = model(
+        input_ids=tokens, position_ids=positions.expand_as(tokens), attention_mask=None, packed_seq_params=packed
+    )
 
     def on_last_stage(hidden: torch.Tensor, non_loss_data: bool = False) -> Any:
         rows = hidden.flatten(0, 1)

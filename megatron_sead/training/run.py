@@ -13,6 +13,7 @@ from rich.console import Console
 from torch.distributed import ProcessGroup
 
 from megatron_sead.checkpoints.store import CheckpointStore
+from megatron_sead.config.micro_batches import count_multiple, length_multiple
 from megatron_sead.config.run import RunConfig
 from megatron_sead.distillation import CompetenceTracker, Curriculum, annealing_coefficient
 from megatron_sead.errors import UserError
@@ -89,7 +90,7 @@ class Run:
     @property
     def length_multiple(self) -> int:
         """What padded lengths must be a multiple of, so that they split evenly over sequence-parallel ranks."""
-        return self.parallel.tp_size if self.config.parallel.sequence_parallel else 1
+        return length_multiple(self.config.parallel)
 
     def requests(self, asked: list[int]) -> list[GenerationRequest]:
         """What the engine is asked to write for these prompts."""
@@ -148,8 +149,10 @@ class Run:
                 pad_token_id=self.tokenizer.pad_token_id,
                 device=self.parallel.device,
                 log_probs=[r.log_probs for r in rollouts],
+                micro_batch_tokens=self.config.training.micro_batch_tokens,
+                count_multiple=count_multiple(self.config.parallel),
             )
-        except ValueError as error:  # only recorded rollouts can be too many, or empty
+        except ValueError as error:  # only recorded rollouts can be too many, too long, or empty
             raise UserError(f"rollouts.path={self.config.rollouts.recorded}: {error}") from None
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -20,6 +20,7 @@ from megatron_sead.config.checks import (
     config_warnings,
     opening_line,
 )
+from megatron_sead.config.micro_batches import check_token_budget
 from megatron_sead.config.run import ModelSettings, RunConfig, dump_config
 from megatron_sead.distillation import CompetenceTracker, Curriculum
 from megatron_sead.errors import UserError, kept
@@ -73,6 +74,7 @@ def prepare(config: RunConfig) -> Iterator[Run]:
         parallel = stack.enter_context(parallel_groups(config.parallel, config.device, config.seed))
         _own_output(config, parallel, stack)
         check_world_size(config, parallel.world_size)
+        check_token_budget(config)
         with _telling_all_mistakes(config, parallel.world_size):
             student, teacher = load_tokenizer(config.student, "student"), load_tokenizer(config.teacher, "teacher")
             pair = check_pair(student, teacher, config.student, config.teacher, config.prompts.template)
@@ -82,6 +84,7 @@ def prepare(config: RunConfig) -> Iterator[Run]:
                 log.info("%s", opening_line(config))
             prompts = prompts_once_a_node(lambda: _stream_prompts(config, student, teacher), parallel.control)
             check_batch(config, prompts.difficulties)
+            check_token_budget(config, prompts.longest)
             heldout = _load_heldout(config, student, teacher)
             store = CheckpointStore(config.output / "checkpoints", config.checkpoints.keep, parallel)
             inputs = settle_inputs(config, (student, teacher), prompts, heldout, store, parallel.control)

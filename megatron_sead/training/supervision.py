@@ -150,6 +150,9 @@ class Supervisor:
         self, scores: TokenScores, micro_batch: MicroBatch, alpha: float, step: int
     ) -> Supervision:
         """Weights of one micro-batch, from what is known without the others."""
+        if not len(micro_batch.targets):  # packed, without rollouts: policies need not know of such
+            nothing = scores.student_log_prob
+            return Supervision(TokenWeights(nothing, nothing), nothing.to(torch.int8), torch.zeros_like(nothing).sum())
         tokens = StepTokens.of([scores], [micro_batch])
         zones = self._local_zones(tokens)
         return self._normalized(self._weights(tokens, zones, alpha, step), zones, scores, micro_batch)

@@ -19,6 +19,7 @@ def test_an_output_directory_takes_the_same_run_in_another_layout_and_no_other_r
     check_output(config(here))  # empty
     (tmp_path / "config.yaml").write_text(dump_config(config(here)))
     check_output(config(here, "parallel.tensor_model_parallel_size=2", "training.micro_batch_size=4", "device=cpu"))
+    check_output(config(here, "training.micro_batch_tokens=9000"))
     both = "another run: seed is 0 there and 1 here, training.steps is 10 there and 11 here; choose another output"
     with pytest.raises(UserError, match=both):
         check_output(config(here, "seed=1", "training.steps=11"))

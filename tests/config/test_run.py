@@ -17,6 +17,7 @@ from megatron_sead.config.checks import (
     opening_line,
     opening_step,
 )
+from megatron_sead.config.micro_batches import check_token_budget
 from megatron_sead.config.rollouts import AnyRollouts
 from megatron_sead.config.run import CurriculumSettings, RunConfig, dump_config, load_config
 from megatron_sead.errors import UserError
@@ -115,6 +116,11 @@ REFUSALS = [
     (["zones.thresholds=running", "policy.name=opd"], ["zones.thresholds='running'", "sead or zones", "'opd'"]),
     (["curriculum.c0=0.15", "curriculum.k=2"], ["curriculum.c0=0.15", "0.6", "locked", "2.737"]),
     (["training.micro_batch_size=3"], ["global_batch_size=8", "micro_batch_size=3"]),
+    (
+        ["training.micro_batch_tokens=9000", "training.micro_batch_size=2"],
+        ["training.micro_batch_tokens=9000", "must be null", "training.micro_batch_size left at 1, not 2"],
+    ),
+    (["training.micro_batch_tokens=0"], ["training.micro_batch_tokens=0", "greater than or equal to 1"]),
     (["rollouts.samples_per_prompt=3"], ["global_batch_size=8", "samples_per_prompt=3"]),
     (["rollouts.samples_per_prompt=2", "rollouts.temperature=0"], ["samples_per_prompt=2", "greedy"]),
     (["rollouts.engine=replay"], ["rollouts.engine='replay'", "rollouts.path"]),
@@ -156,6 +162,7 @@ def test_a_wrong_value_or_combination_is_refused(overrides: list[str], parts: li
         ["zones.shares=[33.3, 33.3, 33.4]"],
         ["rollouts.engine=replay", "rollouts.path=runs/other"],
         ["rollouts={engine: replay, path: runs/other}"],
+        ["training.micro_batch_tokens=9000", "training.micro_batch_size=1", "training.global_batch_size=7"],
         ["rollouts.path=null"],
         ["policy.name=a.b:c", "zones.thresholds=running"],
     ],
@@ -240,12 +247,62 @@ def test_data_parallel_size_is_what_is_left(world_size: int, expected: int) -> N
             2,
             ["multiple of 16", "2 pipeline stages"],
         ),
+        (["training.micro_batch_tokens=9000"], 16, ["training.global_batch_size=8", "at least 16"]),
     ],
 )
 def test_ranks_that_do_not_fit_are_refused(overrides: list[str], world_size: int, parts: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         check_world_size(config(*overrides), world_size)
     assert all(part in str(caught.value) for part in parts)
+
+
+def test_a_budget_of_tokens_asks_for_a_rollout_a_replica_and_no_more() -> None:
+    virtual = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
+    budget = ["training.global_batch_size=7", "training.micro_batch_tokens=9000"]
+    assert check_world_size(config(*budget), 7) == 7
+    assert check_world_size(config(*budget, *virtual), 6) == 3
+
+
+TP4_SP = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "longest", "parts"),
+    [
+        (["prompts.max_prompt_tokens=100"], 1, ["=1023: must be at least 1100", "prompts.max_prompt_tokens=100 and"]),
+        (["prompts.max_prompt_tokens=24"], 1, ["=1023: must be at least 1024", "rollouts.max_new_tokens=1000"]),
+        ([], 24, ["=1023: must be at least 1024", "a prompt of 24 tokens"]),
+        ([*TP4_SP], 21, ["=1023: must be at least 1024", "in 4 equal parts (parallel.sequence_parallel)"]),
+        (["training.attention_backend=transformer_engine", "training.precision=fp32"], 1, ["'bf16'", "'torch'"]),
+    ],
+    ids=str,
+)
+def test_a_budget_that_does_not_hold_the_longest_rollout_is_refused(
+    overrides: list[str], longest: int, parts: list[str]
+) -> None:
+    fixed = ["training.micro_batch_tokens=1023", "rollouts.max_new_tokens=1000", *overrides]
+    with pytest.raises(UserError) as caught:
+        check_token_budget(config(*fixed), longest)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("training.micro_batch_tokens=1023: ")
+    assert all(part in message for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "longest"),
+    [
+        (["prompts.max_prompt_tokens=23"], 1),
+        ([], 23),
+        ([*TP4_SP], 20),
+        (["training.attention_backend=transformer_engine"], 1),
+        (["training.micro_batch_tokens=null"], 9999),
+    ],
+    ids=str,
+)
+def test_a_budget_that_just_holds_it_is_accepted(overrides: list[str], longest: int) -> None:
+    fixed = ["training.micro_batch_tokens=1023", "rollouts.max_new_tokens=1000", *overrides]
+    check_token_budget(config(*fixed), longest)
 
 
 def test_differences_are_dotted_keys() -> None:

@@ -70,6 +70,17 @@ def test_olmo_vocabulary_is_padded_to_a_size_that_every_power_of_two_divides() -
     assert padded_vocabulary(100_278) == 100_352 == 49 * 2048
 
 
+def test_a_plan_counts_packed_micro_batches_by_the_longest_rollouts() -> None:
+    """18,432 tokens each: 96 rollouts on four data-parallel ranks."""
+    assert make_plan(plan_7b("training.micro_batch_size=1"), 32).micro_batches == 24
+    for budget, expected in ((18432, 24), (36863, 24), (36864, 12)):
+        assert make_plan(plan_7b(f"training.micro_batch_tokens={budget}"), 32).micro_batches == expected
+    one, two = (make_plan(plan_7b(f"training.micro_batch_tokens={n}"), 32).stages[0] for n in (18432, 36864))
+    assert 1.9 < two.activations / one.activations < 2.1
+    with pytest.raises(UserError, match=r"training\.micro_batch_tokens=18424: must be at least 18432"):
+        make_plan(plan_7b("training.micro_batch_tokens=18424"), 32)
+
+
 def test_bytes_follow_precision_and_sharding() -> None:
     stage = make_plan(plan_7b(), 32).stages[0]
     assert (stage.weights, stage.gradients) == (2 * stage.parameters, 4 * stage.parameters)

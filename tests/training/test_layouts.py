@@ -23,11 +23,13 @@ TP2 = ["parallel.tensor_model_parallel_size=2"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 SP = ["parallel.sequence_parallel=true"]
 VPP2 = ["parallel.virtual_pipeline_model_parallel_size=2"]
+PACKED = ["training.micro_batch_size=1", "training.micro_batch_tokens=100"]
 
 LAYOUTS = {
     "one rank": (1, []),
     "micro-batches of 32": (1, ["training.micro_batch_size=32"]),
     "uneven last tokens: micro-batches of 1": (1, ["training.micro_batch_size=1"]),
+    "packed, pp2 virtual 2": (2, [*PACKED, *PP2, *VPP2]),
     "tp2": (2, TP2),
     "tp2 sequence parallel": (2, [*TP2, *SP]),
     "tp2 sequence parallel, full recompute": (2, [*TP2, *SP, "training.recompute_granularity=full"]),

@@ -24,6 +24,7 @@ from tests.training.launching import ROOT, SHORT, TINY, metrics_of, train_tiny, 
 STEP = ["training.steps=1", "training.lr_warmup_steps=0"]
 TP2 = ["parallel.tensor_model_parallel_size=2"]
 SP = ["parallel.sequence_parallel=true"]
+PACKED = ["training.micro_batch_size=1", "training.micro_batch_tokens=100"]
 
 
 @dataclass
@@ -200,6 +201,12 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "sead": ("sead", 1, []),
     "sead at tp2": ("sead", 2, TP2),
     "sead at dp2, micro-batches of 1": ("sead", 2, ["training.micro_batch_size=1"]),
+    "sead, packed": ("sead", 1, PACKED),
+    "sead, packed, tp2 sequence parallel, the teacher sees another prompt": (
+        "sead",
+        2,
+        [*PACKED, *TP2, *SP, "teacher.prompt_field=answer"],
+    ),
     "sead, the teacher sees another prompt": ("sead", 2, [*TP2, "teacher.prompt_field=answer"]),
     "sead, one sequence as much as another": ("sead", 2, ["training.normalizer=sequence"]),
     "sead, all response tokens": ("sead", 1, ["training.normalizer=valid"]),
