@@ -71,7 +71,8 @@ class EarlyScores:
         lengths = [batch.rollout_index.bincount(minlength=len(self._holder)).tolist() for batch in micro_batches]
         tokens = {number: lengths[i][number] for i, rollouts in enumerate(needed) for number in rollouts}
         self._exchange(dict(needs), tokens)
-        return [torch.cat([self._hidden.pop(number) for number in rollouts]) for rollouts in needed]
+        nothing = self._states(0, pinned=False)  # a packed micro-batch may hold no rollout
+        return [torch.cat([nothing, *(self._hidden.pop(number) for number in rollouts)]) for rollouts in needed]
 
     def _scored(self, numbers: list[int], rollouts: list[Rollout]) -> dict[int, torch.Tensor]:
         parallel = self._run.parallel
@@ -95,8 +96,6 @@ class EarlyScores:
         """
         parallel = self._run.parallel
         peers, here = dist.get_process_group_ranks(parallel.dp), parallel.dp_rank
-        teacher = self._run.learner.teacher.head
-        assert teacher is not None  # the last stage
         travels, received = [], {}
         for receiver, numbers in sorted(needs.items()):
             for number in numbers:
@@ -105,14 +104,19 @@ class EarlyScores:
                     states = self._hidden.pop(number).contiguous()
                     travels.append(dist.isend(states, peers[receiver], parallel.control, tag=number))
                 elif receiver == here != sender:
-                    shape = tokens[number], teacher.shape[1]
-                    states = torch.empty(shape, dtype=teacher.dtype, pin_memory=parallel.device.type == "cuda")
+                    states = self._states(tokens[number], pinned=parallel.device.type == "cuda")
                     travels.append(dist.irecv(states, peers[sender], parallel.control, tag=number))
                     received[number] = states
         for travel in travels:
             assert travel is not None  # None is for ranks outside of the group
             travel.wait()
         self._hidden |= received
+
+    def _states(self, tokens: int, *, pinned: bool) -> torch.Tensor:
+        """Room for hidden states [tokens, h]."""
+        head = self._run.learner.teacher.head
+        assert head is not None  # the last stage
+        return torch.empty(tokens, head.shape[1], dtype=head.dtype, device="cpu", pin_memory=pinned)
 
 
 def _model_parallel_group(parallel: ParallelContext, timeout: timedelta) -> ProcessGroup:

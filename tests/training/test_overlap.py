@@ -37,6 +37,17 @@ def test_steps_are_the_same(layout: str, pools: RankPools, tmp_path: Path) -> No
     assert all(zones_of(overlapped, step) == zones_of(plain, step) for step in range(3))
 
 
+def test_packed_steps_are_the_same_within_rounding(pools: RankPools, tmp_path: Path) -> None:
+    """Twice as many replicas as rollouts that fill a budget: some micro-batches hold none."""
+    packed = [*SETTINGS, "training.micro_batch_tokens=100", "training.global_batch_size=4"]
+    packed += ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
+    assert train_tiny(pools, 4, tmp_path / "plain", packed) == [True] * 4
+    assert train_tiny(pools, 4, tmp_path / "overlapped", [*packed, "rollouts.overlap=true"]) == [True] * 4
+    for plain, overlapped in zip(metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "overlapped"), strict=True):
+        for key in ("loss", "grad_norm", "forward_kl"):
+            assert overlapped[key] == pytest.approx(plain[key], rel=1e-5), key
+
+
 def events_of_a_step(overrides: list[str]) -> list[str]:
     """On a rank: when the engine begins and ends to write, and sleeps, and when the teacher's pass runs."""
     from megatron_sead.rollouts.transformers_engine import TransformersEngine
