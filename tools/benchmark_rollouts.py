@@ -55,7 +55,7 @@ def main(
             wider = make_wider(Path(folder) / "wider")
             engines = [pairs(name, rounds, settings | {"model": str(TINY)}) for name in ("vllm", "transformers")]
             updates = [
-                updated(engine, model, name, rounds, settings)
+                updated(engine, model, name, settings)
                 for name, model in (("tiny", TINY), ("wider", wider))
                 for engine in UPDATES
             ]
@@ -94,13 +94,12 @@ def pairs(engine: str, rounds: int, settings: dict[str, Any]) -> dict[str, Any]:
     return {"engine": engine, "pairs": found, "ratios": [pair[f"{engine}-direct"] / pair[engine] for pair in found]}
 
 
-def updated(engine: str, model: Path, name: str, rounds: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """How fast an update is, as a share of a copy, for each process."""
-    found = [worker(f"update-{engine}", settings | {"model": str(model)}) for _ in range(rounds)]
-    medians = [{call: statistics.median(m[call]) for call in ("copy", "update")} for m in found]
-    print(engine, name, medians, file=sys.stderr)
-    ratios = [m["copy"] / m["update"] for m in medians]
-    return {"engine": engine, "model": name, "bytes": found[0]["bytes"], "seconds": medians, "ratios": ratios}
+def updated(engine: str, model: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """How fast an update is, as a share of the copy before it."""
+    measured = worker(f"update-{engine}", settings | {"model": str(model)})
+    print(engine, name, measured, file=sys.stderr)
+    ratios = [copy / update for copy, update in zip(measured["copy"], measured["update"], strict=True)]
+    return {"engine": engine, "model": name, "ratios": ratios} | measured
 
 
 def worker(what: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +164,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     lines += ["| engine | MB | copy, ms | update, ms | speed, update / copy |", "|---|---|---|---|---|"]
     for row in result["updates"]:
-        copy, update = (1e3 * statistics.median(x[name] for x in row["seconds"]) for name in ("copy", "update"))
+        copy, update = (1e3 * statistics.median(row[name]) for name in ("copy", "update"))
         name, size = UPDATES[row["engine"]], row["bytes"] / 1e6
         lines.append(f"| {name} | {size:,.1f} | {copy:.2f} | {update:.1f} | {spread(row['ratios'])} |")
     return "\n".join(lines) + "\n"
