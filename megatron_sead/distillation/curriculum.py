@@ -220,7 +220,7 @@ class _Tiers:
                 "curriculum: tier %d of %d opens, %s",
                 self.open,
                 self._tiers,
-                f"pass rate {self._pass_rate:.2f}" if mastered else f"after {self._waited} steps",
+                f"pass rate {self._pass_rate:.2f}" if mastered else f"steps waited: {self._waited}",
             )
             self._waited, self._pass_rate = 0, None
 

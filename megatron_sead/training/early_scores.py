@@ -60,7 +60,7 @@ class EarlyScores:
         return [verdicts[number] for number in range(len(verdicts))]
 
     def teacher_hidden(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
-        """Final hidden states [n, h] of each micro-batch, as `Teacher.hidden_states` has them. After `correct`."""
+        """What `train_step` would ask the teacher for, on the last stage. After `correct`."""
         parallel = self._run.parallel
         needed = [torch.unique_consecutive(batch.rollout_index).tolist() for batch in micro_batches]
         needs: list[tuple[int, list[int]]] = [(0, [])] * parallel.world_size
@@ -72,7 +72,9 @@ class EarlyScores:
         tokens = {number: lengths[i][number] for i, rollouts in enumerate(needed) for number in rollouts}
         self._exchange(dict(needs), tokens)
         nothing = self._states(0, pinned=False)  # a packed micro-batch may hold no rollout
-        return [torch.cat([nothing, *(self._hidden.pop(number) for number in rollouts)]) for rollouts in needed]
+        joined = [torch.cat([nothing, *(self._hidden.pop(number) for number in rollouts)]) for rollouts in needed]
+        keep = self._run.learner.heads.own_rows
+        return [keep(batch, states) for batch, states in zip(micro_batches, joined, strict=True)]
 
     def _scored(self, numbers: list[int], rollouts: list[Rollout]) -> dict[int, torch.Tensor]:
         parallel = self._run.parallel

@@ -98,7 +98,7 @@ def both_log_probs(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
         NotFiniteNumbers: logits of either that are not finite, on every rank alike.
     """
     probe = _micro_batches(run, run.probe)
-    teacher_hidden = run.learner.teacher.hidden_states(probe, run.parallel)
+    teacher_hidden = run.learner.teacher.hidden_states(probe, run.parallel, run.learner.heads.own_rows)
     paths = f"student.path={run.config.student.path}, teacher.path={run.config.teacher.path}"
     return _log_probs(run, probe, teacher_hidden, run.learner.heads, paths)
 
@@ -111,7 +111,7 @@ def student_log_probs(run: Run, tokens: list[int]) -> torch.Tensor:
     """
     probe, heads = _micro_batches(run, tokens), run.learner.heads
     # Scores are of a pair: a teacher with hidden size 1 and all logits zero takes the place of the real one
-    zeros = [torch.zeros(len(batch.targets), 1, device=run.parallel.device) for batch in probe]
+    zeros = [heads.own_rows(batch, torch.zeros(len(batch.targets), 1, device=run.parallel.device)) for batch in probe]
     if heads.student is not None:
         heads = replace(heads, teacher=heads.student.detach().new_zeros(len(heads.student), 1))
     return _log_probs(run, probe, zeros, heads, f"student.path={run.config.student.path}")[0]

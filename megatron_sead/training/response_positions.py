@@ -36,8 +36,16 @@ class ResponsePositions:
         """[s * b] with one value [n] at each response position, and `fill` at all others."""
         return values.new_full((self.total,), fill).index_copy(0, self.index, values)
 
-    def local_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """[s * b / tp, h] of this rank's shard, from one row [n, h] a response position; zero at all others."""
-        mine = (self.index >= self.shard.start) & (self.index < self.shard.stop)
-        result = rows.new_zeros(self.shard.stop - self.shard.start, rows.shape[1])
-        return result.index_copy_(0, self.index[mine] - self.shard.start, rows[mine])
+    def own(self, rows: torch.Tensor) -> torch.Tensor:
+        """[m, h] of the m response positions in this rank's shard, from one row [n, h] a response position, wherever
+        they are."""
+        return rows[self._mine.to(rows.device)]
+
+    def spread(self, own: torch.Tensor) -> torch.Tensor:
+        """[s * b / tp, h] of this rank's shard, from what `own` returned; zero at all other positions."""
+        result = own.new_zeros(self.shard.stop - self.shard.start, own.shape[1])
+        return result.index_copy_(0, self.index[self._mine] - self.shard.start, own)
+
+    @property
+    def _mine(self) -> torch.Tensor:
+        return (self.index >= self.shard.start) & (self.index < self.shard.stop)

@@ -37,12 +37,17 @@ class Heads:
     group: ProcessGroup | None  # tensor parallel
     sequence_parallel: bool  # the student's hidden states are this rank's shard [s/tp * b, h] of all positions
 
+    def own_rows(self, micro_batch: MicroBatch, teacher_hidden: torch.Tensor) -> torch.Tensor:
+        """Those of the teacher's hidden states [n, h] that this rank reads: under sequence parallelism its shard's."""
+        positions = self._positions(micro_batch)
+        return teacher_hidden if positions is None else positions.own(teacher_hidden)
+
     def score(self, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, micro_batch: MicroBatch) -> TokenScores:
-        """Statistics of the response tokens [n] from both final hidden states [n, h]; no gradient."""
+        """Statistics of the response tokens [n] from both final hidden states, of the teacher `own_rows`."""
         assert self.student is not None and self.teacher is not None
         positions, targets = self._positions(micro_batch), micro_batch.targets
         if positions is not None:
-            targets, teacher_hidden = positions.scatter(targets, -1), positions.local_rows(teacher_hidden)
+            targets, teacher_hidden = positions.scatter(targets, -1), positions.spread(teacher_hidden)
         scores = linear_token_scores(
             student_hidden.detach(),
             self.student.detach(),
@@ -70,6 +75,7 @@ class Heads:
         """Sum of the response tokens' losses, differentiable in the student's states and head.
 
         Args:
+            teacher_hidden: its `own_rows`.
             token_loss: None: the weighted divergences.
             student_log_prob: [n] of the response tokens, before this update.
         """
@@ -79,7 +85,7 @@ class Heads:
         if positions is not None:
             forward, reverse = positions.scatter(forward, 0), positions.scatter(reverse, 0)
             targets, student_log_prob = positions.scatter(targets, 0), positions.scatter(student_log_prob, 0)
-            teacher_hidden = positions.local_rows(teacher_hidden)
+            teacher_hidden = positions.spread(teacher_hidden)
         models = (student_hidden, self.student, teacher_hidden, self.teacher)
         where = {"vocab_size": self.vocab_size, "scratch_bytes": self.scratch_bytes}
         if token_loss is None:

@@ -61,14 +61,14 @@ def train_step(
     `not_finite`; its result has the ranks' reports.
 
     Args:
-        teacher_hidden: what `Teacher.hidden_states` makes of the micro-batches, where it is known already.
+        teacher_hidden: the teacher's states of the micro-batches, `Heads.own_rows`, where they are known already.
         timer: is told which part of the step runs.
     """
     timer, problems = timer or PhaseTimer(), list[str]()
     with timer.phase("score"):
         if teacher_hidden is None:
             with timer.part("teacher"):
-                teacher_hidden = learner.teacher.hidden_states(micro_batches, learner.parallel)
+                teacher_hidden = learner.teacher.hidden_states(micro_batches, learner.parallel, learner.heads.own_rows)
         with timer.part("student scores"):
             decided, reports = _score_step(learner, micro_batches, teacher_hidden, alpha, step)
     if reports is not None:

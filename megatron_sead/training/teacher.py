@@ -6,7 +6,7 @@ kilobytes a token at hidden size 5120 against two hundred over 100k tokens, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import torch
@@ -17,6 +17,8 @@ from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.pipeline import run_schedule
 
 # Shapes: n response tokens of a micro-batch, h hidden size
+
+KeepRows = Callable[[MicroBatch, torch.Tensor], torch.Tensor]
 
 SLAB_BYTES = 2**30
 ALIGNMENT = 256  # bytes, as torch's own allocators align: which kernel a product takes depends on it
@@ -38,13 +40,19 @@ class Teacher:
         self.head = None if head is None else head.detach()
         self._offloaded = _OffloadedWeights(chunks, head) if offload else None
 
-    def hidden_states(self, micro_batches: list[MicroBatch], parallel: ParallelContext) -> list[torch.Tensor]:
+    def hidden_states(
+        self, micro_batches: list[MicroBatch], parallel: ParallelContext, keep: KeepRows | None = None
+    ) -> list[torch.Tensor]:
         """Final hidden states [n, h] at the response positions, a micro-batch each, in host memory.
 
         Pinned when they come from a GPU. Empty before the last pipeline stage. Collective.
+
+        Args:
+            keep: returns the rows to keep, of a micro-batch and its [n, h]; None: all of them.
         """
 
         def to_host(index: int, hidden: torch.Tensor) -> torch.Tensor:
+            hidden = hidden if keep is None else keep(micro_batches[index], hidden)
             if not hidden.is_cuda:
                 return hidden.detach()
             host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)

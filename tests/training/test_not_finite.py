@@ -44,11 +44,11 @@ def at_steps(steps: list[int], fault: Any) -> Iterator[None]:
 
     whole = loop.train_step
 
-    def faulty(learner: Any, micro_batches: Any, alpha: float, step: int) -> Any:
+    def faulty(learner: Any, micro_batches: Any, alpha: float, step: int, *rest: Any) -> Any:
         if step not in steps:
-            return whole(learner, micro_batches, alpha, step)
+            return whole(learner, micro_batches, alpha, step, *rest)
         with fault(learner):
-            return whole(learner, micro_batches, alpha, step)
+            return whole(learner, micro_batches, alpha, step, *rest)
 
     loop.train_step = faulty
     try:
