@@ -93,7 +93,7 @@ def token_chunks(tokens: torch.Tensor, size: int, sequence_group: ProcessGroup |
         sequence_group: ranks over which the sequence is split, each with `local` tokens; None: each rank has all.
     """
     if sequence_group is None:
-        yield from (Chunk(part, part, None) for part in tokens.split(size))
+        yield from (Chunk(part, part, None) for part in tokens.split(size) if len(part))
         return
     rank, ranks = dist.get_rank(sequence_group), dist.get_world_size(sequence_group)
     left = torch.bincount(tokens.div(local, rounding_mode="floor"), minlength=ranks).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 from tests.gpu.check import CUDA, DEVICE, Report, l2, once, seconds
 
 WINDOW, HEADS, LENGTHS = (4096, 32, (2048, 4161, 8256, 18432)) if CUDA else (24, 2, (20, 61))
+PACKED = (1, 4161, 2, 2048, 2044) if CUDA else (1, 24, 5, 31)  # lengths of sequences in one row
 HEAD_DIM = 128
 BOUND = 1e-2
 COMPARED = 1  # heads that are compared with the dense reference: [s, s] in fp32 is 1.4 GB at 18,432 tokens
@@ -29,6 +31,10 @@ def attention(report: Report) -> None:
                 report.attempt(name, partial(_ours, report, name, context, inputs, window, expected))
             name = f"{case} varlen"
             report.attempt(name, partial(_varlen, report, name, inputs, window, expected))
+    inputs = [torch.randn(sum(PACKED), 1, HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
+    for window in (WINDOW, None):
+        name, expected = f"packed {'window' if window else 'full'}", _dense(inputs, window, PACKED)
+        report.attempt(name, partial(_packed, report, name, inputs, window, expected))
 
 
 def _backends() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
@@ -51,14 +57,7 @@ def _ours(
     window: int | None,
     expected: list[torch.Tensor],
 ) -> None:
-    if not CUDA:
-        from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
-
-        adapt_to_cpu()
-    from megatron_sead.models.attention import TorchCoreAttention
-
-    config: Any = SimpleNamespace(window=lambda _: window, attention_scale=lambda _: HEAD_DIM**-0.5)
-    core = TorchCoreAttention(config, 1)
+    core = _core(window)
     with context():
         try:
             _measure(report, name, lambda q, k, v: core(q, k, v).unflatten(-1, (HEADS, HEAD_DIM)), inputs, expected)
@@ -66,6 +65,35 @@ def _ours(
             if "No available kernel" not in str(error):
                 raise
             report.add(**{name: "this backend has no kernel for it"})
+
+
+def _core(window: int | None) -> torch.nn.Module:
+    if not CUDA:
+        from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
+
+        adapt_to_cpu()
+    from megatron_sead.models.attention import TorchCoreAttention
+
+    config: Any = SimpleNamespace(window=lambda _: window, attention_scale=lambda _: HEAD_DIM**-0.5)
+    return TorchCoreAttention(config, 1)
+
+
+def _packed(
+    report: Report, name: str, inputs: list[torch.Tensor], window: int | None, expected: list[torch.Tensor]
+) -> None:
+    """Several sequences in a row, of which each sees itself alone."""
+    core = _core(window)
+    from megatron_sead.models.packed import PackedSequences
+
+    starts = torch.tensor([0, *itertools.accumulate(PACKED)], dtype=torch.int32, device=DEVICE)
+    positions = torch.cat([torch.arange(length, device=DEVICE) for length in PACKED])
+    sequences = PackedSequences.of(starts, positions, PACKED)
+
+    def packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        context = core(query[:, 0], key[:, 0], value[:, 0], packed_seq_params=sequences)
+        return context.unflatten(-1, (HEADS, HEAD_DIM))[:, None]
+
+    _measure(report, name, packed, inputs, expected)
 
 
 def _varlen(
@@ -123,11 +151,18 @@ def _measure(
     report.expect(name, max(errors) <= BOUND, f"output and gradients within {BOUND} of dense fp32")
 
 
-def _dense(inputs: list[torch.Tensor], window: int | None) -> list[torch.Tensor]:
-    """Output and gradients [s, heads compared, d] in fp32, from the whole score matrix of one head at a time."""
+def _dense(inputs: list[torch.Tensor], window: int | None, lengths: tuple[int, ...] = ()) -> list[torch.Tensor]:
+    """Output and gradients [s, heads compared, d] in fp32, from the whole score matrix of one head at a time.
+
+    Args:
+        lengths: of packed sequences; none: all is one.
+    """
     results: list[list[torch.Tensor]] = []
     position = torch.arange(len(inputs[0]), device=DEVICE)
     hidden = position[:, None] < position
+    if lengths:
+        sequence = torch.cat([torch.full((length,), i, device=DEVICE) for i, length in enumerate(lengths)])
+        hidden |= sequence[:, None] != sequence
     if window:
         hidden |= position[:, None] - position >= window
     for head in range(COMPARED):

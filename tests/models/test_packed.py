@@ -90,6 +90,27 @@ def test_no_token_sees_another_rollout(pools: RankPools, hf_dir: Path) -> None:
         assert all(torch.equal(old[token], new[token]) == (token[0] != 3) for token in old)
 
 
+def angles_are_of_own_positions(hf_dir: Path) -> bool:
+    """On a rank: what Megatron's model asks its rotary embedding for, as it does in `_preprocess`."""
+    from megatron_sead.models.builder import build_model
+    from megatron_sead.models.packed import PackedSequences
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
+
+    parallel = initialize_parallel(Layout().settings(), "cpu", seed=0)
+    (model,) = build_model(hf_dir, parallel, precision="fp32")
+    positions = torch.tensor([0, 1, 2, 0, 1, 0])
+    packed = PackedSequences.of(torch.tensor([0, 3, 5, 6], dtype=torch.int32), positions, (3, 2, 1))
+    asked = model.rotary_pos_emb.get_rotary_seq_len(None, model.decoder, torch.empty(6, 1, 1), model.config, packed)
+    found, plain = model.rotary_pos_emb(asked, packed_seq=True, cp_group=None), model.rotary_pos_emb(3)
+    destroy_parallel(keep_world=True)
+    return torch.equal(found, plain[:, positions])
+
+
+def test_rotary_angles_begin_anew_with_each_sequence(pools: RankPools, hf_dir: Path) -> None:
+    """Scores see differences of positions alone, so that no loss would tell but by rounding."""
+    assert pools.of(1).run(angles_are_of_own_positions, hf_dir) == [True]
+
+
 def packed_core(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Any, window: Any) -> torch.Tensor:
     from megatron_sead.models.attention import TorchCoreAttention
     from megatron_sead.models.packed import PackedSequences

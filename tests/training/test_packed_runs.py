@@ -18,8 +18,9 @@ from tests.training.launching import metrics_of, train_tiny, zones_of
 SETTINGS = ["training.steps=1", "training.lr_warmup_steps=0", "training.global_batch_size=7"]
 ROWS = ["training.micro_batch_size=7"]
 PACKED = ["training.micro_batch_size=1", "training.micro_batch_tokens=70"]
-TP2_PP2 = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]
-VIRTUAL = [*TP2_PP2, "parallel.sequence_parallel=true", "parallel.virtual_pipeline_model_parallel_size=2"]
+TP2 = ["parallel.tensor_model_parallel_size=2"]
+PP2 = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
+ON_FOUR_RANKS = {"quantile zones": [*TP2, *PP2, "parallel.sequence_parallel=true"], "no zones": TP2}
 
 CASES = {
     "quantile zones": [],
@@ -61,8 +62,8 @@ def replay(recorded: Path, *overrides: str) -> list[str]:
 def test_packed_steps_are_those_of_rows(case: str, pools: RankPools, recorded: Path, tmp_path: Path) -> None:
     overrides = CASES[case]
     assert train_tiny(pools, 1, tmp_path / "rows", replay(recorded, *ROWS, *overrides)) == [True]
-    ranks, layout = (4, VIRTUAL) if case == "quantile zones" else (2, [])
-    settings = replay(recorded, *PACKED, *overrides, *layout)
+    layout = ON_FOUR_RANKS.get(case, [])
+    ranks, settings = 4 if layout else 2, replay(recorded, *PACKED, *overrides, *layout)
     assert train_tiny(pools, ranks, tmp_path / "packed", settings) == [True] * ranks
     check_same(tmp_path / "rows", tmp_path / "packed")
 
