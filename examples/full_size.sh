@@ -1,4 +1,4 @@
-# Sourced by the scripts of full-size runs: full_size NAME CONFIG [key=value ...] [--dry-run]: from released models and data to a
+# Sourced by the scripts of full-size runs: full_size NAME CONFIG [key=value ...] [--dry-run|--trace]: from released models and data to a
 # table of benchmarks. A step whose output is there is skipped: the same command goes on where it stopped.
 #
 #   RELEASE      the prompts as they are released: a file, or a hub name
@@ -69,7 +69,7 @@ full_size() {
         mkdir -p "$place"
     fi
     for argument in "$@"; do
-        if [ "$argument" = --dry-run ]; then
+        if [ "$argument" = --dry-run ] || [ "$argument" = --trace ]; then
             launch "$config" "$@"
             return
         fi

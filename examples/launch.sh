@@ -1,4 +1,4 @@
-# Sourced by the run scripts: launch CONFIG [key=value ...] [--dry-run] checks a run, then starts its ranks with torchrun.
+# Sourced by the run scripts: launch CONFIG [key=value ...] [--dry-run|--trace] checks a run, then starts its ranks with torchrun.
 #
 #   NPROC        ranks on this node, one a GPU
 #   NNODES       nodes; run the same script on each of them with
@@ -27,7 +27,7 @@ launch() {
     require_number NPROC 1 && require_number NNODES 1 || return
     NPROC="$((10#$NPROC))" nodes="$((10#$NNODES))"
     for argument in "$@"; do
-        if [ "$argument" = --dry-run ]; then
+        if [ "$argument" = --dry-run ] || [ "$argument" = --trace ]; then
             "$VENV_PYTHON" -m megatron_sead.train --config "$config" --world-size "$((nodes * NPROC))" "$@"
             return
         fi

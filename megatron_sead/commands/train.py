@@ -10,8 +10,10 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,10 +23,13 @@ from megatron_sead.config.checks import OWNER_FILE, check_output, config_warning
 from megatron_sead.config.environment import environment_number
 from megatron_sead.config.run import RunConfig, load_config
 from megatron_sead.config.settings_file import repeated_overrides
-from megatron_sead.errors import UserError, kept
+from megatron_sead.errors import ArgumentError, UserError, kept
 from megatron_sead.files.durable import refused_by_the_disk
 from megatron_sead.launch.ownership import refuse_if_owned
 from megatron_sead.launch.rank_failures import ending_together
+
+if TYPE_CHECKING:
+    from megatron_sead.planning.plan import Plan
 
 app = App()
 log = logging.getLogger("megatron_sead.train")
@@ -40,8 +45,18 @@ def main(
         bool, typer.Option("--check", help="only check settings, layout and files; silent if fine")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check, and print parameters and bytes per rank")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="--dry-run, and a step of single ranks on fake CUDA tensors: no GPU needed")
+    ] = False,
+    trace_ranks: Annotated[
+        str | None, typer.Option(help="ranks to trace, as 0,16; default: the first of the first and last stage")
+    ] = None,
+    trace_rates: Annotated[
+        Path | None, typer.Option(help="YAML file with a machine's rates; default: megatron_sead/tracing/rates.yaml")
+    ] = None,
     world_size: Annotated[
-        int | None, typer.Option(min=1, help="ranks for --check and --dry-run; default: NNODES x NPROC, if set")
+        int | None,
+        typer.Option(min=1, help="ranks for --check, --dry-run and --trace; default: NNODES x NPROC, if set"),
     ] = None,
     nproc_per_node: Annotated[
         int | None, typer.Option(min=1, help="start so many ranks on this machine; default: this process is the rank")
@@ -51,8 +66,11 @@ def main(
     with one_line_errors_on_ranks():
         settings = load_config(config, overrides or [])
         repeated = repeated_overrides(overrides or [])
-        if check or dry_run:
-            _examine(settings, world_size or nproc_per_node or _planned_world_size(settings), show=dry_run)
+        if check or dry_run or trace:
+            ranks = world_size or nproc_per_node or _planned_world_size(settings)
+            chosen = _chosen_ranks(trace_ranks, ranks, settings) if trace else []
+            with_trace = partial(_trace, settings, chosen, trace_rates) if trace else None
+            _examine(settings, ranks, show=dry_run or trace, trace=with_trace)
             for line in repeated:
                 print(f"note: {line}")
         elif nproc_per_node is not None:
@@ -64,8 +82,13 @@ def main(
             _train(settings)
 
 
-def _examine(config: RunConfig, world_size: int, *, show: bool) -> None:
-    """Look at everything, whatever is found on the way; then tell all that is wrong."""
+def _examine(config: RunConfig, world_size: int, *, show: bool, trace: Callable[[Plan], None] | None = None) -> None:
+    """Look at everything, whatever is found on the way; then tell all that is wrong.
+
+    Args:
+        show: print the plan.
+        trace: is called with a plan that holds.
+    """
     from megatron_sead.planning.plan import make_plan, print_plan
     from megatron_sead.planning.preflight import check_inputs
 
@@ -77,6 +100,8 @@ def _examine(config: RunConfig, world_size: int, *, show: bool) -> None:
         else:
             for line in config_warnings(config):
                 print(f"note: {line}")
+        if trace is not None:
+            trace(plan)
     with kept(mistakes):
         for line in check_inputs(config, weights_may_come_later=show):
             print(f"note: {line}")
@@ -85,6 +110,39 @@ def _examine(config: RunConfig, world_size: int, *, show: bool) -> None:
         refuse_if_owned(config.output / OWNER_FILE, f"output={config.output}")
     if mistakes:
         raise UserError("\n".join(dict.fromkeys(mistakes)))
+
+
+def _chosen_ranks(text: str | None, world_size: int, config: RunConfig) -> list[int]:
+    """
+    Raises:
+        UserError: something else than ranks.
+    """
+    if text is None:
+        return sorted({0, world_size - world_size // config.parallel.pipeline_model_parallel_size})
+    parts = [part.strip() for part in text.split(",")]
+    ranks = [int(part) for part in parts if part.isascii() and part.isdigit()]
+    if len(ranks) < len(parts) or max(ranks) >= world_size:
+        raise ArgumentError("trace_ranks", text, f"must be ranks from 0 to {world_size - 1}, as 0,{world_size - 1}")
+    return sorted(set(ranks))
+
+
+def _trace(config: RunConfig, ranks: list[int], rates: Path | None, plan: Plan) -> None:
+    """Two steps of each rank on fake CUDA tensors, and what they tell.
+
+    Raises:
+        RuntimeError: ranks would not meet.
+    """
+    warnings.filterwarnings("ignore")
+    _configure_logging(config.device)
+    logging.getLogger("megatron_sead").setLevel(logging.ERROR)  # of numbers that are made up
+    from megatron_sead.tracing.costs import RATES, load_rates
+    from megatron_sead.tracing.extend import trace_run
+    from megatron_sead.tracing.report import print_trace
+
+    traced = trace_run(config, plan, ranks, load_rates(rates or RATES))
+    print_trace(traced, plan)
+    if traced.disagreements:
+        raise RuntimeError("ranks would not meet: see DISAGREE above")
 
 
 def _planned_world_size(config: RunConfig) -> int:

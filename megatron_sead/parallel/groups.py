@@ -55,15 +55,13 @@ def initialize_parallel(
 
 
 @contextmanager
-def parallel_groups(
-    settings: ParallelSettings, device: str, seed: int, control_backend: str = "gloo"
-) -> Iterator[ParallelContext]:
+def parallel_groups(settings: ParallelSettings, device: str, seed: int) -> Iterator[ParallelContext]:
     """`initialize_parallel`, and at the end `destroy_parallel`, but not after an error.
 
     After an error the peers may be waiting in a collective, and NCCL would wait for them in turn. Whoever catches the
     error ends the process.
     """
-    yield initialize_parallel(settings, device, seed, control_backend)
+    yield initialize_parallel(settings, device, seed)
     destroy_parallel()
 
 

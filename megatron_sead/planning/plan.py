@@ -114,7 +114,7 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
     table = Table("per rank", *(f"stage {i}" for i in range(len(plan.stages))))
     for label, field in ROWS:
         values = [getattr(stage, field) for stage in plan.stages]
-        table.add_row(label, *(f"{v:,}" if "parameters" in label else _gib(v) for v in values))
+        table.add_row(label, *(f"{v:,}" if "parameters" in label else size_of(v) for v in values))
     console.print(table)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
@@ -141,7 +141,8 @@ ROWS = (
 )
 
 
-def _gib(count: int) -> str:
+def size_of(count: float) -> str:
+    """Bytes as a person reads them."""
     if count == 0:
         return "-"
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"

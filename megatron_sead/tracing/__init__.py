@@ -11,5 +11,7 @@ tracing/collectives.py what ranks send each other: checked, recorded, compared
 tracing/costs.py       floating-point operations, bytes, and what they take by `rates.yaml`
 tracing/watch.py       the mode that sees every operation and tells all of these
 tracing/step.py        builds a run's models as a rank, and takes two steps
+tracing/extend.py      few layers and micro-batches, and from them all
+tracing/report.py      what a trace tells
 ====================== ================================================================================================
 """

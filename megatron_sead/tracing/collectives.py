@@ -125,8 +125,8 @@ def _between(first: int, theirs: list[Call], second: int, others: list[Call]) ->
     groups |= {(c.group, c.ranks) for c in others if {first, second} <= set(c.ranks)}
     for label, ranks in sorted(groups):
         a, b = ([c for c in calls if (c.group, c.ranks) == (label, ranks)] for calls in (theirs, others))
-        shared = ([c for c in calls if c.name not in MESSAGES] for calls in (a, b))
-        lines += _first_difference(f"group {label}, ranks {first} and {second}", *shared, Call.same)
+        mine, other = ([c for c in calls if c.name not in MESSAGES] for calls in (a, b))
+        lines += _first_difference(f"group {label}, ranks {first} and {second}", mine, other, Call.same)
         for sender, sends, receiver, receives in ((first, a, second, b), (second, b, first, a)):
             out = [c for c in sends if c.name == "send" and ranks[c.root or 0] == receiver]
             back = [c for c in receives if c.name == "recv_" and ranks[c.root or 0] == sender]

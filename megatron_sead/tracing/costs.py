@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Costs:
         self.rates = rates
         self.flops: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()  # of the GPU's memory
-        self.seconds: Counter[str] = Counter()  # of its kernels and copies; collectives aside
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # of its kernels and copies; collectives aside
 
     def count(
         self, phase: str, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor], result: Any

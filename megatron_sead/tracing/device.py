@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._subclasses import fake_tensor
@@ -210,11 +210,14 @@ def _answer_cuda_names() -> None:
 
 
 def _let_fake_tensors_be_moved() -> None:
+    fake, mode, module, internals = (
+        cast(Any, owner) for owner in (FakeTensor, fake_tensor.FakeTensorMode, torch.nn.Module, fake_tensor)
+    )
     # The mode must not touch the device, whatever is_available() says
-    fake_tensor.FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment,method-assign]
-    fake_tensor.init_gpu_context = _always(None)
+    mode.avoid_device_init = property(lambda self: True)
+    internals.init_gpu_context = _always(None)
     # It keeps its device in Python, which torch's setter of `data` does not know of
-    data = torch.Tensor.data
+    data: Any = torch.Tensor.data
 
     def set_data(self: Any, value: torch.Tensor) -> None:
         data.__set__(self, value)
@@ -224,9 +227,9 @@ def _let_fake_tensors_be_moved() -> None:
         if hasattr(value, "shadow"):
             self.shadow = value.shadow
 
-    FakeTensor.data = property(lambda self: data.__get__(self), set_data)  # type: ignore[assignment,method-assign]
-    FakeTensor.pin_memory = _pinned  # type: ignore[assignment,method-assign]
-    torch.nn.Module._apply = _apply_in_place  # type: ignore[assignment,method-assign]
+    fake.data = property(lambda self: data.__get__(self), set_data)
+    fake.pin_memory = _pinned
+    module._apply = _apply_in_place
     from torch.optim.optimizer import _foreach_supported_types
 
     _foreach_supported_types.append(FakeTensor)  # a fake stands for a plain tensor: optimizers take it in lists

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._pytree import tree_map
 
 SMALL = 2**16  # elements
-SMALL_BY_TOKEN = 2**23, 8  # elements, of tensors with at most so many a token: a whole step's tokens must fit
+NUMBERS_A_TOKEN = 8  # of tensors with a row for each token of a step, which are small however long the step is
 
 aten = torch.ops.aten
 UNWRITTEN = {
@@ -36,11 +36,21 @@ BY_VALUE = {
 }
 
 _generator = torch.Generator()
+_tokens = 0
+
+
+def expect_tokens(count: int) -> None:
+    """A step of all replicas has so many tokens."""
+    global _tokens
+    _tokens = count
 
 
 def is_small(tensor: torch.Tensor) -> bool:
-    elements, (most, width) = tensor.numel(), SMALL_BY_TOKEN
-    return elements <= SMALL or (elements <= most and (tensor.dim() < 2 or tensor.shape[-1] <= width))
+    elements = tensor.numel()
+    if elements <= SMALL:
+        return True
+    width = tensor.shape[-1] if tensor.dim() > 1 else 1
+    return width <= NUMBERS_A_TOKEN and elements <= width * _tokens
 
 
 def shadow_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,7 +59,8 @@ def shadow_of(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     if not hasattr(tensor, "shadow"):
         set_shadow(tensor, unknown(tensor))
-    return tensor.shadow  # type: ignore[no-any-return]
+    shadow: torch.Tensor = vars(tensor)["shadow"]
+    return shadow
 
 
 def set_shadow(tensor: torch.Tensor, values: torch.Tensor) -> None:

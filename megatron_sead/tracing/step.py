@@ -6,13 +6,17 @@ import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_sead.config.run import RunConfig
+from megatron_sead.models.decoder import Decoder
+from megatron_sead.models.huggingface import iterate_huggingface_weights
 from megatron_sead.models.token_ids import stop_token_ids
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch, pack
 from megatron_sead.reporting.timing import PhaseTimer
+from megatron_sead.tracing import shadows
 from megatron_sead.tracing.collectives import Call
 from megatron_sead.tracing.costs import Costs, Rates
 from megatron_sead.tracing.device import install_device
@@ -21,6 +25,8 @@ from megatron_sead.tracing.memory import PhaseMemory
 from megatron_sead.tracing.watch import Copies, Watch
 from megatron_sead.tracing.weights import DeclaredWeights
 from megatron_sead.tracing.world import Told, world_of
+from megatron_sead.training.engines import UPDATE_PROBE
+from megatron_sead.training.parity import student_log_probs
 from megatron_sead.training.setup import build_learner
 from megatron_sead.training.step import Learner, train_step
 
@@ -35,6 +41,11 @@ class Rollouts:
     prompt_tokens: int
     response_tokens: int
 
+    def tokens(self, config: RunConfig, replicas: int) -> int:
+        """Of all replicas, prompts included."""
+        rollouts = self.micro_batches * config.training.micro_batch_size * replicas
+        return rollouts * (self.prompt_tokens + self.response_tokens)
+
 
 @dataclass
 class RankTrace:
@@ -47,6 +58,7 @@ class RankTrace:
     teacher_parameters: int
     memory: dict[str, PhaseMemory] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)  # from the first one on
+    calls_before: int = 0  # the last step, and what follows it
     copies: dict[tuple[str, str, str], Copies] = field(default_factory=dict)
     reads: dict[tuple[str, str], int] = field(default_factory=dict)
     costs: Costs | None = None
@@ -84,25 +96,29 @@ def trace_rank(
         UserError: as a run's start does; no C++ compiler.
         RuntimeError: whatever a rank of a real run would fail with.
     """
-    with traced_learner(config, rank, world_size, rates, told or Told()) as (watch, learner, trace):
+    with traced_learner(config, rank, world_size, rates, told or Told()) as (watch, learner, chunks, trace):
+        shadows.expect_tokens(rollouts.tokens(config, learner.parallel.dp_size))
         with watch.during("rollouts"):
             batches = synthetic_batches(config, learner.parallel, rollouts)
         for step in range(steps):
+            trace.calls_before = len(watch.collectives.calls)
             if step > 0:
                 _forget_earlier_steps(watch)
             with watch.during("step"):
                 trace.metrics = train_step(learner, batches, 0.5, step, timer=TracedParts(watch)).metrics
-        trace.memory, trace.calls = watch.memory.phases, watch.collectives.calls
+        _hand_over(config, chunks, learner, watch, rollouts)
+        trace.memory |= watch.memory.phases
+        trace.calls = watch.collectives.calls
         trace.copies, trace.reads, trace.costs = watch.copies, dict(watch.reads), watch.costs
         trace.unknown = dict(watch.unknown)
-        del learner, batches
+        del learner, chunks, batches
     return trace
 
 
 @contextmanager
 def traced_learner(
     config: RunConfig, rank: int, world_size: int, rates: Rates, told: Told
-) -> Iterator[tuple[Watch, Learner, RankTrace]]:
+) -> Iterator[tuple[Watch, Learner, list[Decoder], RankTrace]]:
     """A run's models as one rank has them, under a watch; when the body ends they are gone."""
     install_device()
     install_kernels()
@@ -110,14 +126,25 @@ def traced_learner(
     watch = Watch(rates)
     with watch.entered(), world_of(config.parallel, rank, world_size, told, watch) as parallel:
         watch.collectives.name_groups(parallel)
-        with watch.during("build"):
+        with watch.during("loading"):
             stops = _stop_tokens(config)
             learner, chunks = build_learner(config, stops, parallel, DeclaredWeights)
         trace = RankTrace(rank, parallel.pp_rank, _count(chunks), _count(learner.teacher.chunks))
-        del chunks
-        yield watch, learner, trace
-        del learner
+        trace.memory["loading"] = watch.memory.phases["loading"]
+        yield watch, learner, chunks, trace
+        del learner, chunks
         gc.collect()  # modules and their optimizer refer to each other
+
+
+def _hand_over(config: RunConfig, chunks: list[Decoder], learner: Learner, watch: Watch, rollouts: Rollouts) -> None:
+    """What follows a step: the engine gets the weights, and both are compared on a text."""
+    with watch.during("weights to the engine"):
+        for _ in iterate_huggingface_weights(chunks, learner.parallel):
+            pass
+    multiple = learner.parallel.tp_size if config.parallel.sequence_parallel else 1
+    seen: Any = SimpleNamespace(config=config, parallel=learner.parallel, learner=learner, length_multiple=multiple)
+    with watch.during("parity check"):
+        student_log_probs(seen, [TOKEN] * min(UPDATE_PROBE, rollouts.prompt_tokens + rollouts.response_tokens))
 
 
 def synthetic_batches(config: RunConfig, parallel: ParallelContext, rollouts: Rollouts) -> list[MicroBatch]:
@@ -154,9 +181,3 @@ def _stop_tokens(config: RunConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _count(chunks: list[Any]) -> int:
     return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-
-
-def peak(memory: dict[str, PhaseMemory], place: str) -> tuple[str, int]:
-    """The phase of the highest peak, and its bytes."""
-    name = max(memory, key=lambda phase: memory[phase].peak[place])
-    return name, memory[name].peak[place]

@@ -157,12 +157,37 @@ def sabotage(folder: Path, name: str) -> dict[str, Any]:
     return {"error": None, "disagreements": disagreements(calls)}
 
 
+# --- Few layers and micro-batches, extended ---------------------------------------------------------------------------
+
+
+def extension(folder: Path, name: str) -> dict[str, Any]:
+    """Of 4 layers and 4 micro-batches: all numbers as they follow from fewer, and as they are."""
+    from megatron_sead.planning.plan import make_plan
+    from megatron_sead.tracing import extend
+    from megatron_sead.tracing.costs import load_rates
+
+    small = ["rollouts.max_new_tokens=48", "prompts.max_prompt_tokens=16", "training.global_batch_size=4"]
+    config = run_of(folder / "extension", TP2, SP, *small, layer_types=["full_attention"])
+    plan, rates = make_plan(config, 2), load_rates()
+    (extended,) = extend.trace_run(config, plan, [0], rates).ranks
+    with (
+        mock.patch.object(extend, "few_parts", return_value=[4]),
+        mock.patch.object(extend, "few_micro_batches", return_value=[4]),
+    ):
+        (whole,) = extend.trace_run(config, plan, [0], rates).ranks
+    kinds = ("parameters", "peak", "flops", "calls", "sent", "copies", "copied", "reads")
+    return {
+        kind: [[str(key), value, whole.of(kind).get(key, 0)] for key, value in extended.of(kind).items()]
+        for kind in kinds
+    }
+
+
 def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     from megatron_sead.tracing import shadows
 
     shadows.SMALL = 2**10  # small models' activations are to be as unknown as large ones'
-    for kind, cases in ((trace, MATRIX), (sabotage, SABOTAGES)):
+    for kind, cases in ((trace, MATRIX), (sabotage, SABOTAGES), (extension, ["extension"])):
         for name in cases:
             try:
                 result = kind(folder, name)

@@ -75,3 +75,12 @@ def test_a_collective_that_one_rank_leaves_out_is_told(results: dict[str, dict[s
     assert results["none"] == {"case": "none", "error": None, "disagreements": []}
     (line,) = results["a collective left out"]["disagreements"]
     assert "group tp, ranks 0 and 1" in line and "models/olmo3/norms.py" in line
+
+
+def test_numbers_of_all_layers_and_micro_batches_follow_from_a_few(results: dict[str, dict[str, Any]]) -> None:
+    result = results["extension"]
+    assert "failed" not in result, result["failed"]
+    for kind, bound in (("parameters", 0), ("calls", 0), ("sent", 0), ("copies", 0), ("flops", 0.01), ("peak", 0.01)):
+        for key, extended, whole in result[kind]:
+            assert extended == pytest.approx(whole, rel=bound, abs=2**10 if bound else 0), (kind, key)
+    assert len(result["peak"]) > 5
