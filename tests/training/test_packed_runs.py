@@ -32,7 +32,10 @@ CASES = {
     "half of each rollout": ["policy.name=tip_entropy"],
     "half of the step": ["policy.name=tip_soft_or"],
     "sampled tokens, by their importance": ["policy.name=opd_sampled", "training.importance_cap=2"],
-    "a function of one's own": ["policy.name=tests.training.own_policy:gentle"],
+    "a function of one's own, a micro-batch at a time": [
+        "policy.name=tests.training.own_policy:of_some",
+        "zones.thresholds=absolute",
+    ],
     "the teacher sees another prompt": ["teacher.prompt_field=answer"],
 }
 
