@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
         ("benchmark_loss", ".png", []),
         ("benchmark_step", ".md", []),
         ("benchmark_rollouts", ".json", []),
+        ("benchmark_packed", ".json", []),
         ("benchmark_conversion", ".json", ["--workdir", "."]),
         ("profile_step", "", ["--config", ROOT / "examples/configs/sead_tiny.yaml"]),
     ],
