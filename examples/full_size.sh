@@ -25,7 +25,7 @@ small_settings() { # PLACE: what a full-size run is at the size of the tiny pair
         student.path=examples/tiny/student teacher.path=examples/tiny/teacher \
         prompts.path="$1/prompts.jsonl" prompts.max_prompt_tokens=64 prompts.instruction= \
         parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=1 \
-        training.steps=4 training.global_batch_size=16 training.micro_batch_size=8 training.lr=1e-3 training.lr_warmup_steps=0 \
+        training.steps=4 training.global_batch_size=16 training.micro_batch_tokens=208 training.lr=1e-3 training.lr_warmup_steps=0 \
         training.recompute_granularity=null checkpoints.interval=2 \
         rollouts.max_new_tokens=40 rollouts.tensor_parallel_size=2 rollouts.enforce_eager=true \
         rollouts.kv_cache_memory_bytes=67108864

@@ -72,7 +72,7 @@ def test_olmo_vocabulary_is_padded_to_a_size_that_every_power_of_two_divides() -
 
 def test_a_plan_counts_packed_micro_batches_by_the_longest_rollouts() -> None:
     """18,432 tokens each: 96 rollouts on four data-parallel ranks."""
-    assert make_plan(plan_7b("training.micro_batch_size=1"), 32).micro_batches == 24
+    assert make_plan(plan_7b("training.micro_batch_tokens=null"), 32).micro_batches == 24
     for budget, expected in ((18432, 24), (36863, 24), (36864, 12)):
         assert make_plan(plan_7b(f"training.micro_batch_tokens={budget}"), 32).micro_batches == expected
     one, two = (make_plan(plan_7b(f"training.micro_batch_tokens={n}"), 32).stages[0] for n in (18432, 36864))
@@ -129,7 +129,7 @@ def test_recompute_keeps_less() -> None:
         ),
         (["rollouts.max_new_tokens=65536"], 32, ["rollouts.max_new_tokens=65536", "65536"]),
         ([], 20, ["20 ranks"]),
-        ([], 40, ["global_batch_size=96", "multiple of 5"]),
+        (["training.micro_batch_tokens=null"], 40, ["global_batch_size=96", "multiple of 5"]),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(overrides: list[str], world_size: int, parts: list[str]) -> None:
@@ -142,6 +142,7 @@ def test_a_plan_tells_all_that_does_not_fit(tmp_path: Path) -> None:
     config = plan_7b("parallel.tensor_model_parallel_size=3", "parallel.pipeline_model_parallel_size=3")
     config.teacher.path = tmp_path / "missing"
     config.rollouts.max_new_tokens = 10**6
+    config.training.micro_batch_tokens = None
     with pytest.raises(UserError) as caught:
         make_plan(config, 32)
     assert [line.partition("=")[0].partition(": ")[0] for line in str(caught.value).splitlines()] == [
