@@ -50,6 +50,7 @@ class RotaryAttention(SelfAttention):
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         angles = self.angles(rotary_pos_emb)
         query, key = rotate(query, angles), rotate(key, angles)
+        tokens = query.shape[:2]
         if packed_seq_params is not None:  # cores take packed sequences without a batch, as Megatron's do
             query, key, value = (x.squeeze(1) for x in (query, key, value))
         if self.checkpoint_core_attention and self.training:
@@ -71,9 +72,8 @@ class RotaryAttention(SelfAttention):
                 attention_bias=None,
                 packed_seq_params=packed_seq_params,
             )
-        if packed_seq_params is not None:
-            context = context.reshape(len(context), 1, -1)
-        return self.linear_proj(context)
+        # As a matrix, and back: with a batch of one the strides may be such that torch multiplies token by token
+        return self.linear_proj(context.reshape(tokens.numel(), -1).unflatten(0, tokens))
 
     def get_query_key_value_tensors(
         self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any

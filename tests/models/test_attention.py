@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,3 +88,35 @@ def forward_only_leaves_no_graph(hf_dir: Path) -> bool:
 def test_a_forward_only_pass_keeps_no_activations(ranks: RankPool, hf_dir: Path) -> None:
     """Megatron turns gradients on around its residual add; with our norm in it, every layer would be kept."""
     assert all(ranks.run(forward_only_leaves_no_graph, hf_dir))
+
+
+def products_of_a_frozen_pass(hf_dir: Path) -> set[str]:
+    """Kinds of matrix products, where the core's output lies in memory batch first, as FlashAttention's does."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron_sead.models.attention import TorchCoreAttention
+    from megatron_sead.models.builder import build_model
+    from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
+    from tests.models.parity import Layout
+
+    kinds: set[str] = set()
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kinds.update({func.overloadpacket.__name__} & {"mm", "bmm", "addmm"})
+            return func(*args, **(kwargs or {}))
+
+    rows = TorchCoreAttention._rows
+    parallel = initialize_parallel(Layout().settings(), "cpu", seed=0)
+    model = build_model(hf_dir, parallel, precision="fp32")[0].requires_grad_(False).eval()
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), Listening():
+        patch.setattr(TorchCoreAttention, "_rows", lambda *args: torch.stack([*rows(*args).unbind(1)]).transpose(0, 1))
+        model(tokens, torch.arange(8)[None], attention_mask=None)
+    destroy_parallel(keep_world=True)
+    return kinds
+
+
+def test_a_frozen_model_multiplies_whole_matrices(ranks: RankPool, hf_dir: Path) -> None:
+    """torch would take a batch of one row by row, each row a product of its own."""
+    assert ranks.run(products_of_a_frozen_pass, hf_dir) == [{"mm"}] * 4
