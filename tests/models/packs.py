@@ -135,7 +135,8 @@ def _loss(
         batch = micro_batches[index]
         forward, reverse = weights[:, batch.rollout_index * LONGEST + batch.position]
         known = torch.zeros_like(forward)
-        summed = heads.loss(hidden, teacher_hidden[index], TokenWeights(forward, reverse), batch, None, known)
+        states = heads.own_rows(batch, teacher_hidden[index])
+        summed = heads.loss(hidden, states, TokenWeights(forward, reverse), batch, None, known)
         if not sharded:
             keep(index, hidden)
         step.loss += summed.item()
