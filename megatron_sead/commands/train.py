@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_sead.commands.cli import App, one_line_errors_on_ranks
+from megatron_sead.commands.machine import GPU_MEMORY, HOST_MEMORY, machine_of
 from megatron_sead.commands.ranks import start_ranks
 from megatron_sead.config.checks import OWNER_FILE, check_output, config_warnings
 from megatron_sead.config.environment import environment_number
@@ -29,6 +30,7 @@ from megatron_sead.launch.ownership import refuse_if_owned
 from megatron_sead.launch.rank_failures import ending_together
 
 if TYPE_CHECKING:
+    from megatron_sead.planning.fit import Machine
     from megatron_sead.planning.plan import Plan
 
 app = App()
@@ -58,6 +60,8 @@ def main(
         int | None,
         typer.Option(min=1, help="ranks for --check, --dry-run and --trace; default: NNODES x NPROC, if set"),
     ] = None,
+    gpu_memory: Annotated[float, GPU_MEMORY] = 80.0,
+    host_memory: Annotated[float, HOST_MEMORY] = 2000.0,
     nproc_per_node: Annotated[
         int | None, typer.Option(min=1, help="start so many ranks on this machine; default: this process is the rank")
     ] = None,
@@ -70,7 +74,8 @@ def main(
             ranks = world_size or nproc_per_node or _planned_world_size(settings)
             chosen = _chosen_ranks(trace_ranks, ranks, settings) if trace else []
             with_trace = partial(_trace, settings, chosen, trace_rates) if trace else None
-            _examine(settings, ranks, show=dry_run or trace, trace=with_trace)
+            machine = machine_of(gpu_memory, host_memory)
+            _examine(settings, ranks, machine, show=dry_run or trace, trace=with_trace)
             for line in repeated:
                 print(f"note: {line}")
         elif nproc_per_node is not None:
@@ -82,19 +87,27 @@ def main(
             _train(settings)
 
 
-def _examine(config: RunConfig, world_size: int, *, show: bool, trace: Callable[[Plan], None] | None = None) -> None:
+def _examine(
+    config: RunConfig,
+    world_size: int,
+    machine: Machine,
+    *,
+    show: bool,
+    trace: Callable[[Plan], None] | None = None,
+) -> None:
     """Look at everything, whatever is found on the way; then tell all that is wrong.
 
     Args:
-        show: print the plan.
+        show: print the plan, and refuse one that the machine does not hold.
         trace: is called with a plan that holds.
     """
+    from megatron_sead.planning.fit import require_fit
     from megatron_sead.planning.plan import make_plan, print_plan
     from megatron_sead.planning.preflight import check_inputs
 
     mistakes: list[str] = []
     with kept(mistakes):
-        plan = make_plan(config, world_size)
+        plan = make_plan(config, world_size, machine.gpu_bytes)
         if show:
             print_plan(plan, config)
         else:
@@ -102,6 +115,8 @@ def _examine(config: RunConfig, world_size: int, *, show: bool, trace: Callable[
                 print(f"note: {line}")
         if trace is not None:
             trace(plan)
+        if show:
+            require_fit(config, plan, machine)
     with kept(mistakes):
         for line in check_inputs(config, weights_may_come_later=show):
             print(f"note: {line}")

@@ -74,7 +74,7 @@ def trace_run(config: RunConfig, plan: Plan, ranks: list[int], rates: Rates) -> 
             smaller = with_layers(config, plan, part, Path(folder, str(part)))
             layers.append(plan.student.layers * part // parts_in_all(config, plan))
             for count in batches:
-                traces = _trace_ranks(smaller, plan, ranks, rates, count)
+                traces = trace_ranks(smaller, plan, ranks, rates, count)
                 samples[part, count] = {rank: summarize(trace) for rank, trace in traces.items()}
                 found += disagreements({rank: trace.calls for rank, trace in traces.items()})
                 shared = max(shared, _shared(traces))
@@ -152,7 +152,7 @@ def summarize(trace: RankTrace) -> Summary:
     return Summary(trace.rank, trace.stage, dict(numbers))
 
 
-def _trace_ranks(config: RunConfig, plan: Plan, ranks: list[int], rates: Rates, count: int) -> dict[int, RankTrace]:
+def trace_ranks(config: RunConfig, plan: Plan, ranks: list[int], rates: Rates, count: int) -> dict[int, RankTrace]:
     """The last stage's first rank goes first: it tells the others what it has found."""
     world, stages = plan.world_size, config.parallel.pipeline_model_parallel_size
     first_of_last = world - world // stages

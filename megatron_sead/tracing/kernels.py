@@ -13,6 +13,7 @@ from torch.nn import functional
 from megatron_sead.tracing.shadows import set_shadow
 
 FUSED = (torch.bfloat16, torch.float16)  # what FlashAttention takes
+ON_CUDA_ALONE = {"aten::_fused_rms_norm"}  # operators with a kernel there, and a formula elsewhere
 MASK_GRAIN = 16  # elements, to which ATen aligns the rows of an attention bias
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
@@ -73,14 +74,15 @@ class NoLaunch:
 
 def _keep_whole_operators() -> None:
     """Operators with a kernel on the CPU and a formula for other devices have one on CUDA too, which is not in this
-    build: the formula would run, with temporaries that no GPU makes."""
+    build, and so have a few others: the formula would run, with temporaries that no GPU makes."""
 
     def not_called(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a fake CUDA kernel was called")
 
     for name in torch._C._dispatch_get_all_op_names():
         formula = has_kernel(name, "CompositeImplicitAutograd")
-        if name.startswith("aten::") and formula and has_kernel(name, "CPU") and not has_kernel(name, "CUDA"):
+        whole = has_kernel(name, "CPU") or name in ON_CUDA_ALONE
+        if name.startswith("aten::") and formula and whole and not has_kernel(name, "CUDA"):
             _kernels.impl(name.removeprefix("aten::"), not_called, "CUDA")
 
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from megatron_sead.config.micro_batches import count_multiple
 from megatron_sead.config.run import RunConfig
 from megatron_sead.models.decoder import Decoder
 from megatron_sead.models.huggingface import iterate_huggingface_weights
 from megatron_sead.models.token_ids import stop_token_ids
 from megatron_sead.parallel.context import ParallelContext
+from megatron_sead.planning.plan import together
 from megatron_sead.prompts.packing import MicroBatch, pack
 from megatron_sead.reporting.timing import PhaseTimer
 from megatron_sead.tracing import shadows
@@ -41,10 +43,13 @@ class Rollouts:
     prompt_tokens: int
     response_tokens: int
 
+    def of_a_rank(self, config: RunConfig) -> int:
+        """How many a data-parallel rank has."""
+        return self.micro_batches * together(config, self.prompt_tokens + self.response_tokens)
+
     def tokens(self, config: RunConfig, replicas: int) -> int:
         """Of all replicas, prompts included."""
-        rollouts = self.micro_batches * config.training.micro_batch_size * replicas
-        return rollouts * (self.prompt_tokens + self.response_tokens)
+        return replicas * self.of_a_rank(config) * (self.prompt_tokens + self.response_tokens)
 
 
 @dataclass
@@ -149,7 +154,7 @@ def _hand_over(config: RunConfig, chunks: list[Decoder], learner: Learner, watch
 
 def synthetic_batches(config: RunConfig, parallel: ParallelContext, rollouts: Rollouts) -> list[MicroBatch]:
     """A step's rollouts, as a run packs them."""
-    count = rollouts.micro_batches * config.training.micro_batch_size * parallel.dp_size
+    count = rollouts.of_a_rank(config) * parallel.dp_size
     prompt = (TOKEN,) * rollouts.prompt_tokens
     return pack(
         [prompt] * count,
@@ -163,6 +168,8 @@ def synthetic_batches(config: RunConfig, parallel: ParallelContext, rollouts: Ro
         pad_token_id=0,
         device=parallel.device,
         log_probs=[(-1.0,) * rollouts.response_tokens] * count,
+        micro_batch_tokens=config.training.micro_batch_tokens,
+        count_multiple=count_multiple(config.parallel),
     )
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sead.config.run import ModelSettings, ParallelSettings
 from megatron_sead.errors import UserError
-from megatron_sead.planning.plan import read_shape
+from megatron_sead.planning.shapes import read_shape
 from tests.checkpoints.test_conversion import bits_differ, convert, convert_on_one_rank, export, wrong_weights
 from tests.checkpoints.test_resume import last_stage
 from tests.checkpoints.training import train

@@ -13,7 +13,7 @@ from megatron_sead.errors import UserError
 from megatron_sead.models.family import config_fields, read_config_fields, read_hf_config
 from megatron_sead.models.hf_config import HARMLESS, READ
 from megatron_sead.models.olmo3.hf_config import READ_OF_OLMO3, YarnScaling
-from megatron_sead.planning.plan import read_shape
+from megatron_sead.planning.shapes import read_shape
 
 ROOT = Path(__file__).parents[2]
 RELEASED: dict[str, Any] = json.loads((ROOT / "examples/shapes/olmo3-7b/config.json").read_text())

@@ -182,12 +182,53 @@ def extension(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
+# --- The plan ---------------------------------------------------------------------------------------------------------
+
+WIDE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 8000,
+    "sliding_window": 512,
+}
+PLANS: dict[str, tuple[int, int, list[str]]] = {
+    "planned: no recompute": (1, 0, [NONE]),
+    "planned: full recompute, micro-batches of 2": (1, 0, [FULL, "training.micro_batch_size=2"]),
+    "planned: tp2, sequence parallel": (2, 0, [TP2, SP, FULL]),
+    "planned: tp2, selective recompute, teacher kept": (2, 0, [TP2, SELECTIVE, "teacher.offload=false"]),
+    "planned: pp2, last stage": (2, 1, [PP2, FULL]),
+    "planned: packed": (1, 0, [FULL, "training.micro_batch_tokens=4096"]),
+}
+
+
+def planned(folder: Path, name: str) -> dict[str, Any]:
+    """By phase: bytes that are planned for two layers, and those of a traced step."""
+    from megatron_sead.planning.plan import make_plan
+    from megatron_sead.tracing.costs import load_rates
+    from megatron_sead.tracing.step import Rollouts, trace_rank
+    from megatron_sead.tracing.world import Told
+
+    world, rank, overrides = PLANS[name]
+    small = ["rollouts.max_new_tokens=1792", "prompts.max_prompt_tokens=256", "training.scratch_bytes=67108864"]
+    config = run_of(folder / "wide", *small, "training.global_batch_size=4", *overrides, layers=2, **WIDE)
+    plan = make_plan(config, world)
+    traced = trace_rank(config, rank, world, Rollouts(2, 256, 1792), load_rates(), Told())
+    phases = plan.stages[traced.stage].phases
+    return {
+        "planned": {
+            phase: [size, traced.memory[phase].peak["device"]] for phase, size in phases.items() if phase != "rollouts"
+        }
+    }
+
+
 def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     from megatron_sead.tracing import shadows
 
     shadows.SMALL = 2**10  # small models' activations are to be as unknown as large ones'
-    for kind, cases in ((trace, MATRIX), (sabotage, SABOTAGES), (extension, ["extension"])):
+    for kind, cases in ((trace, MATRIX), (sabotage, SABOTAGES), (extension, ["extension"]), (planned, PLANS)):
         for name in cases:
             try:
                 result = kind(folder, name)

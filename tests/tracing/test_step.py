@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_sead.tracing.device import compiler
-from tests.tracing.cases import MATRIX, ROOT_ENVIRONMENT, SABOTAGES
+from tests.tracing.cases import MATRIX, PLANS, ROOT_ENVIRONMENT, SABOTAGES
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="a fake CUDA device needs a C++ compiler")
 
@@ -84,3 +84,10 @@ def test_numbers_of_all_layers_and_micro_batches_follow_from_a_few(results: dict
         for key, extended, whole in result[kind]:
             assert extended == pytest.approx(whole, rel=bound, abs=2**10 if bound else 0), (kind, key)
     assert len(result["peak"]) > 5
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_plan_is_what_a_step_has(case: str, results: dict[str, dict[str, Any]]) -> None:
+    assert "failed" not in results[case], results[case]["failed"]
+    for phase, (planned, traced) in results[case]["planned"].items():
+        assert planned == pytest.approx(traced, rel=0.02), phase
