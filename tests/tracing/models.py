@@ -37,4 +37,5 @@ def run_of(folder: Path, *overrides: str, layers: int = 4, **changes: Any) -> Ru
     teacher = write_shape(folder / f"teacher-{layers}", layers, **(changes | {"hidden_size": 96}))
     settings = [f"student.path={student}", f"teacher.path={teacher}", "parallel.tensor_model_parallel_size=1"]
     settings += ["parallel.sequence_parallel=false", "training.scratch_bytes=1048576"]
+    settings += ["training.micro_batch_tokens=null"]
     return load_config(ROOT / "examples" / "configs" / "sead_7b.yaml", [*settings, *overrides])

@@ -55,7 +55,7 @@ def test_micro_batches_fill_the_pipeline() -> None:
     assert few_micro_batches(*planned("7b")) == [2, 3]
     assert few_micro_batches(*planned("32b", PP4)) == [4, 5]
     assert few_micro_batches(*planned("32b", "parallel.virtual_pipeline_model_parallel_size=2")) == [2, 4]
-    assert few_micro_batches(*planned("7b", "training.micro_batch_size=12")) == [2]
+    assert few_micro_batches(*planned("7b", "training.micro_batch_tokens=221184")) == [2]
 
 
 def test_ranks_of_the_first_and_the_last_stage_are_traced_unless_told() -> None:
