@@ -80,7 +80,7 @@ def trace_run(config: RunConfig, plan: Plan, ranks: list[int], rates: Rates) -> 
                 shared = max(shared, _shared(traces))
     whole = parts_in_all(config, plan), plan.micro_batches
     summaries = [
-        Summary(rank, samples[parts[0], batches[0]][rank].stage, _extended(samples, rank, parts, batches, whole))
+        Summary(rank, samples[parts[0], batches[0]][rank].stage, extended(samples, rank, parts, batches, whole))
         for rank in ranks
     ]
     return Traced(summaries, list(dict.fromkeys(found)), shared, layers, batches)
@@ -167,7 +167,7 @@ def _shared(traces: dict[int, RankTrace]) -> int:
     return sum(len(ranks & set(call.ranks)) > 1 for call in next(iter(traces.values())).calls)
 
 
-def _extended(
+def extended(
     samples: dict[tuple[int, int], dict[int, Summary]],
     rank: int,
     parts: list[int],

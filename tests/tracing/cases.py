@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,7 +36,9 @@ MATRIX: dict[str, tuple[int, list[int], list[str]]] = {
     "sampled token": (2, [0, 1], [TP2, SP, "policy.name=opd_sampled"]),
 }
 ROOT_ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-STEPS = {"tp2, sequence parallel": 2, "tp2, pp2, dp2": 2}  # of the others one
+STEPS = {"tp2, sequence parallel": 2}  # of the others one
+DEEP = {"one rank, no recompute", "pp2, virtual 2", "tp2, pp2, dp2"}  # four layers; the others have two
+KINDS = ["sliding_attention", "full_attention"]
 
 
 def trace(folder: Path, name: str) -> dict[str, Any]:
@@ -45,7 +49,8 @@ def trace(folder: Path, name: str) -> dict[str, Any]:
     from megatron_sead.tracing.world import Told
 
     world, ranks, overrides = MATRIX[name]
-    config, told, traces = run_of(folder, *overrides), Told(), {}
+    layers = 4 if name in DEEP else 2
+    config, told, traces = run_of(folder, *overrides, layers=layers, layer_types=KINDS), Told(), {}
     for rank in ranks:
         traces[rank] = trace_rank(config, rank, world, Rollouts(2, 16, 48), load_rates(), told, STEPS.get(name, 1))
     plan = make_plan(config, world)
@@ -115,7 +120,7 @@ def teacher_left_on_host() -> AbstractContextManager[Any]:
 
 @contextmanager
 def left_out(rank: int) -> Iterator[None]:
-    """One rank skips the sum of the loss's gradients once."""
+    """One rank leaves out one sum of squares of its queries and keys."""
     import torch.distributed as dist
 
     from megatron_sead.models.olmo3 import norms
@@ -161,20 +166,18 @@ def sabotage(folder: Path, name: str) -> dict[str, Any]:
 
 
 def extension(folder: Path, name: str) -> dict[str, Any]:
-    """Of 4 layers and 4 micro-batches: all numbers as they follow from fewer, and as they are."""
+    """Of 3 layers: all numbers as they follow from fewer, and as they are. Of first steps, which are enough here."""
     from megatron_sead.planning.plan import make_plan
     from megatron_sead.tracing import extend
     from megatron_sead.tracing.costs import load_rates
 
-    small = ["rollouts.max_new_tokens=48", "prompts.max_prompt_tokens=16", "training.global_batch_size=4"]
-    config = run_of(folder / "extension", TP2, SP, *small, layer_types=["full_attention"])
+    small = ["rollouts.max_new_tokens=48", "prompts.max_prompt_tokens=16", "training.global_batch_size=2"]
+    config = run_of(folder / "extension", TP2, SP, *small, layers=3, layer_types=KINDS[1:])
     plan, rates = make_plan(config, 2), load_rates()
-    (extended,) = extend.trace_run(config, plan, [0], rates).ranks
-    with (
-        mock.patch.object(extend, "few_parts", return_value=[4]),
-        mock.patch.object(extend, "few_micro_batches", return_value=[4]),
-    ):
-        (whole,) = extend.trace_run(config, plan, [0], rates).ranks
+    with mock.patch.object(extend, "trace_rank", partial(extend.trace_rank, steps=1)):
+        (extended,) = extend.trace_run(config, plan, [0], rates).ranks
+        with mock.patch.object(extend, "few_parts", return_value=[3]):
+            (whole,) = extend.trace_run(config, plan, [0], rates).ranks
     kinds = ("parameters", "peak", "flops", "calls", "sent", "copies", "copied", "reads")
     return {
         kind: [[str(key), value, whole.of(kind).get(key, 0)] for key, value in extended.of(kind).items()]
@@ -195,9 +198,7 @@ WIDE = {
 }
 PLANS: dict[str, tuple[int, int, list[str]]] = {
     "planned: no recompute": (1, 0, [NONE]),
-    "planned: full recompute, micro-batches of 2": (1, 0, [FULL, "training.micro_batch_size=2"]),
     "planned: tp2, sequence parallel": (2, 0, [TP2, SP, FULL]),
-    "planned: tp2, selective recompute, teacher kept": (2, 0, [TP2, SELECTIVE, "teacher.offload=false"]),
     "planned: pp2, last stage": (2, 1, [PP2, FULL]),
     "planned: packed": (1, 0, [FULL, "training.micro_batch_tokens=4096"]),
 }
@@ -230,11 +231,12 @@ def main(folder: Path) -> None:
     shadows.SMALL = 2**10  # small models' activations are to be as unknown as large ones'
     for kind, cases in ((trace, MATRIX), (sabotage, SABOTAGES), (extension, ["extension"]), (planned, PLANS)):
         for name in cases:
+            started = time.process_time()
             try:
                 result = kind(folder, name)
             except Exception as error:
                 result = {"failed": f"{type(error).__name__}: {error}"}
-            print(json.dumps({"case": name, **result}), flush=True)
+            print(json.dumps({"case": name, "seconds": time.process_time() - started, **result}), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from megatron_sead.commands.train import _chosen_ranks
 from megatron_sead.config.run import RunConfig, load_config
 from megatron_sead.errors import UserError
 from megatron_sead.planning.plan import Plan, make_plan
-from megatron_sead.tracing.extend import few_micro_batches, few_parts, parts_in_all, with_layers
+from megatron_sead.tracing.extend import Summary, extended, few_micro_batches, few_parts, parts_in_all, with_layers
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "examples" / "shapes"
@@ -56,6 +56,15 @@ def test_micro_batches_fill_the_pipeline() -> None:
     assert few_micro_batches(*planned("32b", PP4)) == [4, 5]
     assert few_micro_batches(*planned("32b", "parallel.virtual_pipeline_model_parallel_size=2")) == [2, 4]
     assert few_micro_batches(*planned("7b", "training.micro_batch_tokens=221184")) == [2]
+
+
+def test_numbers_grow_with_layers_and_micro_batches_and_with_both() -> None:
+    def number(part: int, count: int) -> dict[int, Summary]:
+        return {0: Summary(0, 0, {("flops", "teacher"): 5 + 7 * part + 11 * count + 13 * part * count})}
+
+    samples = {(part, count): number(part, count) for part in (1, 2) for count in (2, 3)}
+    assert extended(samples, 0, [1, 2], [2, 3], (8, 24)) == number(8, 24)[0].numbers
+    assert extended(samples, 0, [2], [3], (2, 3)) == number(2, 3)[0].numbers
 
 
 def test_ranks_of_the_first_and_the_last_stage_are_traced_unless_told() -> None:

@@ -72,12 +72,12 @@ def test_a_fault_raises(name: str, part: str, results: dict[str, dict[str, Any]]
 
 
 def test_a_collective_that_one_rank_leaves_out_is_told(results: dict[str, dict[str, Any]]) -> None:
-    assert results["none"] == {"case": "none", "error": None, "disagreements": []}
+    assert (results["none"]["error"], results["none"]["disagreements"]) == (None, [])
     (line,) = results["a collective left out"]["disagreements"]
     assert "group tp, ranks 0 and 1" in line and "models/olmo3/norms.py" in line
 
 
-def test_numbers_of_all_layers_and_micro_batches_follow_from_a_few(results: dict[str, dict[str, Any]]) -> None:
+def test_numbers_of_all_layers_follow_from_a_few(results: dict[str, dict[str, Any]]) -> None:
     result = results["extension"]
     assert "failed" not in result, result["failed"]
     for kind, bound in (("parameters", 0), ("calls", 0), ("sent", 0), ("copies", 0), ("flops", 0.01), ("peak", 0.01)):
