@@ -48,6 +48,7 @@ INSTANT = (
     "models.weight_tables",
     *sorted({f"models.{folder}.family" for folder in FOLDERS}),
     "models.layout",
+    "models.slabs",
     "models.weight_files",
     "prompts.rows",
     "prompts.token_tables",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from megatron_sead.config.rollouts import TransformersRollouts, VllmRollouts
 from megatron_sead.config.run import RunConfig
+from megatron_sead.models.slabs import aligned, slabs
 from megatron_sead.planning.shapes import ModelShape
 
 # Shapes: t tokens of a micro-batch; u of them that a rank's norms see, t/tp with sequence parallelism; h hidden size;
@@ -138,7 +139,7 @@ def stage_bytes(load: Load, student: ModelShape, teacher: ModelShape, gpu_bytes:
         engine=added["rollouts"],
         phases={phase: resident + size for phase, size in added.items()},
         teacher_weights_host=_pinned_weights(load, teacher) if config.teacher.offload else 0,
-        teacher_hidden_host=_pinned(load.responses * teacher.hidden * width) * load.micro_batches * load.is_last,
+        teacher_hidden_host=_pinned(_own_rows(load) * teacher.hidden * width) * load.micro_batches * load.is_last,
         saving_host=count * FP32 * (3 if width == 2 else 2),
     )
 
@@ -286,6 +287,11 @@ def _engine(config: RunConfig, student: ModelShape, gpu_bytes: int) -> int:
     return 0
 
 
+def _own_rows(load: Load) -> int:
+    """Response positions of a micro-batch whose states a rank keeps, at most: those of its part of the sequence."""
+    return min(load.responses, load.share)
+
+
 def _pinned(size: int) -> int:
     """torch rounds pinned memory up to a power of two."""
     return 1 << (size - 1).bit_length() if size else 0
@@ -296,4 +302,4 @@ def _pinned_weights(load: Load, teacher: ModelShape) -> int:
     sizes = [
         load.width * part.weight.rank_elements(load.tp) for part in parts if part.parameter != "output_layer.weight"
     ]
-    return sum(map(_pinned, sizes))
+    return sum(_pinned(sum(aligned(sizes[i]) for i in slab)) for slab in slabs(sizes))

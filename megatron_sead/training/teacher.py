@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 
 from megatron_sead.models.decoder import Decoder
+from megatron_sead.models.slabs import aligned, slabs
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.pipeline import run_schedule
@@ -19,9 +20,6 @@ from megatron_sead.training.pipeline import run_schedule
 # Shapes: n response tokens of a micro-batch, h hidden size
 
 KeepRows = Callable[[MicroBatch, torch.Tensor], torch.Tensor]
-
-SLAB_BYTES = 2**30
-ALIGNMENT = 256  # bytes, as torch's own allocators align: which kernel a product takes depends on it
 
 
 class Teacher:
@@ -69,12 +67,13 @@ class _OffloadedWeights:
     """Frozen parameters that are kept in host memory; inside ``with`` they are on their device.
 
     Since they are frozen, leaving copies nothing back: the device's copy is freed, and the host's is still the same.
-    They lie in few large pieces of memory: torch rounds each piece of pinned memory up to a power of two.
+    They lie in few `slabs` of memory.
     """
 
     def __init__(self, chunks: list[Decoder], stays: torch.Tensor | None) -> None:
         parameters = [p for chunk in chunks for p in chunk.parameters() if p is not stays]
-        self._slabs = [_Slab(group) for group in _groups(parameters)]
+        numbers = slabs([p.nbytes for p in parameters])
+        self._slabs = [_Slab([parameters[i] for i in slab]) for slab in numbers]
 
     def __enter__(self) -> None:
         for slab in self._slabs:
@@ -92,7 +91,7 @@ class _Slab:
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         self._parameters, self._device = parameters, parameters[0].device
-        size = sum(map(_aligned_bytes, parameters))
+        size = sum(aligned(parameter.nbytes) for parameter in parameters)
         self._host = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._device.type == "cuda")
         for parameter, place in self._places():
             view = self._host[place].view(parameter.dtype).view(parameter.shape)
@@ -112,22 +111,4 @@ class _Slab:
         start = 0
         for parameter in self._parameters:
             yield parameter, slice(start, start + parameter.nbytes)
-            start += _aligned_bytes(parameter)
-
-
-def _aligned_bytes(parameter: torch.nn.Parameter) -> int:
-    return -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _groups(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """In order, as many as a slab holds; a larger one has its own."""
-    group: list[torch.nn.Parameter] = []
-    size = 0
-    for parameter in parameters:
-        if group and size + _aligned_bytes(parameter) > SLAB_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(parameter)
-        size += _aligned_bytes(parameter)
-    if group:
-        yield group
+            start += aligned(parameter.nbytes)

@@ -62,7 +62,7 @@ def test_layouts_that_are_named_fit() -> None:
         ("32b", ["training.use_distributed_optimizer=false"], 70, "training.use_distributed_optimizer=true"),
         (
             "7b",
-            ["training.micro_batch_size=12", "rollouts.gpu_memory_utilization=0.2"],
+            ["training.micro_batch_tokens=null", "training.micro_batch_size=12", "rollouts.gpu_memory_utilization=0.2"],
             25,
             "training.micro_batch_size=1",
         ),

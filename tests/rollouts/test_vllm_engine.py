@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import multiprocessing
 import random
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,12 @@ def moved() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def expected(text: list[int], moved: dict[str, torch.Tensor]) -> tuple[Expected, Expected]:
-    """Before and after the update."""
+    """Before and after the update. In a process of its own: vLLM may have changed transformers' classes in this one."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(by_transformers, text, moved).result()
+
+
+def by_transformers(text: list[int], moved: dict[str, torch.Tensor]) -> tuple[Expected, Expected]:
     from megatron_sead.rollouts.sampling import _truncate
     from megatron_sead.rollouts.transformers_engine import TransformersEngine
 

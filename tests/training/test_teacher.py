@@ -37,23 +37,23 @@ def test_on_a_cpu_nothing_moves_and_nothing_changes(pools: RankPools) -> None:
 
 def weights_in_slabs() -> tuple[list[int], bool]:
     """Parameters of odd sizes and two types, in slabs of 1 KiB: their sizes, and whether all stay what they were."""
+    from megatron_sead.models.slabs import slabs
     from megatron_sead.training import teacher
 
     sizes = [(3, 5), (100,), (300,), (7,), (1, 1), (64,)]
     made = [torch.randn(size) if n % 2 else torch.randn(size).bfloat16() for n, size in enumerate(sizes)]
     parameters = [torch.nn.Parameter(tensor.clone(), requires_grad=False) for tensor in made]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher, "SLAB_BYTES", 1024)
-        slabs = [teacher._Slab(group) for group in teacher._groups(parameters)]
+    numbers = list(slabs([p.nbytes for p in parameters], 1024))
+    made_slabs = [teacher._Slab([parameters[i] for i in slab]) for slab in numbers]
     same = True
     for move in (teacher._Slab.onto_device, teacher._Slab.off_device):
-        for slab in slabs:
+        for slab in made_slabs:
             move(slab)
         same &= all(
             torch.equal(p, tensor) and p.dtype == tensor.dtype for p, tensor in zip(parameters, made, strict=True)
         )
         same &= all(p.data_ptr() % 2 == 0 and p.is_contiguous() for p in parameters)
-    return [len(slab._host) for slab in slabs], same
+    return [len(slab._host) for slab in made_slabs], same
 
 
 def test_weights_share_few_pieces_of_memory(pools: RankPools) -> None:
