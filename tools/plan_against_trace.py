@@ -15,7 +15,9 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_sead.commands.cli import one_line_errors
 from megatron_sead.config.run import RunConfig, load_config
+from megatron_sead.files.outputs import require_free
 from megatron_sead.planning.plan import make_plan
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +29,7 @@ PP, VPP = (f"parallel.{name}pipeline_model_parallel_size" for name in ("", "virt
 TP = "parallel.tensor_model_parallel_size"
 SP = "parallel.sequence_parallel"
 RECOMPUTE, TOKENS = "training.recompute_granularity", "training.micro_batch_tokens"
-SHORT = ["rollouts.max_new_tokens=3072", "prompts.max_prompt_tokens=1024"]
+SHORT = ["rollouts.max_new_tokens=3072", "prompts.max_prompt_tokens=1024", f"{TOKENS}=16384"]
 
 
 class Case(NamedTuple):
@@ -45,7 +47,7 @@ CASES = [
     Case("7b", 32, 0, [f"{RECOMPUTE}=selective", *SHORT]),
     Case("7b", 32, 0, [f"{SP}=false"]),
     Case("7b", 32, 0, ["teacher.offload=false"]),
-    Case("7b", 32, 0, ["training.micro_batch_size=4", *SHORT]),
+    Case("7b", 32, 0, [*SHORT, f"{TOKENS}=null", "training.micro_batch_size=4"]),
     Case("7b", 32, 0, [f"{TOKENS}=36864"]),
     Case("7b", 8, 0, ["training.use_distributed_optimizer=false"]),
     Case("7b", 16, 0, [f"{TP}=4", *SHORT]),
@@ -105,6 +107,8 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    with one_line_errors():
+        require_free(arguments.output)
     chosen = range(len(CASES)) if arguments.cases is None else map(int, arguments.cases.split(","))
     head = "| run | " + " | ".join((*PHASES, "peak")) + " |\n|---|" + "---|" * (len(PHASES) + 1) + "\n"
     with arguments.output.open("w", encoding="utf-8") as file:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sead.config.checks import check_world_size
+from megatron_sead.config.micro_batches import length_multiple
 from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import UserError
 from megatron_sead.planning.memory import StageBytes
@@ -96,7 +97,7 @@ def _helpful_settings(config: RunConfig, plan: Plan, machine: Machine) -> Iterat
         {"training": {"recompute_granularity": "full"}},
         {"teacher": {"offload": True}},
         {"training": {"use_distributed_optimizer": True}},
-        {"training": {"micro_batch_size": 1}},
+        {"training": _smallest_micro_batch(config, plan)},
         {"training": {"scratch_bytes": 2**28}},
     ]
     if config.parallel.tensor_model_parallel_size > 1:
@@ -114,6 +115,13 @@ def _helpful_settings(config: RunConfig, plan: Plan, machine: Machine) -> Iterat
             setattr(changed, group, getattr(changed, group).model_copy(update=values))
             if _fits(changed, plan.world_size, machine):
                 yield f"{group}.{name}={str(value).lower()}"
+
+
+def _smallest_micro_batch(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    if config.training.micro_batch_tokens is None:
+        return {"micro_batch_size": 1}
+    multiple = length_multiple(config.parallel)
+    return {"micro_batch_tokens": -(-plan.sequence_length // multiple) * multiple}
 
 
 def _nearest_layouts(config: RunConfig, plan: Plan, machine: Machine) -> Iterator[str]:

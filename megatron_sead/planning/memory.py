@@ -218,12 +218,13 @@ def _head(shape: ModelShape, load: Load) -> int:
 
 
 def _states(load: Load, student: ModelShape, teacher: ModelShape) -> int:
-    """Hidden states that the heads read: the teacher's at response positions, and its part of the sequence; without
-    sequence parallelism the student's at response positions. And the final norm's input and output."""
+    """Hidden states that the heads read: the teacher's, and spread over all positions of a part of the sequence;
+    without sequence parallelism the student's at response positions. And the final norm's input and output."""
+    rows = _own_rows(load) * teacher.hidden
     if load.config.parallel.sequence_parallel:
-        rows = (load.responses + load.share) * teacher.hidden
+        rows += load.share * teacher.hidden
     else:
-        rows = load.responses * (teacher.hidden + student.hidden)
+        rows += load.responses * student.hidden
     return load.width * (rows + 2 * load.share * student.hidden)
 
 

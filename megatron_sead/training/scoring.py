@@ -127,7 +127,7 @@ def score_student(
 
     def score(index: int, hidden: torch.Tensor) -> TokenScores | None:
         try:
-            return heads.score(hidden, teacher_hidden[index].to(hidden.device), micro_batches[index])
+            return heads.score(hidden, teacher_hidden[index].to(hidden.device, non_blocking=True), micro_batches[index])
         except NotFiniteError as error:
             problems.append(str(error))
             return None

@@ -76,7 +76,7 @@ def train_step(
 
     def distill(index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
         micro_batch, heads = micro_batches[index], learner.heads
-        from_teacher = teacher_hidden[index].to(hidden.device)
+        from_teacher = teacher_hidden[index].to(hidden.device, non_blocking=True)
         try:
             if decided is not None:
                 score, supervision = decided[index]

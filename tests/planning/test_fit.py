@@ -66,6 +66,12 @@ def test_layouts_that_are_named_fit() -> None:
             25,
             "training.micro_batch_size=1",
         ),
+        (
+            "7b",
+            ["training.micro_batch_tokens=221184", "rollouts.gpu_memory_utilization=0.2"],
+            25,
+            "training.micro_batch_tokens=18432",
+        ),
     ],
 )
 def test_a_setting_that_would_make_it_fit_is_named(size: str, overrides: list[str], gpu: int, help_: str) -> None:

@@ -196,6 +196,7 @@ WIDE = {
     "vocab_size": 8000,
     "sliding_window": 512,
 }
+LARGE = 2**18  # bytes of a copy that a GPU should not be idle for
 PLANS: dict[str, tuple[int, int, list[str]]] = {
     "planned: no recompute": (1, 0, [NONE]),
     "planned: tp2, sequence parallel": (2, 0, [TP2, SP, FULL]),
@@ -218,9 +219,10 @@ def planned(folder: Path, name: str) -> dict[str, Any]:
     traced = trace_rank(config, rank, world, Rollouts(2, 256, 1792), load_rates(), Told())
     phases = plan.stages[traced.stage].phases
     return {
-        "planned": {
-            phase: [size, traced.memory[phase].peak["device"]] for phase, size in phases.items() if phase != "rollouts"
-        }
+        "planned": {p: [size, traced.memory[p].peak["device"]] for p, size in phases.items() if p != "rollouts"},
+        "waited": [
+            str(key) for key, c in traced.copies.items() if "to device" in key and c.waited_for and c.bytes > LARGE
+        ],
     }
 
 

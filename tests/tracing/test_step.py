@@ -91,3 +91,8 @@ def test_a_plan_is_what_a_step_has(case: str, results: dict[str, dict[str, Any]]
     assert "failed" not in results[case], results[case]["failed"]
     for phase, (planned, traced) in results[case]["planned"].items():
         assert planned == pytest.approx(traced, rel=0.02), phase
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_the_host_waits_for_no_large_copy_to_the_device(case: str, results: dict[str, dict[str, Any]]) -> None:
+    assert results[case]["waited"] == []
