@@ -193,7 +193,7 @@ WIDE = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 128,
-    "vocab_size": 8000,
+    "vocab_size": 2000,
     "sliding_window": 512,
 }
 LARGE = 2**18  # bytes of a copy that a GPU should not be idle for

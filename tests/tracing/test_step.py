@@ -82,6 +82,8 @@ def test_numbers_of_all_layers_follow_from_a_few(results: dict[str, dict[str, An
     assert "failed" not in result, result["failed"]
     for kind, bound in (("parameters", 0), ("calls", 0), ("sent", 0), ("copies", 0), ("flops", 0.01), ("peak", 0.01)):
         for key, extended, whole in result[kind]:
+            if "pinned" in key:  # pieces are rounded up to powers of two
+                continue
             assert extended == pytest.approx(whole, rel=bound, abs=2**10 if bound else 0), (kind, key)
     assert len(result["peak"]) > 5
 
