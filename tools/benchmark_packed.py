@@ -121,13 +121,13 @@ def _record(folder: Path, steps: int, rollouts: int, hidden: int) -> int:
     draw = random.Random(0)
     for role, seed in (("student", 0), ("teacher", 1)):
         torch.manual_seed(seed)
-        config = AutoConfig.from_pretrained(PAIR / "student")
+        config = AutoConfig.from_pretrained(PAIR / "student", trust_remote_code=False)
         config.update({"hidden_size": hidden, "intermediate_size": 2 * hidden, "max_position_embeddings": 2048})
         config.update({"num_attention_heads": hidden // 32, "num_key_value_heads": hidden // 64})
         config.update({"sliding_window": 4096 // SCALE})
         config.rope_parameters["full_attention"]["original_max_position_embeddings"] = 2048 // 8  # YaRN's factor
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder / role)
-        AutoTokenizer.from_pretrained(PAIR / "student").save_pretrained(folder / role)
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(folder / role)
+        AutoTokenizer.from_pretrained(PAIR / "student", trust_remote_code=False).save_pretrained(folder / role)
     tokenizer = Tokenizer.from_file(str(PAIR / "student" / "tokenizer.json"))
     prompts = [f"{i} " + "+".join(str(draw.randrange(10)) for _ in range(PROMPT // 2)) for i in range(rollouts)]
     rows = [json.dumps({"id": str(i), "prompt": text, "answer": "1"}) for i, text in enumerate(prompts)]

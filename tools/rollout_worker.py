@@ -114,7 +114,9 @@ def transformers_direct(what: str, requests: list[Any], settings: dict[str, Any]
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        settings["model"], dtype=torch.float32, trust_remote_code=False
+    ).eval()
     longest = max(len(request.prompt_token_ids) for request in requests)
     padding = [longest - len(request.prompt_token_ids) for request in requests]
     ids = torch.tensor([[3] * n + list(r.prompt_token_ids) for n, r in zip(padding, requests, strict=True)])
