@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from megatron_sead.parallel.idle_streams import IdleEvent, IdleStream, always
+
 log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
@@ -74,52 +76,6 @@ def _replace(owner: Any, name: str, value: Any) -> None:
 # --- torch.cuda: one device, no streams, the CPU's generator --------------------------------------------------------
 
 
-class _Stream:
-    """Work on a CPU is done when the call returns: there is nothing to wait for."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.device = CPU
-
-    def wait_stream(self, stream: Any) -> None: ...
-
-    def wait_event(self, event: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def record_event(self, event: Any = None) -> _Event:
-        return event if event is not None else _Event()
-
-    def __enter__(self) -> _Stream:
-        return self
-
-    def __exit__(self, *exc: Any) -> None: ...
-
-
-class _Event:
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def record(self, stream: Any = None) -> None: ...
-
-    def wait(self, stream: Any = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end: Any) -> float:
-        return 0.0
-
-
-def _always(value: Any) -> Callable[..., Any]:
-    """A function that does nothing and returns `value`: a new one each time, since torch.compile tells
-    torch's functions apart by identity and refuses two names for one."""
-    return lambda *args, **kwargs: value
-
-
 def _memory() -> tuple[int, int]:
     page = os.sysconf("SC_PAGE_SIZE")
     return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
@@ -139,7 +95,7 @@ def _manual_seed(seed: int) -> None:
 
 
 def _answer_cuda_names() -> None:
-    stream = _Stream()
+    stream = IdleStream()
     properties = types.SimpleNamespace(
         name="cpu",
         major=0,
@@ -149,43 +105,43 @@ def _answer_cuda_names() -> None:
         gcnArchName="",  # torch asks for it, of AMD's, when vLLM compiles
     )
     answers: dict[str, Any] = {
-        "is_available": _always(False),
-        "is_initialized": _always(True),
-        "device_count": _always(1),
-        "current_device": _always(CPU),
-        "set_device": _always(None),
-        "synchronize": _always(None),
-        "empty_cache": _always(None),
-        "get_device_capability": _always((0, 0)),
-        "get_device_properties": _always(properties),
-        "get_device_name": _always("cpu"),
-        "is_bf16_supported": _always(True),
-        "Stream": _Stream,
-        "Event": _Event,
-        "stream": _always(nullcontext()),
-        "current_stream": _always(stream),
-        "default_stream": _always(stream),
-        "memory_allocated": _always(0),
-        "max_memory_allocated": _always(0),
-        "memory_reserved": _always(0),
-        "max_memory_reserved": _always(0),
-        "memory_stats": _always({}),
-        "reset_peak_memory_stats": _always(None),
+        "is_available": always(False),
+        "is_initialized": always(True),
+        "device_count": always(1),
+        "current_device": always(CPU),
+        "set_device": always(None),
+        "synchronize": always(None),
+        "empty_cache": always(None),
+        "get_device_capability": always((0, 0)),
+        "get_device_properties": always(properties),
+        "get_device_name": always("cpu"),
+        "is_bf16_supported": always(True),
+        "Stream": IdleStream,
+        "Event": IdleEvent,
+        "stream": always(nullcontext()),
+        "current_stream": always(stream),
+        "default_stream": always(stream),
+        "memory_allocated": always(0),
+        "max_memory_allocated": always(0),
+        "memory_reserved": always(0),
+        "max_memory_reserved": always(0),
+        "memory_stats": always({}),
+        "reset_peak_memory_stats": always(None),
         "mem_get_info": lambda device=None: _memory(),
-        "_lazy_init": _always(None),
+        "_lazy_init": always(None),
         "_lazy_call": lambda callback, **kwargs: callback(),
         "get_rng_state": _get_rng_state,
         "set_rng_state": _set_rng_state,
         "manual_seed": _manual_seed,
-        "manual_seed_all": _always(None),  # the CPU's generator is seeded by whoever calls this
+        "manual_seed_all": always(None),  # the CPU's generator is seeded by whoever calls this
     }
     for name, answer in answers.items():
         _replace(torch.cuda, name, answer)
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
         _replace(torch.cuda.random, name, answers[name])
     for name in ("range_push", "range_pop", "mark"):
-        _replace(torch.cuda.nvtx, name, _always(None))
-    _replace(torch.cuda.nvtx, "range", _always(nullcontext()))
+        _replace(torch.cuda.nvtx, name, always(None))
+    _replace(torch.cuda.nvtx, "range", always(nullcontext()))
 
 
 # --- Tensor types: Megatron uses them in isinstance checks, and compares the names that Tensor.type() gives ---------
@@ -304,8 +260,8 @@ def _adapt_megatron_rng() -> None:
     _replace(rng, "_set_cuda_rng_state", lambda new_state, device=-1, graph_safe=False: _set_rng_state(new_state))
     if not hasattr(rng, "FP8GlobalStateManager"):
         _replace(rng, "FP8GlobalStateManager", _NoFp8)
-        _replace(rng, "fp8_autocast", _always(nullcontext()))
-        _replace(rng, "activation_recompute_forward", _always(nullcontext()))
+        _replace(rng, "fp8_autocast", always(nullcontext()))
+        _replace(rng, "activation_recompute_forward", always(nullcontext()))
     logger = logging.getLogger(rng.__name__)
     if not any(isinstance(existing, _SilenceRngWarning) for existing in logger.filters):
         logger.addFilter(_SilenceRngWarning())

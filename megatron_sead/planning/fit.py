@@ -50,11 +50,12 @@ def require_fit(config: RunConfig, plan: Plan, machine: Machine) -> None:
     mistakes = list(_too_large(plan, machine))
     if not mistakes:
         return
-    if helps := list(_helpful_settings(config, plan, machine)):
+    helps, layouts = list(_helpful_settings(config, plan, machine)), list(_nearest_layouts(config, plan, machine))
+    if helps:
         mistakes.append(f"it would fit with {', or with '.join(helps)}")
-    if layouts := list(_nearest_layouts(config, plan, machine)):
+    if layouts:
         mistakes.append(f"nearest layouts of {plan.world_size} ranks that fit: {'; '.join(layouts)}")
-    if len(mistakes) == len(list(_too_large(plan, machine))):
+    if not helps and not layouts:
         mistakes.append("no other layout of as many ranks fits either; take more ranks, or shorter rollouts")
     raise UserError("\n".join(mistakes))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_sead.config.micro_batches import length_multiple
 from megatron_sead.config.rollouts import TransformersRollouts, VllmRollouts
 from megatron_sead.config.run import RunConfig
 from megatron_sead.models.slabs import aligned, slabs
@@ -43,8 +44,7 @@ class Load:
     @property
     def share(self) -> int:
         """Of a micro-batch's tokens, those between the tensor-parallel parts of a layer, u."""
-        parallel = self.config.parallel
-        return self.tokens // (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+        return self.tokens // length_multiple(self.config.parallel)
 
     @property
     def width(self) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import shlex
 import shutil
@@ -27,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from megatron_sead.distillation.kernels.compiled import COMPILERS
 from megatron_sead.errors import UserError
 from megatron_sead.parallel.cpu_adaptor import is_adapted
+from megatron_sead.parallel.idle_streams import IdleEvent, IdleStream, always
 
 SOURCE = Path(__file__).with_name("device_guard.cpp")
 GPU = SimpleNamespace(
@@ -65,37 +65,24 @@ def install_device() -> None:
             f"a trace needs a torch without CUDA, not {torch.__version__}: install its +cpu build in an environment of "
             "its own; it needs no GPU"
         )
-    if ctypes.CDLL(str(_compiled_guard())).install() != 1:
+    if _compiled_guard().install() != 1:
         raise RuntimeError("torch does not see the fake CUDA device")
     torch.autograd.set_multithreading_enabled(False)  # the device's own thread would outlive Python
     _answer_cuda_names()
     _let_fake_tensors_be_moved()
 
 
-def _compiled_guard() -> Path:
-    """The library, from the user's cache folder where an earlier trace has left it there."""
-    key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-sead"
-    library = cache / f"device-guard-{key}.so"
-    if library.is_file():
-        return library
+def _compiled_guard() -> ctypes.CDLL:
+    """Each process compiles its own, in three seconds, and leaves no file: one that lies somewhere may be another's."""
     program = compiler()
     if program is None:
         raise UserError(
             f"a trace needs a C++ compiler, and none of {', '.join(COMPILERS)} is installed (CXX names another)"
         )
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(dir=cache)
-    except OSError:
-        folder, library = tempfile.mkdtemp(), Path()
-    made = Path(folder, "device-guard.so")
-    _compile(program, made)
-    if library == Path():
-        return made
-    os.replace(made, library)
-    os.rmdir(folder)
-    return library
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "device-guard.so")
+        _compile(program, library)
+        return ctypes.CDLL(str(library))  # stays mapped when its file is gone
 
 
 def _compile(program: str, into: Path) -> None:
@@ -110,50 +97,11 @@ def _compile(program: str, into: Path) -> None:
 # --- torch.cuda -------------------------------------------------------------------------------------------------------
 
 
-class Stream:
-    """Nothing runs, so there is nothing to wait for."""
+class Stream(IdleStream):
+    """Of the fake GPU: nothing runs there, so there is nothing to wait for."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.device, self.cuda_stream = torch.device("cuda", 0), 0
-
-    def wait_stream(self, stream: Any) -> None: ...
-
-    def wait_event(self, event: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def record_event(self, event: Any = None) -> Event:
-        return event if event is not None else Event()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *exc: Any) -> None: ...
-
-
-class Event:
-    """Of a `Stream`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def record(self, stream: Any = None) -> None: ...
-
-    def wait(self, stream: Any = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end: Any) -> float:
-        return 0.0
-
-
-def _always(value: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: value
+    device = torch.device("cuda", 0)
+    cuda_stream = 0
 
 
 def _generator_state(device: Any = None) -> torch.Tensor:
@@ -165,45 +113,45 @@ def _answer_cuda_names() -> None:
     stream, memory = Stream(), (GPU.total_memory, GPU.total_memory)
     random = {
         "get_rng_state": _generator_state,
-        "set_rng_state": _always(None),
-        "manual_seed": _always(None),
-        "manual_seed_all": _always(None),
+        "set_rng_state": always(None),
+        "manual_seed": always(None),
+        "manual_seed_all": always(None),
     }
     answers: dict[str, Any] = random | {
-        "is_available": _always(True),
-        "is_initialized": _always(True),
-        "device_count": _always(1024),  # whichever local rank is traced
-        "current_device": _always(0),
-        "set_device": _always(None),
-        "synchronize": _always(None),
-        "empty_cache": _always(None),
-        "ipc_collect": _always(None),
-        "get_device_capability": _always((GPU.major, GPU.minor)),
-        "get_device_properties": _always(GPU),
-        "get_device_name": _always(GPU.name),
-        "is_bf16_supported": _always(True),
-        "is_current_stream_capturing": _always(False),
+        "is_available": always(True),
+        "is_initialized": always(True),
+        "device_count": always(1024),  # whichever local rank is traced
+        "current_device": always(0),
+        "set_device": always(None),
+        "synchronize": always(None),
+        "empty_cache": always(None),
+        "ipc_collect": always(None),
+        "get_device_capability": always((GPU.major, GPU.minor)),
+        "get_device_properties": always(GPU),
+        "get_device_name": always(GPU.name),
+        "is_bf16_supported": always(True),
+        "is_current_stream_capturing": always(False),
         "Stream": Stream,
-        "Event": Event,
-        "stream": _always(nullcontext()),
-        "current_stream": _always(stream),
-        "default_stream": _always(stream),
-        "memory_stats": _always({}),
-        "reset_peak_memory_stats": _always(None),
-        "mem_get_info": _always(memory),
-        "_lazy_init": _always(None),
-        "default_generators": (SimpleNamespace(set_state=_always(None), get_state=_generator_state),),
-        "_exchange_device": _always(0),
-        "_maybe_exchange_device": _always(0),
+        "Event": IdleEvent,
+        "stream": always(nullcontext()),
+        "current_stream": always(stream),
+        "default_stream": always(stream),
+        "memory_stats": always({}),
+        "reset_peak_memory_stats": always(None),
+        "mem_get_info": always(memory),
+        "_lazy_init": always(None),
+        "default_generators": (SimpleNamespace(set_state=always(None), get_state=_generator_state),),
+        "_exchange_device": always(0),
+        "_maybe_exchange_device": always(0),
     }
-    answers |= {f"{kind}memory_{what}": _always(0) for kind in ("", "max_") for what in ("allocated", "reserved")}
+    answers |= {f"{kind}memory_{what}": always(0) for kind in ("", "max_") for what in ("allocated", "reserved")}
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     for name, answer in random.items():
         setattr(torch.cuda.random, name, answer)
     for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, _always(None))
-    torch.cuda.nvtx.range = _always(nullcontext())
+        setattr(torch.cuda.nvtx, name, always(None))
+    torch.cuda.nvtx.range = always(nullcontext())
 
 
 # --- FakeTensor: what it does not know of devices ---------------------------------------------------------------------
@@ -215,7 +163,7 @@ def _let_fake_tensors_be_moved() -> None:
     )
     # The mode must not touch the device, whatever is_available() says
     mode.avoid_device_init = property(lambda self: True)
-    internals.init_gpu_context = _always(None)
+    internals.init_gpu_context = always(None)
     # It keeps its device in Python, which torch's setter of `data` does not know of
     data: Any = torch.Tensor.data
 

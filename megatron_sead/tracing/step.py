@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_sead.config.micro_batches import count_multiple
+from megatron_sead.config.micro_batches import count_multiple, length_multiple
 from megatron_sead.config.run import RunConfig
 from megatron_sead.models.decoder import Decoder
 from megatron_sead.models.huggingface import iterate_huggingface_weights
@@ -146,7 +146,7 @@ def _hand_over(config: RunConfig, chunks: list[Decoder], learner: Learner, watch
     with watch.during("weights to the engine"):
         for _ in iterate_huggingface_weights(chunks, learner.parallel):
             pass
-    multiple = learner.parallel.tp_size if config.parallel.sequence_parallel else 1
+    multiple = length_multiple(config.parallel)
     seen: Any = SimpleNamespace(config=config, parallel=learner.parallel, learner=learner, length_multiple=multiple)
     with watch.during("parity check"):
         student_log_probs(seen, [TOKEN] * min(UPDATE_PROBE, rollouts.prompt_tokens + rollouts.response_tokens))
@@ -164,7 +164,7 @@ def synthetic_batches(config: RunConfig, parallel: ParallelContext, rollouts: Ro
         micro_batch_size=config.training.micro_batch_size,
         data_parallel_rank=parallel.dp_rank,
         data_parallel_size=parallel.dp_size,
-        length_multiple=parallel.tp_size if config.parallel.sequence_parallel else 1,
+        length_multiple=length_multiple(config.parallel),
         pad_token_id=0,
         device=parallel.device,
         log_probs=[(-1.0,) * rollouts.response_tokens] * count,
