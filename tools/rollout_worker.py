@@ -138,7 +138,7 @@ def update(what: str, settings: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    from megatron_sead.config.run import ParallelSettings
+    from megatron_sead.config.parallel import ParallelSettings
     from megatron_sead.models.builder import build_model
     from megatron_sead.models.huggingface import iterate_huggingface_weights
     from megatron_sead.parallel.groups import initialize_parallel

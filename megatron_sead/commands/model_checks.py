@@ -65,7 +65,7 @@ def verify(
         from megatron_sead.checkpoints.layerwise import compare_on_text, read_tokens
         from megatron_sead.checkpoints.model_files import HuggingFaceModel, MegatronModel
         from megatron_sead.checkpoints.verification import compare_tensors, meaning_differences
-        from megatron_sead.config.run import ParallelSettings
+        from megatron_sead.config.parallel import ParallelSettings
         from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
 
         with HuggingFaceModel(hf) as ours, MegatronModel(find_checkpoint(megatron, iteration)) as theirs:

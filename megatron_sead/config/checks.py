@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sead.config.micro_batches import count_multiple
-from megatron_sead.config.run import ParallelSettings, RunConfig, load_config
+from megatron_sead.config.parallel import ParallelSettings
+from megatron_sead.config.run import RunConfig, load_config
 from megatron_sead.config.settings_file import flatten
 from megatron_sead.distillation.curriculum import gate
 from megatron_sead.errors import UserError

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_sead.config.run import ParallelSettings, RunConfig
+from megatron_sead.config.parallel import ParallelSettings
+from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import UserError
 
 

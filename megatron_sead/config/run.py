@@ -6,13 +6,13 @@ What a valid configuration still needs to fit (ranks, output directory) is in ``
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
+from megatron_sead.config.parallel import ParallelSettings
 from megatron_sead.config.prompts import PromptSettings
 from megatron_sead.config.rollouts import RolloutSettings, TransformersRollouts
 from megatron_sead.config.settings import LocalPath, PathOrHubName, Settings
@@ -57,45 +57,6 @@ class TeacherSettings(ModelSettings):
         None, description="field with the teacher's own prompt, e.g. one with the solution"
     )
     offload: bool = Field(True, description="keep the teacher's weights off the GPU while it is not scoring")
-
-
-class ParallelSettings(Settings):
-    """Megatron-Core layout. Data-parallel size is what is left of the ranks."""
-
-    tensor_model_parallel_size: int = Field(1, ge=1, description="ranks that share every matrix of a layer")
-    pipeline_model_parallel_size: int = Field(1, ge=1, description="stages that share the layers")
-    virtual_pipeline_model_parallel_size: int | None = Field(
-        None, ge=2, description="chunks of layers on each stage, interleaved; null: one"
-    )
-    context_parallel_size: int = Field(1, ge=1, description="ranks that share a sequence; only 1 works so far")
-    sequence_parallel: bool = Field(
-        False, description="split norms and residuals over the sequence on the tensor-parallel ranks"
-    )
-    timeout_minutes: float = Field(
-        60.0,
-        gt=0,
-        le=100_000,
-        description="longest wait of a rank for others, as for their rollouts; then the run ends",
-    )
-
-    @property
-    def timeout(self) -> timedelta:
-        """Of every process group."""
-        return timedelta(minutes=self.timeout_minutes)
-
-    def problems(self) -> Iterator[str]:
-        if self.context_parallel_size > 1:
-            yield f"parallel.context_parallel_size={self.context_parallel_size}: only 1 works so far"
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            yield (
-                "parallel.sequence_parallel=true: needs parallel.tensor_model_parallel_size of at least 2, not 1: "
-                "it splits the sequence over the tensor-parallel ranks"
-            )
-        if self.virtual_pipeline_model_parallel_size is not None and self.pipeline_model_parallel_size == 1:
-            yield (
-                f"parallel.virtual_pipeline_model_parallel_size={self.virtual_pipeline_model_parallel_size}: "
-                "needs parallel.pipeline_model_parallel_size of at least 2, not 1; or set it to null"
-            )
 
 
 SMALLEST, LARGEST = 1e-30, 1e30  # what Adam computes from it in fp32 is neither 0 nor infinite

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_sead.config.stages import StageLayers
 from megatron_sead.models.config import ModelConfig
 from megatron_sead.models.decoder import Decoder
 from megatron_sead.models.family import Implementation, family_of, read_config_fields
 from megatron_sead.models.huggingface import OpenWeights, check_huggingface_weights, load_huggingface_weights
 from megatron_sead.models.layers import AttentionBackend
-from megatron_sead.models.layout import check_layout
+from megatron_sead.models.layout import check_layout, stage_layers
 from megatron_sead.models.tensor_files import TensorFiles
 from megatron_sead.parallel.context import ParallelContext
 
@@ -78,7 +79,8 @@ def model_config(
     source = hf_dir / "config.json"
     fields = read_config_fields(hf_dir)
     implementation = family_of(fields["model_type"]).implementation()
-    check_layout(fields, str(source), tp=parallel.tp_size, pp=parallel.pp_size, virtual=parallel.vpp_size)
+    check_layout(fields, str(source), tp=parallel.tp_size, split=parallel.split)
+    stages = stage_layers(fields, parallel.split, str(source))
     dtype = DTYPES[precision]
     recompute: dict[str, Any] = {"recompute_granularity": recompute_granularity}
     if recompute_granularity == "full":
@@ -89,6 +91,8 @@ def model_config(
         tensor_model_parallel_size=parallel.tp_size,
         pipeline_model_parallel_size=parallel.pp_size,
         virtual_pipeline_model_parallel_size=parallel.vpp_size,
+        pipeline_model_parallel_layout=_megatron_layout(stages),
+        stage_layers=stages,
         sequence_parallel=sequence_parallel,
         sequence_parallel_output=sequence_parallel and sequence_parallel_output,
         params_dtype=dtype,
@@ -116,3 +120,12 @@ def model_config(
         apply_rope_fusion=False,
     )
     return config, implementation
+
+
+def _megatron_layout(stages: StageLayers) -> list[list[str]] | None:
+    """What each chunk holds, in the order in which they are passed; None: Megatron's own, even one."""
+    counts = [stage[chunk] for chunk in range(len(stages[0])) for stage in stages]
+    if len(set(counts)) == 1:
+        return None
+    held = [["decoder"] * count for count in counts]
+    return [["embedding", *held[0]], *held[1:-1], [*held[-1], "loss"]]

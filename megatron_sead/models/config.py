@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from megatron.core.transformer import TransformerConfig
 
+from megatron_sead.config.stages import StageLayers
+
 
 @dataclass
 class ModelConfig(TransformerConfig):
@@ -20,6 +22,7 @@ class ModelConfig(TransformerConfig):
     padded_vocab_size: int = 0
     max_position_embeddings: int = 0
     tied_embeddings: bool = False  # the head is the embedding
+    stage_layers: StageLayers = ()  # of each chunk of each pipeline stage
     sequence_parallel_output: bool = False  # final hidden states are handed out sharded, not gathered
 
     def window(self, layer_number: int) -> int | None:

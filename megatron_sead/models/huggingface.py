@@ -47,7 +47,7 @@ def load_huggingface_weights(
             unknown, or has another shape or a dtype that is not tested.
     """
     with open_weights(hf_dir) as files:
-        weights = list(placed_weights(models[0].config, parallel.pp_size, parallel.chunks))
+        weights = list(placed_weights(models[0].config, models[0].config.stage_layers))
         files.check(weights)
         parameters = [dict(model.named_parameters()) for model in models]
         for placed in weights:
@@ -89,7 +89,7 @@ def iterate_huggingface_weights(models: list[Decoder], parallel: ParallelContext
     parameters: whoever wants them unchanged after the next update copies them.
     """
     parameters = [dict(model.named_parameters()) for model in models]
-    for placed in placed_weights(models[0].config, parallel.pp_size, parallel.chunks):
+    for placed in placed_weights(models[0].config, models[0].config.stage_layers):
         if placed.is_copy:
             continue
         shard = None

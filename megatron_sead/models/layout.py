@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_sead.errors import UserError
+from megatron_sead.config.stages import PipelineSplit, StageLayers, layers_by_stage
+from megatron_sead.errors import UserError, kept
 
 
-def check_layout(fields: dict[str, Any], source: str, *, tp: int, pp: int, virtual: int | None) -> None:
-    """Check that tensor-parallel ranks get equal shards of the model's matrices, and stages equal numbers of layers.
+def check_layout(fields: dict[str, Any], source: str, *, tp: int, split: PipelineSplit) -> None:
+    """Check that tensor-parallel ranks get equal shards of the model's matrices, and every stage layers.
 
     Args:
         fields: of the model's config.json.
@@ -17,7 +18,7 @@ def check_layout(fields: dict[str, Any], source: str, *, tp: int, pp: int, virtu
     Raises:
         UserError: names the settings and which values are valid.
     """
-    mistakes = []
+    mistakes: list[str] = []
     for what, count in divided_by_tensor_parallelism(fields).items():
         if count % tp:
             mistakes.append(
@@ -25,18 +26,22 @@ def check_layout(fields: dict[str, Any], source: str, *, tp: int, pp: int, virtu
                 f"valid are {', '.join(map(str, tensor_parallel_sizes(fields)))}"
             )
             break
-    layers, stages = fields["num_layers"], pp * (virtual or 1)
-    if layers % stages:
-        valid = [n for n in range(1, layers + 1) if layers % n == 0]
-        setting = f"parallel.pipeline_model_parallel_size={pp}"
-        if virtual is not None:
-            setting += f" x virtual_pipeline_model_parallel_size={virtual}"
-        mistakes.append(
-            f"{setting}: {stages} stages do not divide the {layers} layers of {source}; valid are "
-            f"{', '.join(map(str, valid))} stages in all"
-        )
+    with kept(mistakes):
+        stage_layers(fields, split, source)
     if mistakes:
         raise UserError("\n".join(mistakes))
+
+
+def stage_layers(fields: dict[str, Any], split: PipelineSplit, source: str) -> StageLayers:
+    """The layers of each chunk of each pipeline stage. Raises UserError as `layers_by_stage`."""
+    head = _head_in_layers(fields) if split.is_student else 0.0
+    return layers_by_stage(fields["num_layers"], split, source, head)
+
+
+def _head_in_layers(fields: dict[str, Any]) -> float:
+    """Products of the head beside those of a layer. The teacher's head, which the loss takes too, is left out."""
+    width = fields["kv_channels"] * 2 * (fields["num_attention_heads"] + fields["num_query_groups"])
+    return float(fields["padded_vocab_size"] / (width + 3 * fields["ffn_hidden_size"]))
 
 
 def divided_by_tensor_parallelism(fields: dict[str, Any]) -> dict[str, int]:

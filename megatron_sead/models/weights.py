@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sead.config.stages import StageLayers
 from megatron_sead.models.family import family_of
 from megatron_sead.models.weight_tables import Weight, embedding_weight, last_stage_weights
 
@@ -51,23 +52,30 @@ def tensor_shapes(weights: list[NamedWeight]) -> dict[str, tuple[int, ...]]:
     return {name: shape for named in weights for name, shape in zip(named.names, named.weight.shapes, strict=True)}
 
 
-def placed_weights(config: Any, pp_size: int, chunks: int) -> Iterator[PlacedWeight]:
-    """`named_weights`, and where each is with so many pipeline stages and model chunks on each.
+def placed_weights(config: Any, stages: StageLayers) -> Iterator[PlacedWeight]:
+    """`named_weights`, and where each is when the stages' chunks have so many layers.
 
     The head of a tied model is the embedding. With several stages the last one holds a copy, which comes last.
     """
+    pp_size, chunks = len(stages), len(stages[0])
+    # Layers go through chunk 0 of every stage, then through chunk 1 of every stage
+    homes = [
+        (rank, chunk, place)
+        for chunk in range(chunks)
+        for rank in range(pp_size)
+        for place in range(stages[rank][chunk])
+    ]
     first_stage = True
-    per_chunk = config.num_layers // (pp_size * chunks)
     for named in named_weights(config):
         parameter, pp_rank, chunk = named.weight.megatron, 0, 0
         if named.layer is not None:
             first_stage = False
-            chunk, pp_rank = divmod(named.layer // per_chunk, pp_size)  # Megatron deals them out round robin
-            parameter = f"decoder.layers.{named.layer % per_chunk}.{parameter}"
+            pp_rank, chunk, place = homes[named.layer]
+            parameter = f"decoder.layers.{place}.{parameter}"
         elif not first_stage:
             chunk, pp_rank = chunks - 1, pp_size - 1
         yield PlacedWeight(named.weight, parameter, named.names, pp_rank, chunk)
     if config.tied_embeddings and pp_size > 1:
         embedding = embedding_weight(config)
-        place = pp_size - 1, chunks - 1
-        yield PlacedWeight(embedding, "output_layer.weight", embedding.huggingface, *place, is_copy=True)
+        home = pp_size - 1, chunks - 1
+        yield PlacedWeight(embedding, "output_layer.weight", embedding.huggingface, *home, is_copy=True)

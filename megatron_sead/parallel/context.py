@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
+from megatron_sead.config.stages import PipelineSplit
+
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """The layout, as this rank sees it. Student and teacher share it, whatever their depth and width."""
+    """The layout, as this rank sees it. Student and teacher share it but for the split of their layers."""
 
     device: torch.device
     rank: int
@@ -20,7 +22,6 @@ class ParallelContext:
     tp_size: int
     pp_rank: int
     pp_size: int
-    vpp_size: int | None  # model chunks on each rank; None: pipeline stages are not interleaved
     dp_rank: int
     dp_size: int
     tp: ProcessGroup
@@ -29,11 +30,22 @@ class ParallelContext:
     dp_with_cp: ProcessGroup
     control: ProcessGroup  # all ranks, gloo whatever the device: for objects, flags, and what lives in host memory
     megatron: ProcessGroupCollection  # the same groups and the rest, as Megatron's own classes take them
+    split: PipelineSplit  # of the model's layers: the student's
+    teacher_split: PipelineSplit
+
+    def for_teacher(self) -> ParallelContext:
+        """The layout as the teacher's layers follow it."""
+        return replace(self, split=self.teacher_split)
+
+    @property
+    def vpp_size(self) -> int | None:
+        """Model chunks on each rank; None: pipeline stages are not interleaved."""
+        return self.split.virtual
 
     @property
     def chunks(self) -> int:
         """Model chunks on this rank."""
-        return self.vpp_size or 1
+        return self.split.chunks
 
     @property
     def is_first_stage(self) -> bool:

@@ -14,7 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_sead.config.checks import data_parallel_size
-from megatron_sead.config.run import ParallelSettings
+from megatron_sead.config.parallel import ParallelSettings
+from megatron_sead.config.stages import student_split, teacher_split
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.parallel.cpu_adaptor import is_adapted
 from megatron_sead.parallel.joining import join_world, local_gpu
@@ -103,7 +104,6 @@ def _context(settings: ParallelSettings, device: torch.device, control_backend: 
         tp_size=settings.tensor_model_parallel_size,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=settings.pipeline_model_parallel_size,
-        vpp_size=settings.virtual_pipeline_model_parallel_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         tp=parallel_state.get_tensor_model_parallel_group(),
@@ -112,6 +112,8 @@ def _context(settings: ParallelSettings, device: torch.device, control_backend: 
         dp_with_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         control=dist.new_group(backend=control_backend, timeout=settings.timeout),
         megatron=ProcessGroupCollection.use_mpu_process_groups(),
+        split=student_split(settings),
+        teacher_split=teacher_split(settings),
     )
 
 

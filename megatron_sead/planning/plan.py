@@ -131,12 +131,23 @@ def make_plan(config: RunConfig, world_size: int, gpu_bytes: int = GPU_BYTES) ->
     micro_batches = _most_micro_batches(config, data_parallel_size, length)
     if (missing := config.rollouts.missing()) is not None:
         notes.append(f"rollouts.engine={config.rollouts.engine}: {missing}; without it the run does not start")
-    notes += config_warnings(config)
+    notes += [*config_warnings(config), *_told_uneven(config, shapes)]
     stages = [
         stage_bytes(Load(config, stage, data_parallel_size, micro_batches, length), **shapes, gpu_bytes=gpu_bytes)
         for stage in range(config.parallel.pipeline_model_parallel_size)
     ]
     return Plan(world_size, data_parallel_size, micro_batches, length, **shapes, stages=stages, notes=notes)
+
+
+def _told_uneven(config: RunConfig, shapes: dict[str, ModelShape]) -> list[str]:
+    """Layers by stage, of a model whose stages differ."""
+    told = []
+    for role, shape in shapes.items():
+        stages = shape.stage_layers(config.parallel)
+        if len({count for chunks in stages for count in chunks}) > 1:
+            counts = ", ".join(" + ".join(map(str, chunks)) for chunks in stages)
+            told.append(f"{role} layers by pipeline stage: {counts}")
+    return told
 
 
 def together(config: RunConfig, length: int) -> int:
@@ -159,8 +170,7 @@ def _check_layout(config: RunConfig, source: str, shape: ModelShape) -> None:
         vars(shape.fields),
         source,
         tp=config.parallel.tensor_model_parallel_size,
-        pp=config.parallel.pipeline_model_parallel_size,
-        virtual=config.parallel.virtual_pipeline_model_parallel_size,
+        split=shape.split(config.parallel),
     )
 
 

@@ -7,8 +7,11 @@ from dataclasses import field as dataclass_field
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_sead.config.run import ModelSettings, ParallelSettings
+from megatron_sead.config.parallel import ParallelSettings
+from megatron_sead.config.run import ModelSettings
+from megatron_sead.config.stages import PipelineSplit, StageLayers, student_split, teacher_split
 from megatron_sead.models.family import read_config_fields
+from megatron_sead.models.layout import stage_layers
 from megatron_sead.models.weights import PlacedWeight, named_weights, placed_weights
 from megatron_sead.planning.tokenizer_files import require_model_directory
 
@@ -25,6 +28,7 @@ class ModelShape:
     ffn: int
     vocabulary: int
     context: int
+    role: str  # student or teacher
     fields: Any = dataclass_field(repr=False)  # of `config_fields`, as attributes
 
     @property
@@ -47,8 +51,16 @@ class ModelShape:
 
     def placed(self, stage: int, parallel: ParallelSettings) -> list[PlacedWeight]:
         """The weights on a pipeline stage."""
-        pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
-        return [placed for placed in placed_weights(self.fields, pp, chunks) if placed.pp_rank == stage]
+        stages = self.stage_layers(parallel)
+        return [placed for placed in placed_weights(self.fields, stages) if placed.pp_rank == stage]
+
+    def split(self, parallel: ParallelSettings) -> PipelineSplit:
+        """How the settings spread this model's layers."""
+        return (student_split if self.role == "student" else teacher_split)(parallel)
+
+    def stage_layers(self, parallel: ParallelSettings) -> StageLayers:
+        """The layers of each chunk of each pipeline stage."""
+        return stage_layers(vars(self.fields), self.split(parallel), f"the {self.role}")
 
     @property
     def padded_vocabulary(self) -> int:
@@ -86,5 +98,6 @@ def read_shape(model: ModelSettings, role: str) -> ModelShape:
         ffn=fields["ffn_hidden_size"],
         vocabulary=fields["vocab_size"],
         context=fields["max_position_embeddings"],
+        role=role,
         fields=SimpleNamespace(**fields),
     )

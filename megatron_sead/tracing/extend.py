@@ -88,13 +88,12 @@ def trace_run(config: RunConfig, plan: Plan, ranks: list[int], rates: Rates) -> 
 
 def parts_in_all(config: RunConfig, plan: Plan) -> int:
     """Into how many equal parts both models' layers can be cut, each with whole patterns on every stage."""
-    parallel = config.parallel
-    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
-    patterns = [
-        shape.layers // (period * stages) if shape.layers % (period * stages) == 0 else 1
-        for shape in (plan.student, plan.teacher)
-        for period in [_period(_layer_types(config, shape is plan.student))]
-    ]
+    patterns = []
+    for shape in (plan.student, plan.teacher):
+        counts = [count for stage in shape.stage_layers(config.parallel) for count in stage]
+        period = _period(_layer_types(config, shape is plan.student))
+        whole = len(set(counts)) == 1 and counts[0] % period == 0
+        patterns.append(counts[0] // period if whole else 1)
     return math.gcd(*patterns)
 
 

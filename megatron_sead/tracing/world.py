@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_sead.config.run import ParallelSettings
+from megatron_sead.config.parallel import ParallelSettings
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
 from megatron_sead.tracing.watch import Watch

@@ -8,7 +8,6 @@ Rollouts are dealt out anew when all are known, and the teacher's hidden states 
 from __future__ import annotations
 
 from datetime import timedelta
-from itertools import cycle, islice
 
 import torch
 import torch.distributed as dist
@@ -77,14 +76,10 @@ class EarlyScores:
         return [keep(batch, states) for batch, states in zip(micro_batches, joined, strict=True)]
 
     def _scored(self, numbers: list[int], rollouts: list[Rollout]) -> dict[int, torch.Tensor]:
-        parallel = self._run.parallel
         micro_batches = self._run.pack(rollouts, shared=False)
-        # Virtual stages want whole groups of micro-batches
-        enough = -(-len(micro_batches) // parallel.pp_size) * parallel.pp_size if parallel.vpp_size else 0
-        passed = list(islice(cycle(micro_batches), max(enough, len(micro_batches))))
-        hidden = self._run.learner.teacher.hidden_states(passed, parallel)
+        hidden = self._run.learner.teacher.hidden_states(micro_batches, self._run.parallel)
         scored: dict[int, torch.Tensor] = {}
-        for batch, states in zip(micro_batches, hidden, strict=False):
+        for batch, states in zip(micro_batches, hidden, strict=True):
             places, counts = torch.unique_consecutive(batch.rollout_index, return_counts=True)
             scored |= zip((numbers[i] for i in places.tolist()), states.split(counts.tolist()), strict=True)
         return scored

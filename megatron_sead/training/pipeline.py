@@ -49,7 +49,7 @@ def run_schedule(
         What on_hidden returned (in training its last item), one entry a micro-batch; empty before the last stage.
     """
     tokens = [getattr(micro_batch, view).tokens for micro_batch in micro_batches]
-    schedule = get_forward_backward_func()
+    schedule = get_forward_backward_func(parallel.pp_size, parallel.vpp_size)
     iterators = [iter(enumerate(micro_batches)) for _ in chunks]
     forward_step = partial(_forward_step, view=view, on_hidden=on_hidden)
     with torch.set_grad_enabled(not forward_only):

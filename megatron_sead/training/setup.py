@@ -233,7 +233,9 @@ def build_learner(
     Raises:
         UserError: as `build_model`; or policy.top_k is beyond the vocabulary.
     """
-    teacher_chunks = _build_model(config, config.teacher, parallel, open_weights, sequence_parallel_output=False)
+    teacher_chunks = _build_model(
+        config, config.teacher, parallel.for_teacher(), open_weights, sequence_parallel_output=False
+    )
     frozen = Teacher(teacher_chunks, offload=config.teacher.offload)
     # The loss gathers
     student_chunks = _build_model(config, config.student, parallel, open_weights, sequence_parallel_output=True)

@@ -7,6 +7,8 @@ kilobytes a token at hidden size 5120 against two hundred over 100k tokens, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import cycle, islice
 from types import TracebackType
 
 import torch
@@ -50,17 +52,19 @@ class Teacher:
         """
 
         def to_host(index: int, hidden: torch.Tensor) -> torch.Tensor:
-            hidden = hidden if keep is None else keep(micro_batches[index], hidden)
+            hidden = hidden if keep is None else keep(passed[index], hidden)
             if not hidden.is_cuda:
                 return hidden.detach()
             host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
             return host.copy_(hidden)
 
-        chunks = list[torch.nn.Module](self.chunks)
-        if self._offloaded is None:
-            return run_schedule(chunks, micro_batches, "teacher", to_host, parallel=parallel, forward_only=True)
-        with self._offloaded:
-            return run_schedule(chunks, micro_batches, "teacher", to_host, parallel=parallel, forward_only=True)
+        layout = parallel.for_teacher()
+        passed = micro_batches
+        if layout.vpp_size is not None:  # virtual stages want whole groups of micro-batches
+            passed = list(islice(cycle(micro_batches), -(-len(micro_batches) // layout.pp_size) * layout.pp_size))
+        with self._offloaded or nullcontext():
+            states = run_schedule(list(self.chunks), passed, "teacher", to_host, parallel=layout, forward_only=True)
+        return states[: len(micro_batches)]
 
 
 class _OffloadedWeights:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_sead.config.run import ParallelSettings
+from megatron_sead.config.parallel import ParallelSettings
 from megatron_sead.errors import UserError
 from tests.checkpoints import faults
 from tests.checkpoints.training import train

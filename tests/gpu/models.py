@@ -47,7 +47,7 @@ def start_parallel() -> Any:
         from megatron_sead.parallel.cpu_adaptor import adapt_to_cpu
 
         adapt_to_cpu()
-    from megatron_sead.config.run import ParallelSettings
+    from megatron_sead.config.parallel import ParallelSettings
     from megatron_sead.parallel.groups import initialize_parallel
 
     return initialize_parallel(ParallelSettings(), DEVICE.type, seed=0)

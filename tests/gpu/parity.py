@@ -59,7 +59,7 @@ def _ours(
     F.cross_entropy(logits[0].float(), labels[0]).backward()
     found = {LOGITS: logits[0].detach().cpu()}
     parameters = dict(model.named_parameters())
-    for placed in placed_weights(model.config, 1, 1):
+    for placed in placed_weights(model.config, model.config.stage_layers):
         gradient = parameters[placed.parameter].grad
         parts = whole_tensors(placed, gradient, torch.bfloat16, parallel)
         found |= {name: part.cpu() for name, part in zip(placed.names, parts, strict=True)}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_sead.config.run import ParallelSettings
+from megatron_sead.config.parallel import ParallelSettings
 
 # Shapes: b sequences in a micro-batch, s their length, v true vocabulary
 
@@ -29,6 +29,8 @@ class Layout:
     vpp: int | None = None
     sp: bool = False
     recompute: str | None = None
+    first: int | None = None  # layers on the first stage
+    last: int | None = None
 
     def settings(self) -> ParallelSettings:
         return ParallelSettings(
@@ -36,12 +38,15 @@ class Layout:
             pipeline_model_parallel_size=self.pp,
             virtual_pipeline_model_parallel_size=self.vpp,
             sequence_parallel=self.sp,
+            first_stage_layers=self.first,
+            last_stage_layers=self.last,
         )
 
     def __str__(self) -> str:
         parts = (
             [f"tp{self.tp}", f"pp{self.pp}"] + ([f"vpp{self.vpp}"] if self.vpp else []) + (["sp"] if self.sp else [])
         )
+        parts += [f"{name}{count}" for name, count in (("first", self.first), ("last", self.last)) if count]
         return "-".join(parts + ([self.recompute] if self.recompute else []))
 
 
@@ -199,7 +204,7 @@ def _whole_gradients(wrapped: list[Any], parallel: Any) -> dict[str, torch.Tenso
     from megatron_sead.models.weights import placed_weights
 
     gradients = {}
-    for placed in placed_weights(wrapped[0].module.config, parallel.pp_size, parallel.chunks):
+    for placed in placed_weights(wrapped[0].module.config, wrapped[0].module.config.stage_layers):
         shard = None
         if placed.pp_rank == parallel.pp_rank:
             shard = dict(wrapped[placed.chunk].module.named_parameters())[placed.parameter].main_grad

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sead.config.run import ModelSettings, ParallelSettings
+from megatron_sead.config.parallel import ParallelSettings
+from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
 from megatron_sead.planning.shapes import read_shape
 from tests.checkpoints.test_conversion import bits_differ, convert, convert_on_one_rank, export, wrong_weights

@@ -126,12 +126,13 @@ def frequencies(hf_dir: Path) -> Any:
         ({"rope_scaling": {"rope_type": "yarn"}}, Layout(), "needs factor and original_max_position_embeddings"),
         ({"num_key_value_heads": 2}, Layout(tp=4), "tensor_model_parallel_size=4: does not divide the 2 key/value"),
         ({"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 128}, Layout(tp=4), "the 6 attention"),
-        ({"num_hidden_layers": 63}, Layout(pp=2), "2 stages do not divide the 63 layers"),
+        ({"num_hidden_layers": 1}, Layout(pp=2), "2 stages for the 1 layer of"),
         (
-            {"num_hidden_layers": 6},
+            {"num_hidden_layers": 3},
             Layout(pp=2, vpp=2),
-            "pipeline_model_parallel_size=2 x virtual_pipeline_model_parallel_size=2: 4 stages do not divide",
+            "pipeline_model_parallel_size=2 x virtual_pipeline_model_parallel_size=2: 4 stages for the 3 layers",
         ),
+        ({"num_hidden_layers": 6}, Layout(pp=2, first=6), "parallel.first_stage_layers=6: leaves 0 of the 6 layers"),
     ],
     ids=str,
 )

@@ -61,6 +61,46 @@ def test_every_layout_is_transformers(
     assert max(worst.values()) < TOLERANCE
 
 
+UNEVEN = [
+    Layout(pp=2),
+    Layout(pp=4),
+    Layout(pp=2, first=1),
+    Layout(tp=2, pp=2, sp=True, last=2),
+    Layout(pp=2, vpp=2),
+    Layout(pp=2, vpp=3, recompute="full"),
+    Layout(pp=2, vpp=2, first=2),
+]
+
+
+@pytest.fixture(scope="module")
+def seven_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kinds in no order that a stage could repeat by chance."""
+    sliding, full = "sliding_attention", "full_attention"
+    directory = make_olmo3(
+        tmp_path_factory.mktemp("seven"),
+        num_hidden_layers=7,
+        layer_types=[full, sliding, sliding, full, sliding, full, full],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        pad_token_id=None,
+        initializer_range=0.2,
+    )
+    vary_norms(directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.mcore_lane
+def test_stages_of_unequal_depth_are_transformers(ranks: RankPool, seven_layers: Path) -> None:
+    from transformers import AutoConfig
+
+    batch = make_batch(AutoConfig.from_pretrained(seven_layers).vocab_size)
+    reference = reference_step(seven_layers, batch)
+    for layout in UNEVEN:
+        worst = merge(ranks.run(megatron_step, seven_layers, layout, batch)).worst(reference)
+        assert max(worst.values()) < TOLERANCE, (layout, worst)
+
+
 # --- What a mistake would look like: each must be seen ---------------------------------------------------------------
 
 

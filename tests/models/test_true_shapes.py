@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sead.config.run import ParallelSettings
+from megatron_sead.config.parallel import ParallelSettings
 from tests.distributed.ranks import RankPool
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # in the ranks too, which import this file

@@ -111,7 +111,7 @@ class TransformerEngine(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def main(hf_dir: Path) -> None:
-    from megatron_sead.config.run import ParallelSettings
+    from megatron_sead.config.parallel import ParallelSettings
     from megatron_sead.models import layers
     from megatron_sead.models.builder import build_model
     from megatron_sead.models.packed import PackedSequences

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sead.config.run import ParallelSettings
+from megatron_sead.config.parallel import ParallelSettings
 from tests.distributed.programs import exit_code
 from tests.distributed.ranks import RankPool, RankPools
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_sead.config.run import ModelSettings, ParallelSettings, RunConfig, load_config
+from megatron_sead.config.parallel import ParallelSettings
+from megatron_sead.config.run import ModelSettings, RunConfig, load_config
 from megatron_sead.errors import UserError
 from megatron_sead.models.hf_config import padded_vocabulary
 from megatron_sead.planning.plan import make_plan
@@ -57,7 +58,7 @@ def test_parameters_are_those_that_transformers_makes(size: tuple[int, ...], tmp
     assert read_shape(ModelSettings(path=tmp_path), "student").parameters == expected
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (4, 4), (8, 2)])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (4, 4), (8, 2), (1, 5)])
 def test_ranks_hold_the_model_once_and_replicas_only_of_norms(tp: int, pp: int) -> None:
     shape = read_shape(ModelSettings(path=SHAPES / "olmo3-32b"), "student")
     parallel = ParallelSettings(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
@@ -106,6 +107,14 @@ def test_stages_differ_by_embedding_head_and_loss() -> None:
     assert first.activations > middle.activations > last.activations  # micro-batches in flight
 
 
+def test_a_plan_tells_where_the_layers_are_if_stages_differ() -> None:
+    notes = make_plan(plan_7b("parallel.pipeline_model_parallel_size=3"), 24).notes
+    assert "student layers by pipeline stage: 11, 12, 9" in notes
+    assert "teacher layers by pipeline stage: 21, 21, 22" in notes
+    moved = ["parallel.pipeline_model_parallel_size=4", "parallel.last_stage_layers=6"]
+    assert "student layers by pipeline stage: 8, 9, 9, 6" in make_plan(plan_7b(*moved), 32).notes
+
+
 def test_recompute_keeps_less() -> None:
     full, none = (make_plan(plan_7b(f"training.recompute_granularity={g}"), 32).stages[0] for g in ("full", "null"))
     assert full.activations < 2 * GIB < none.activations
@@ -120,14 +129,14 @@ def test_recompute_keeps_less() -> None:
             ["40 attention heads of teacher.path=", "1, 2, 4, 8"],
         ),
         (
-            ["parallel.pipeline_model_parallel_size=3"],
-            24,
-            ["32 layers of student.path=", "1, 2, 4, 8, 16, 32"],
+            ["parallel.pipeline_model_parallel_size=33"],
+            264,
+            ["pipeline_model_parallel_size=33: 33 stages for the 32 layers of student.path="],
         ),
         (
-            ["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=3"],
+            ["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_model_parallel_size=9"],
             32,
-            ["=4 x virtual_pipeline_model_parallel_size=3: 12 stages", "32 layers"],
+            ["=4 x virtual_pipeline_model_parallel_size=9: 36 stages", "32 layers"],
         ),
         (["rollouts.max_new_tokens=65536"], 32, ["rollouts.max_new_tokens=65536", "65536"]),
         ([], 20, ["20 ranks"]),
@@ -141,7 +150,7 @@ def test_a_layout_that_does_not_fit_is_refused(overrides: list[str], world_size:
 
 
 def test_a_plan_tells_all_that_does_not_fit(tmp_path: Path) -> None:
-    config = plan_7b("parallel.tensor_model_parallel_size=3", "parallel.pipeline_model_parallel_size=3")
+    config = plan_7b("parallel.tensor_model_parallel_size=3", "parallel.pipeline_model_parallel_size=33")
     config.teacher.path = tmp_path / "missing"
     config.rollouts.max_new_tokens = 10**6
     config.training.micro_batch_tokens = None

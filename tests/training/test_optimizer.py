@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sead.config.run import ParallelSettings
+from megatron_sead.config.parallel import ParallelSettings
 from tests.checkpoints.training import settings, train
 from tests.conftest import make_olmo3
 from tests.distributed.ranks import RankPool, RankPools

@@ -11,7 +11,7 @@ from tests.training.launching import ROOT
 
 def places_of_weights(device: str) -> tuple[set[str], set[str], str, bool]:
     """Device types between passes and within one, the head's, and whether a pass left every value as it was."""
-    from megatron_sead.config.run import ParallelSettings
+    from megatron_sead.config.parallel import ParallelSettings
     from megatron_sead.models.builder import build_model
     from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
     from megatron_sead.training.teacher import Teacher

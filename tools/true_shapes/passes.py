@@ -92,7 +92,7 @@ def megatron_pass(
             parts = [read_share(files, name, placed.weight, parallel) for name in placed.names]
             seen.gradients[placed.names[0]] = Distance.between(grad, placed.weight.join(parts))
 
-        for placed in placed_weights(model.config, parallel.pp_size, parallel.chunks):
+        for placed in placed_weights(model.config, model.config.stage_layers):
             hook = _release(seen, lambda grad, placed=placed: compare(placed, grad))
             parameters.pop(placed.parameter).register_post_accumulate_grad_hook(hook)
         assert not parameters

@@ -17,7 +17,7 @@ def main(path: Path, rank: int) -> None:
     adapt_to_cpu()
     import torch
 
-    from megatron_sead.config.run import ParallelSettings
+    from megatron_sead.config.parallel import ParallelSettings
     from megatron_sead.models.builder import DTYPES
     from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
     from true_shapes.model import Shape, write_model
