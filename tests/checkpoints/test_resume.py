@@ -63,7 +63,7 @@ def saved_at_tp2(ranks: RankPool, hf_dir: Path, tmp_path_factory: pytest.TempPat
     "layout",
     [
         pytest.param(Layout(), id="dp2", marks=pytest.mark.mcore_lane),
-        pytest.param(Layout(pp=2), id="pp2"),
+        pytest.param(Layout(pp=2, first=1), id="pp2-first1"),
         pytest.param(Layout(pp=2, vpp=2), id="pp2-vpp2", marks=pytest.mark.mcore_lane),
     ],
 )

@@ -36,7 +36,10 @@ LAYOUTS = {
     "pp2": (2, PP2),
     "pp2 virtual 2": (2, [*PP2, *VPP2]),
     "pp2, layers moved": (2, [*PP2, "parallel.first_stage_layers=1", "parallel.teacher_last_stage_layers=1"]),
-    "pp2, teacher alone virtual": (2, [*PP2, "parallel.teacher_virtual_pipeline_model_parallel_size=2"]),
+    "packed, pp2, teacher alone virtual": (
+        2,
+        [*PACKED, *PP2, "parallel.teacher_virtual_pipeline_model_parallel_size=2"],
+    ),
     "pp3 does not divide 4 layers": (3, ["parallel.pipeline_model_parallel_size=3"]),
     "dp2": (2, []),
     "dp2 without the distributed optimizer": (2, ["training.use_distributed_optimizer=false"]),
