@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from megatron_sead.config.prompts import PromptSettings
@@ -78,6 +79,8 @@ def stream_prompts(
     mistakes.refuse()
     for line in repeated.lines(f"{setting}={settings.path}"):
         log.info("%s", line)  # the first rank alone logs at this level
+    if (told := tokenizing.rendered.line(f"{setting}={settings.path}")) is not None:
+        log.warning("%s", told)
 
 
 def tokenize(
@@ -101,6 +104,29 @@ def tokenize(
     return prompts
 
 
+@dataclass
+class _Rendered:
+    """Prompts that look as if they came out of the chat template: how many of a role, and the first one's place."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def count(self, turns: Conversation, place: str, tokenizer: ModelTokenizer) -> None:
+        if tokenizer.is_rendered(turns):
+            self.counts[tokenizer.role] += 1
+            self.first.setdefault(tokenizer.role, place)
+
+    def line(self, prompts: str) -> str | None:
+        """What to warn of; None: nothing."""
+        for role, count in self.counts.items():
+            return (
+                f"{prompts}: {counted(count, 'prompt')} with a beginning or an end that the {role}'s chat template "
+                f"writes, the first at {self.first[role]}; the template is applied to them all the same. If they are "
+                "rendered already, set prompts.template=plain"
+            )
+        return None
+
+
 @dataclass(frozen=True)
 class _Tokenizing:
     """Problems become prompts, some at a time; those with a mistake are left out."""
@@ -109,6 +135,7 @@ class _Tokenizing:
     max_new_tokens: int  # room for a response
     room_setting: str
     mistakes: RowMistakes
+    rendered: _Rendered = field(default_factory=_Rendered)
 
     def prompts(
         self, problems: Iterable[Problem], student: ModelTokenizer, teacher: ModelTokenizer | None
@@ -148,6 +175,8 @@ class _Tokenizing:
         for problem, turns in asked:
             with self.mistakes.kept(problem.place):
                 texts[problem.place] = _rendered(turns, problem.place, self.settings, tokenizer)
+                if self.settings.template == "chat":
+                    self.rendered.count(turns, problem.place, tokenizer)
         new = list({text: None for text in texts.values() if text not in known})
         tokens = {**known, **dict(zip(new, tokenizer.encode_all(new), strict=True))}
         fitting: dict[str, tuple[str, Tokens]] = {}

@@ -85,6 +85,22 @@ class ModelTokenizer:
             )
         return rendered
 
+    def is_rendered(self, turns: Conversation) -> bool:
+        """Does a message begin or end as the chat template's own text does? It would go through the template again."""
+        beginnings, ends = self._template_edges
+        texts = [turn.content.strip() for turn in turns]
+        return any(text.startswith(beginnings) or text.endswith(ends) for text in texts)
+
+    @cached_property
+    def _template_edges(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What a rendered text begins with, special tokens or what stands before the user's words; and its end."""
+        before, _, after = self._render(_asked(PROBE, self.system_prompt), self._usable_template).partition(PROBE)
+        special = [self.token_names[token] for token in self.encode(before) if not self.decode([token])]
+        opening = before.strip().rpartition("\n")[2]
+        for token in dict.fromkeys(special):
+            opening = opening.removeprefix(token)
+        return (*dict.fromkeys(special), *_marks(opening)), _marks(after.strip())
+
     def _require_same_system(self, own: str) -> None:
         """A conversation's own system message stands in the place of the settings', which must not say otherwise."""
         if self.system_prompt not in (None, own):
@@ -143,6 +159,11 @@ class ModelTokenizer:
 def _messages(turns: Conversation, system: str | None) -> Messages:
     first = () if system is None else (Turn("system", system),)
     return [turn._asdict() for turn in (*first, *turns)]
+
+
+def _marks(text: str) -> tuple[str, ...]:
+    """Nothing for what problems hold as well: words, such as a role's name after a special token, and single signs."""
+    return (text,) if len(text) > 2 and not text.isalnum() else ()
 
 
 def _asked(text: str, system: str | None) -> Messages:

@@ -245,3 +245,58 @@ def test_the_olmo_tokenizer(data_folder: Path, tmp_path: Path) -> None:
     ids = our_ids(directory, None, " What is $1+1$?\n")
     assert ids == transformers_ids(directory, None, " What is $1+1$?\n")
     assert ids[0] == 100257
+
+
+MARKED = {  # a template, and texts that it has written or that others wrote with a tokenizer that adds no BOS
+    "special tokens": (
+        TEMPLATES["bos"],
+        ["<s><|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>user\n1+1=<|im_end|>"],
+    ),
+    "a system prompt": (
+        TEMPLATES["its own system prompt"],
+        ["<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant"],
+    ),
+    "words": (
+        "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}\n{% endfor %}<|assistant|>\n",
+        ["<|user|>\n1+1=\n<|assistant|>\n", "<|system|>\nShort.\n<|user|>\n1+1=\n<|assistant|>", "<s><|user|>\n1+1="],
+    ),
+    "brackets": ("{{ bos_token }}[INST] {{ messages[-1]['content'] }} [/INST]", ["[INST] 1+1= [/INST]", "<s>[INST] 1"]),
+    "none": ("{{ messages[-1]['content'] }}", []),
+    "a number": (TEMPLATES["macros"], ["<s>1+1=1"]),
+}
+
+
+def with_template(directory: Path, template: str) -> Path:
+    write_model(directory, *FORMS["strings"])
+    (directory / "chat_template.jinja").write_text(template)
+    return directory
+
+
+@pytest.mark.parametrize("kind", MARKED)
+def test_prompts_that_are_rendered_already_are_warned_of_once(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template, rendered = MARKED[kind]
+    directory = with_template(tmp_path / "model", template)
+    problems = ["1+1=", "user: 1+1=", "a <|im_end|> b", "What is 2-1", "f(1) = [1]", "assistant"]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "answer": 2}) + "\n" for text in [*problems, *rendered]))
+    tokenizer = load_tokenizer(ModelSettings(path=directory), "student")
+    assert len(list(stream_prompts(PromptSettings(path=str(path)), tokenizer))) == len(problems) + len(rendered)
+    told = [record.getMessage() for record in caplog.records if "prompts.template=plain" in record.getMessage()]
+    count = f"{len(rendered)} prompt{'s' if len(rendered) > 1 else ''} with a beginning or an end that the student's"
+    first = f"the first at {path}, line {len(problems) + 1};"
+    assert len(told) == bool(rendered) and all(count in line and first in line for line in told)
+    assert list(stream_prompts(PromptSettings(path=str(path), template="plain"), tokenizer))
+    assert len([r for r in caplog.records if "prompts.template=plain" in r.getMessage()]) == bool(rendered)
+
+
+def test_a_rendered_prompt_of_the_teachers_own_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = with_template(tmp_path / "model", TEMPLATES["bos"])
+    path, turn = tmp_path / "prompts.jsonl", "<|im_start|>user\n1+1= is 2<|im_end|>\n"
+    messages = [{"role": "user", "content": "1+1="}]
+    path.write_text(json.dumps({"prompt": messages, "hint": turn, "answer": 2}) + "\n")
+    models = [load_tokenizer(ModelSettings(path=directory), role) for role in ("student", "teacher")]
+    list(stream_prompts(PromptSettings(path=str(path)), *models, teacher_prompt_field="hint"))
+    (told,) = [record.getMessage() for record in caplog.records if "prompts.template=plain" in record.getMessage()]
+    assert "1 prompt with a beginning or an end that the teacher's chat template writes" in told
