@@ -157,7 +157,7 @@ class TransformersEngine:
             for row, token, value, stop in zip(
                 rows, chosen.tolist(), probabilities.tolist(), stopped.tolist(), strict=True
             ):
-                if math.isnan(value):
+                if not math.isfinite(value):
                     raise NotFiniteNumbers(
                         f"rollout of prompt {requests[row].prompt_id!r}: the model's logits of token {t} are not finite"
                     )

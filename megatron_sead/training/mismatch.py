@@ -2,6 +2,8 @@
 
 Their log-probabilities of the same token differ by rounding, or by a fault. With importance weights a token counts by
 how likely the student, rather than the engine, was to write it, at most `cap` times: truncated importance sampling.
+Both probabilities are at temperature 1 and over the whole vocabulary, whatever `rollouts.temperature` and `.top_p` say:
+models are compared, not ways of drawing.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def probe_tokens(directory: Path, texts: Iterable[tuple[int, ...]], limit: int =
     dictionaries = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     original = max((d.get("original_max_position_embeddings") or 0 for d in dictionaries), default=0)
     needed = max(getattr(config, "sliding_window", None) or 0, original) + BLOCK
-    length = min(needed, config.max_position_embeddings, limit)
+    length = min(needed, config.max_position_embeddings - 1, limit)  # vLLM writes a token after a text that it scores
     tokens = list(islice((token for text in texts for token in text), length))
     return (tokens * (length // len(tokens) + 1))[:length]
 

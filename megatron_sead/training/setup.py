@@ -275,7 +275,7 @@ def _longest(config: RunConfig, prompts: PromptTable, heldout: list[Prompt], pro
     """Tokens of the longest text that the engine may be asked to write or to score."""
     training, evaluation = config.rollouts.max_new_tokens, config.evaluation.max_new_tokens
     asked = [max(len(p.student_token_ids), len(p.teacher_token_ids)) + (evaluation or training) for p in heldout]
-    return max(prompts.longest + training, *asked, len(probe) + 1)  # vLLM writes a token after the text that it scores
+    return max(prompts.longest + training, *asked, len(probe) + 1)  # as `probe_tokens` says
 
 
 def _check_top_k(config: RunConfig, vocab_size: int) -> None:

@@ -6,9 +6,18 @@ import logging
 
 from megatron_sead.checkpoints.manifest import from_first_rank
 from megatron_sead.errors import NotFiniteNumbers, UserError
-from megatron_sead.rollouts.engine import Rollout
+from megatron_sead.rollouts.engine import EngineFailed, Rollout
 from megatron_sead.rollouts.records import write_records
-from megatron_sead.training.not_finite import FOLDER, KEPT, Report, describe, gather_reports, write_reports
+from megatron_sead.training.not_finite import (
+    FOLDER,
+    KEPT,
+    Report,
+    describe,
+    gather_reports,
+    weights_are_finite,
+    write_reports,
+)
+from megatron_sead.training.parity import student_log_probs
 from megatron_sead.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -34,12 +43,26 @@ def keep_skipped(run: Run, step: int, rollouts: list[Rollout], reports: list[Rep
 
 
 def ended_while_writing(run: Run, step: int, asked: list[int], error: NotFiniteNumbers) -> UserError:
-    """What to raise when the student's logits are not finite as it writes rollouts: no step can mend its weights."""
+    """What to raise when numbers are not finite as rollouts are written: no step can mend the student's weights; where
+    these are sound, the engine has failed. Collective."""
+    if _student_is_sound(run):
+        return EngineFailed(f"rollouts.engine={run.config.rollouts.engine!r}: {error}, and the student's are")
     reports = gather_reports(run.parallel, run.learner.student, str(error))
     assert reports is not None
     prompts = [run.prompts[index].id for index in asked]
     where = _keep_batch(run, step, [], [report | {"prompts": prompts} for report in reports])
     return UserError(f"step {step}: {error}: the student's weights are spoilt; {where}. {remedy(run)}")
+
+
+def _student_is_sound(run: Run) -> bool:
+    """Are its weights finite, and what it makes of the probe? Collective."""
+    if not weights_are_finite(run.student_chunks, run.parallel):
+        return False
+    try:
+        student_log_probs(run, run.probe)
+    except NotFiniteNumbers:
+        return False
+    return True
 
 
 def _keep_batch(run: Run, step: int, rollouts: list[Rollout], reports: list[Report]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import Olmo3ForCausalLM
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.rollouts.engine import EngineFailed, GenerationRequest, Rollout, Sampling
 from megatron_sead.rollouts.transformers_engine import TransformersEngine
+from tests.rollouts.generation import GENERATION
 
 pytestmark = pytest.mark.transformers_lane
 
@@ -164,16 +167,73 @@ def test_wrong_weights_are_refused_after_all_were_consumed(
         assert next(iterator, None) is None
 
 
+def test_how_a_models_directory_would_generate_changes_nothing(tiny_olmo3: Path, tmp_path: Path) -> None:
+    """What decides is the run's settings, and what it says ends a response."""
+    directory = Path(shutil.copytree(tiny_olmo3, tmp_path / "model"))
+    (directory / "generation_config.json").write_text(json.dumps(GENERATION))
+    written = [make_engine(place).generate(make_requests(12), 4) for place in (directory, tiny_olmo3)]
+    assert written[0] == written[1]
+    tokens = {token for rollout in written[0] for token in rollout.response_token_ids}
+    assert tokens & {5, 6, 7, 8, 9, 10} and tokens & {20, 21, 22}
+
+
+def test_samples_of_a_prompt_differ_and_come_again(engine: TransformersEngine, rollouts: list[Rollout]) -> None:
+    asked = [GenerationRequest("same", sample, (4, 5, 6)) for sample in range(8)]
+    written = engine.generate(asked, 0)
+    assert len({rollout.response_token_ids for rollout in written}) == 8
+    assert engine.generate(asked, 0) == written
+
+
+def test_a_stop_token_in_a_prompt_stops_nothing_and_one_that_comes_first_is_a_response(
+    engine: TransformersEngine, reference: Olmo3ForCausalLM
+) -> None:
+    prompt = (4, 1, 3, 5, 3)
+    asked = [GenerationRequest("stops", sample, prompt) for sample in range(300)]
+    written = engine.generate(asked, 0)
+    assert max(len(rollout.response_token_ids) for rollout in written) > 1
+    logits = reference(torch.tensor([prompt])).logits[0, -1]
+    at_once = [r for r in written if len(r.response_token_ids) == 1]
+    assert at_once and all(r.finished and r.response_token_ids[0] in STOP for r in at_once)
+    for rollout in at_once:
+        assert rollout.log_probs is not None
+        assert rollout.log_probs[0] == pytest.approx(
+            logits.log_softmax(-1)[rollout.response_token_ids[0]].item(), abs=1e-5
+        )
+    (one,) = engine.generate(asked[:1], 0, Sampling(1.0, 1.0, 1))
+    assert one.response_token_ids == written[0].response_token_ids[:1]  # a lower limit cuts, and draws no others
+
+
+def test_a_response_may_fill_the_context_to_its_last_position(tiny_olmo3: Path, reference: Olmo3ForCausalLM) -> None:
+    engine = make_engine(tiny_olmo3, stop_token_ids=())
+    context = reference.config.max_position_embeddings
+    prompt = tuple(4 + i % 50 for i in range(context - 20))
+    for asked in ([prompt], [prompt, (4, 5)]):  # alone, and beside one that padding must not move
+        rollout = engine.generate([GenerationRequest("long", 0, p) for p in asked], 0)[0]
+        assert len(rollout.response_token_ids) == 20 and not rollout.finished
+        scored = engine.score([*prompt, *rollout.response_token_ids])[len(prompt) - 1 :]
+        torch.testing.assert_close(torch.tensor(rollout.log_probs), scored, atol=2e-5, rtol=0)
+
+
+def test_tokens_of_a_student_that_is_sure_have_log_probs(tiny_olmo3: Path) -> None:
+    """As after a collapse of entropy: no NaN, nothing above 0."""
+    engine = make_engine(tiny_olmo3)
+    engine.model.get_output_embeddings().weight *= 1e4
+    values = [value for r in engine.generate(make_requests(8), 0) for value in r.log_probs or ()]
+    assert all(-1e5 < value <= 0 for value in values) and min(map(abs, values)) == 0
+
+
 def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         make_engine(tmp_path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_logits_that_are_not_finite_are_told(tiny_olmo3: Path, temperature: float) -> None:
-    """Greedy or drawn: without a word they would be some token, or an index beyond the vocabulary."""
+def test_logits_that_are_not_finite_are_told(tiny_olmo3: Path, temperature: float, value: float) -> None:
+    """Greedy or drawn: without a word they would be some token, or an index beyond the vocabulary; and beside a logit
+    that is infinite, any other token's log-probability is so, too."""
     engine = make_engine(tiny_olmo3, sampling=Sampling(temperature, 1.0, 4))
-    engine.model.get_output_embeddings().weight[5, 3] = float("nan")
+    engine.model.get_output_embeddings().weight[5] = value
     with pytest.raises(NotFiniteNumbers, match=r"prompt 'p\d': the model's logits of token 0 are not finite"):
         engine.generate(make_requests(3), step=0)
 

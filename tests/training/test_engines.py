@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,7 +55,9 @@ def listening() -> Iterator[list[str]]:
 @contextmanager
 def watching(fault: str | None) -> Iterator[list[str]]:
     """Verbs that a transformers engine is asked. With a fault it never sleeps, and its load_weights does what the fault
-    says from the second time on; or it dies, once it has written, of the verb that the fault is named by."""
+    says from the second time on; or it dies, once it has written, of the verb that the fault is named by; or it has
+    numbers that are not finite of a student whose own are."""
+    from megatron_sead.errors import NotFiniteNumbers
     from megatron_sead.rollouts.engine import EngineFailed
     from megatron_sead.rollouts.transformers_engine import TransformersEngine
 
@@ -66,6 +69,8 @@ def watching(fault: str | None) -> Iterator[list[str]]:
             asked.append(verb)
             if verb == fault and "generate" in asked:
                 raise EngineFailed("rollouts.engine='transformers': out of memory")
+            if fault == "no number" and asked.count("generate") > 1:
+                raise NotFiniteNumbers("rollout of prompt 'a': the model's logits of token 3 are not finite")
             if verb == "sleep" and fault in FAULTS:
                 return None
             if verb == "load_weights" and fault in FAULTS and asked.count(verb) > 1:
@@ -138,6 +143,19 @@ def test_an_engine_with_other_weights_ends_the_run(pools: RankPools, tmp_path: P
     assert last.startswith(f"megatron_sead.errors.UserError: {told}"), last
 
 
+def test_an_engine_whose_numbers_alone_are_not_finite_costs_no_step(pools: RankPools, tmp_path: Path) -> None:
+    """vLLM has been seen to say NaN of a token that is all but certain, in other trainers."""
+    output = tmp_path / "run"
+    with pytest.raises(AssertionError) as caught:
+        run(pools, output, fault="no number")
+    told = (
+        "rollouts.engine='transformers': rollout of prompt 'a': the model's logits of token 3 are not finite, and the "
+    )
+    assert f"UserError: {told}student's are; saved after 1 step, the same command continues" in str(caught.value)
+    assert [folder.name for folder in (output / "checkpoints").glob("step-*")] == ["step-00000001"]
+    assert not (output / "not-finite").exists()
+
+
 def drive_with_a_fault_on_rank_1(overrides: list[str]) -> None:
     drive(overrides, "one old weight" if dist.get_rank() == 1 else None)
 
@@ -176,6 +194,16 @@ def test_replay_is_not_checked_and_says_so(pools: RankPools, whole: tuple[Path, 
     asked, lines = run(pools, tmp_path / "run", *replay, *HELDOUT)
     assert "rollouts.engine=replay: comes without weights; that its responses are the student's is not checked" in lines
     assert asked == ["generate", "close", "generate", "close"]
+
+
+@pytest.mark.parametrize(("context", "length"), [(256, 96), (97, 96), (96, 95), (40, 39)])
+def test_a_probe_leaves_room_for_the_token_that_vllm_writes_after_it(tmp_path: Path, context: int, length: int) -> None:
+    """64 tokens more than the rotary length of 32, if the context holds so many."""
+    from megatron_sead.training.parity import probe_tokens
+
+    values = json.loads((ROOT / "examples" / "tiny" / "student" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"max_position_embeddings": context}))
+    assert len(probe_tokens(tmp_path, [(5, 6, 7)])) == length
 
 
 def test_a_bf16_engine_that_stands_still_is_seen_though_it_is_close() -> None:
