@@ -10,6 +10,7 @@ import pytest
 from megatron_sead.config.run import load_config
 from megatron_sead.errors import UserError
 from tests.distributed.ranks import RankPools
+from tests.parallel.test_groups import timeout_of
 from tests.training.launching import SHORT, TINY, metrics_of, train_tiny, zones_of
 
 SETTINGS = ["training.steps=3", "training.global_batch_size=8", "training.micro_batch_size=1"]
@@ -49,12 +50,19 @@ def test_packed_steps_are_the_same_within_rounding(pools: RankPools, tmp_path: P
 
 
 def events_of_a_step(overrides: list[str]) -> list[str]:
-    """On a rank: when the engine begins and ends to write, and sleeps, and when the teacher's pass runs."""
+    """On a rank: when the engine begins and ends to write, and sleeps, and when the teacher's pass runs; and how long a
+    group waits for a rank that grades."""
     from megatron_sead.rollouts.transformers_engine import TransformersEngine
-    from megatron_sead.training import loop
+    from megatron_sead.training import early_scores, loop
     from megatron_sead.training.teacher import Teacher
 
     events: list[str] = []
+    group_of = early_scores._model_parallel_group
+
+    def group(*arguments: Any) -> Any:
+        made = group_of(*arguments)
+        events.append(f"waits {timeout_of(made):g} minutes")
+        return made
 
     def told(owner: type, name: str) -> Any:
         method = getattr(owner, name)
@@ -68,19 +76,26 @@ def events_of_a_step(overrides: list[str]) -> list[str]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((TransformersEngine, "generate"), (Teacher, "hidden_states")):
+        for owner, name in (
+            (TransformersEngine, "generate"),
+            (TransformersEngine, "sleep"),
+            (Teacher, "hidden_states"),
+        ):
             patch.setattr(owner, name, told(owner, name))
-        loop.run(load_config(TINY, [*SHORT, *SETTINGS, "training.steps=1", *overrides]))
-    return events[events.index("generate begins") :]
+        patch.setattr(early_scores, "_model_parallel_group", group)
+        loop.run(load_config(TINY, [*SHORT, *SETTINGS, "training.steps=1", "parallel.timeout_minutes=7.5", *overrides]))
+    waits = [event for event in events if event.startswith("waits")]
+    return waits + events[events.index("generate begins") :]
 
 
 def test_the_teachers_pass_runs_before_the_engine_has_all_rollouts(pools: RankPools, tmp_path: Path) -> None:
     plain = pools.of(2).run(events_of_a_step, [f"output={tmp_path / 'plain'}"])
     overlapped = pools.of(2).run(events_of_a_step, [f"output={tmp_path / 'overlapped'}", "rollouts.overlap=true"])
-    inside = ["generate begins", "hidden_states begins", "hidden_states ends", "generate ends"]
-    after = ["generate begins", "generate ends", "hidden_states begins", "hidden_states ends"]
-    assert [events[:4] for events in plain] == [after] * 2
-    assert list(overlapped) == [inside] * 2
+    sleeps, scores = ["sleep begins", "sleep ends"], ["hidden_states begins", "hidden_states ends"]
+    inside = ["generate begins", *sleeps, *scores, "generate ends"]
+    after = ["generate begins", "generate ends", *sleeps, *scores]
+    assert [events[:6] for events in plain] == [after] * 2
+    assert [events[:7] for events in overlapped] == [["waits 7.5 minutes", *inside]] * 2
 
 
 @pytest.mark.parametrize(

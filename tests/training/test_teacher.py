@@ -23,6 +23,8 @@ def places_of_weights(device: str) -> tuple[set[str], set[str], str, bool]:
     body = [p for p in chunks[0].parameters() if p is not chunks[0].head_weight]
     between = {p.device.type for p in body}
     assert teacher._offloaded is not None and teacher.head is not None
+    offloaded = {id(p) for slab in teacher._offloaded._slabs for p in slab._parameters}
+    assert offloaded == {id(p) for p in body}
     with teacher._offloaded:
         within = {p.device.type for p in body}
     same = all(torch.equal(value.to(device), before[name]) for name, value in chunks[0].named_parameters())
