@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_sead.checkpoints.manifest import from_all_ranks
 from megatron_sead.files.durable import replace_text
 from megatron_sead.parallel.context import ParallelContext
+from megatron_sead.training.optimizer import optimizer_parts
 
 FOLDER = "not-finite"
 KEPT = 20  # steps of a run whose batches are kept; of later ones metrics.jsonl tells alone
@@ -77,7 +78,7 @@ def describe(reports: list[Report]) -> str:
 def own_grad_norm(optimizer: Any) -> float:
     """Norm of the gradients that this rank's optimizer is about to apply, replicas included. Call it after
     ``prepare_grads``."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = optimizer_parts(optimizer)
     return _norm([p.grad for part in parts for p in part.get_parameters() if p.grad is not None])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -56,6 +57,33 @@ def build_optimizer(
     )
     _connect_to_schedule(config, ddp_chunks, optimizer, overlap)
     return ddp_chunks, optimizer, _scheduler(settings, optimizer)
+
+
+@torch.no_grad()
+def apply_gradients(optimizer: Any) -> float:
+    """Clip the gradients by their global norm, and update. After the optimizer's ``prepare_grads``. Collective.
+
+    In place of Megatron's ``optimizer.step``, which without Transformer Engine reads every gradient's norm from the
+    GPU, and copies every gradient that it scales. Here one number is read.
+
+    Returns:
+        The norm before clipping, over all ranks, of each parameter once.
+    """
+    parts = optimizer_parts(optimizer)
+    counted = [gradient for part in parts for gradient in part.get_main_grads_for_grad_norm()]
+    square = torch.nn.utils.get_total_norm(counted).square().to(torch.cuda.current_device())  # of none: on the CPU
+    dist.all_reduce(square, group=parts[0].get_grad_stats_parallel_group())
+    norm, most = square.item() ** 0.5, optimizer.config.clip_grad
+    if 0 < most < norm:
+        torch.nn.utils.clip_grads_with_norm_([p for part in parts for p in part.get_parameters()], most, square.sqrt())
+    optimizer.step_with_ready_grads()
+    return norm
+
+
+def optimizer_parts(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers in one of its chains, or one that is none."""
+    parts: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return parts
 
 
 def _optimizer_config(settings: TrainingSettings) -> OptimizerConfig:

@@ -15,6 +15,7 @@ from megatron_sead.reporting.timing import PhaseTimer
 from megatron_sead.training.measure import measure_tokens
 from megatron_sead.training.mismatch import measure_mismatch
 from megatron_sead.training.not_finite import Report, gather_reports, own_grad_norm
+from megatron_sead.training.optimizer import apply_gradients
 from megatron_sead.training.pipeline import OnHidden, run_schedule
 from megatron_sead.training.scoring import Heads, score_student
 from megatron_sead.training.supervision import StepTokens, Supervision, Supervisor
@@ -217,8 +218,7 @@ def _update(learner: Learner, count: int, step: int) -> dict[str, float]:
     learning_rate = learner.optimizer.param_groups[0]["lr"]
     grad_norm = 0.0
     if count > 0:
-        _, norm, _ = learner.optimizer.step()
-        grad_norm = float(norm)
+        grad_norm = apply_gradients(learner.optimizer)
     else:
         log.warning("step %d: no token teaches (every weight is zero); the student is left as it is", step)
     learner.scheduler.step(increment=1)

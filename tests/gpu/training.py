@@ -123,7 +123,7 @@ class Phases:
         learner.teacher.hidden_states = self._timed("teacher", learner.teacher.hidden_states)
         step.score_student = self._timed("scores", step.score_student)  # type: ignore[assignment]
         step.run_schedule = self._timed("forward, loss, backward", step.run_schedule)  # type: ignore[assignment]
-        learner.optimizer.step = self._timed("optimizer", learner.optimizer.step)
+        step.apply_gradients = self._timed("optimizer", step.apply_gradients)  # type: ignore[assignment]
 
     def synchronize(self) -> None:
         if CUDA:

@@ -29,7 +29,7 @@ def build(hf_dir: Path, changes: dict[str, Any], gradient: float | None = None, 
     """On a rank: build, and update so many times with every gradient element at `gradient` on each DP rank."""
     from megatron_sead.models.builder import build_model
     from megatron_sead.parallel.groups import destroy_parallel, initialize_parallel
-    from megatron_sead.training.optimizer import build_optimizer
+    from megatron_sead.training.optimizer import apply_gradients, build_optimizer
 
     parallel = initialize_parallel(ParallelSettings(), "cpu", seed=0)
     how = settings(**({"precision": "fp32", "distributed": True} | changes))
@@ -42,7 +42,8 @@ def build(hf_dir: Path, changes: dict[str, Any], gradient: float | None = None, 
             assert all(group["lr"] == rates[-1] for group in optimizer.param_groups)
             if gradient is not None:
                 _put_gradients(ddp_chunks, optimizer, gradient)
-                norms.append(optimizer.step()[1])
+                optimizer.prepare_grads()
+                norms.append(apply_gradients(optimizer))
             scheduler.step(increment=1)
         decays = {
             (group["weight_decay"], parameter.dim())
