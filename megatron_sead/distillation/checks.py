@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -158,11 +159,57 @@ def agree(
     failed, most, least = message.tolist()
     if failed:
         raise_together(None if problem is None else str(problem), group)
-    if most != -least:
+    _require_as_many(most, -least)
+
+
+def _require_as_many(most: int, least: int) -> None:
+    if most != least:
         raise ValueError(
-            f"ranks of the group have from {-least} to {most} tokens to work on: weights, targets and hidden states "
+            f"ranks of the group have from {least} to {most} tokens to work on: weights, targets and hidden states "
             "must be those of the same tokens on all"
         )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Tokens that a call works on, of those that it is given."""
+
+    tokens: torch.Tensor  # [k] their indices, ascending
+    counts: list[int]  # how many are in each equal part of the sequence: one, or as many as ranks share it
+
+
+def choose(
+    chosen: torch.Tensor,
+    group: ProcessGroup | None,
+    *,
+    parts: int = 1,
+    problem: tuple[torch.Tensor, Callable[[], str]] | None = None,
+) -> Chosen:
+    """`agree`, for tokens that the device knows: the tokens [n] bool that are chosen, with a single read.
+
+    Args:
+        parts: of equal length, into which the sequence is cut.
+        problem: whether there is one, a bool on the device, and what it is.
+
+    Raises:
+        ValueError: this rank's problem, another's, or ranks have chosen different numbers of tokens.
+    """
+    counts = torch.stack([part.sum() for part in chosen.tensor_split(parts)])
+    total = counts.sum()
+    failed = torch.zeros_like(total) if problem is None else problem[0].to(total.dtype)
+    message = torch.stack([failed, total, -total])
+    if group is not None:
+        dist.all_reduce(message, dist.ReduceOp.MAX, group=group)
+    found, most, least, own, *of_parts = torch.cat([message, failed[None], counts]).tolist()
+    if found:
+        raise_together(problem[1]() if own and problem is not None else None, group)
+    _require_as_many(most, -least)
+    return Chosen(places_of(chosen, most), of_parts)
+
+
+def places_of(chosen: torch.Tensor, count: int) -> torch.Tensor:
+    """[count] where `chosen` [n] bool is true, ascending. As ``nonzero``, which reads the count from the device."""
+    return chosen.to(torch.uint8).argsort(descending=True, stable=True)[:count]
 
 
 @contextmanager

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron_sead.distillation.checks import Chosen
+
 # Shapes: n tokens in all; r of a chunk; m the most that one rank has of them; h hidden size
 
 
@@ -86,18 +88,18 @@ class Chunk:
         return padded.flatten(0, 1)
 
 
-def token_chunks(tokens: torch.Tensor, size: int, sequence_group: ProcessGroup | None, local: int) -> Iterator[Chunk]:
-    """Cut chosen tokens [k], ascending, into chunks of at most `size` (or of one token a rank).
+def token_chunks(chosen: Chosen, size: int, sequence_group: ProcessGroup | None, local: int) -> Iterator[Chunk]:
+    """Cut chosen tokens into chunks of at most `size` (or of one token a rank).
 
     Args:
+        chosen: whose parts are the ranks'.
         sequence_group: ranks over which the sequence is split, each with `local` tokens; None: each rank has all.
     """
     if sequence_group is None:
-        yield from (Chunk(part, part, None) for part in tokens.split(size) if len(part))
+        yield from (Chunk(part, part, None) for part in chosen.tokens.split(size) if len(part))
         return
-    rank, ranks = dist.get_rank(sequence_group), dist.get_world_size(sequence_group)
-    left = torch.bincount(tokens.div(local, rounding_mode="floor"), minlength=ranks).tolist()
-    of_rank = tokens.split(left)
+    rank, left = dist.get_rank(sequence_group), chosen.counts
+    of_rank = chosen.tokens.split(left)
     while any(left):
         most = max(1, size // sum(count > 0 for count in left))
         counts = [min(count, most) for count in left]

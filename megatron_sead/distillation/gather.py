@@ -18,10 +18,10 @@ def all_gather_rows(values: torch.Tensor, groups: Sequence[ProcessGroup]) -> tup
     place = slice(0, len(values))
     for group in groups:
         size, rank = dist.get_world_size(group), dist.get_rank(group)
-        count = torch.tensor([len(values)], device=values.device)
+        count = torch.full((1,), len(values), device=values.device)
         counts = [torch.empty_like(count) for _ in range(size)]
         dist.all_gather(counts, count, group=group)
-        lengths = [int(length) for length in counts]
+        lengths = torch.cat(counts).tolist()
         padded = values.new_zeros(max(lengths), values.shape[1])
         padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in range(size)]

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch.distributed import ProcessGroup
 
+from megatron_sead.distillation.checks import Chosen
 from megatron_sead.distillation.chunks import Chunk, token_chunks
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.scratch import large_empty
@@ -38,7 +39,7 @@ def chunk_rows(scratch_bytes: int | None, buffers: int, *heads: torch.Tensor) ->
 def logit_chunks(
     student: tuple[torch.Tensor, torch.Tensor],
     teacher: tuple[torch.Tensor, torch.Tensor],
-    tokens: torch.Tensor,
+    chosen: Chosen,
     real: int,
     *,
     scratch_bytes: int | None,
@@ -49,7 +50,7 @@ def logit_chunks(
 
     Args:
         student: hidden states [n, h] and head [V/tp, h]; so is teacher.
-        tokens: [k] ascending.
+        chosen: in as many parts as ranks of the sequence group.
         real: c, the head rows that are tokens; padding takes no part in the products.
         buffers: pairs of logits that the caller uses at a time.
         sequence_group: ranks over which the hidden states' tokens are split; None: each rank has all.
@@ -58,20 +59,20 @@ def logit_chunks(
         the chunk; the student's hidden states [r, h] in its head's type; logits of student and teacher, in buffers
         that a later chunk overwrites and the caller may too.
     """
-    if len(tokens) == 0:
+    if len(chosen.tokens) == 0:
         return
     heads = student[1], teacher[1]
     size = chunk_rows(scratch_bytes, buffers, *heads)
-    rows = min(len(tokens), size if sequence_group is None else max(size, sequence_group.size()))
+    rows = min(len(chosen.tokens), size if sequence_group is None else max(size, sequence_group.size()))
     # one type for both, or the two could not be subtracted
     dtype = accumulation_dtype(torch.promote_types(heads[0].dtype, heads[1].dtype))
     width = _aligned(real)
-    count = min(buffers, -(-len(tokens) // rows))
+    count = min(buffers, -(-len(chosen.tokens) // rows))
 
     def start(chunk: Chunk) -> tuple[Chunk, list[Callable[[], torch.Tensor]]]:
         return chunk, [chunk.start_gather(hidden, sequence_group) for hidden, _ in (student, teacher)]
 
-    started = _one_ahead(map(start, token_chunks(tokens, size, sequence_group, len(student[0]))))
+    started = _one_ahead(map(start, token_chunks(chosen, size, sequence_group, len(student[0]))))
     memory = [large_empty((count, rows, width), dtype, heads[0].device) for _ in heads]
     for turn, (chunk, (student_states, teacher_states)) in enumerate(started):
         logits = [of_model[turn % count, : len(chunk.tokens)] for of_model in memory]

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation.checks import (
-    agree,
     check_heads,
+    choose,
     refuse_nan,
     refused_together,
     require_tensors,
@@ -139,6 +139,11 @@ class LinearSetting:
     needs_gradient: bool
     make: Make
 
+    @property
+    def parts(self) -> int:
+        """Into which the sequence is split."""
+        return 1 if self.sequence_group is None else self.sequence_group.size()
+
 
 @dataclass
 class LinearOutcome:
@@ -242,8 +247,7 @@ def fused_pass(inputs: Sequence[torch.Tensor], setting: LinearSetting, wanted: t
     hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     dtype = accumulation_dtype(torch.promote_types(student_head.dtype, teacher_head.dtype))
     weights = torch.stack([forward_weight.reshape(-1), reverse_weight.reshape(-1)]).to(dtype)
-    tokens = weights.any(0).nonzero().squeeze(1)
-    agree(group, hidden.device, tokens=len(tokens))
+    chosen = choose(weights.any(0), group, parts=setting.parts)
     outcome = LinearOutcome(
         weights.new_zeros(weights.shape[1]),
         hidden.new_zeros(hidden.shape, dtype=dtype) if wanted[0] else None,
@@ -256,7 +260,7 @@ def fused_pass(inputs: Sequence[torch.Tensor], setting: LinearSetting, wanted: t
     chunks = logit_chunks(
         (hidden, student_head),
         (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_head),
-        tokens,
+        chosen,
         shard.real,
         scratch_bytes=setting.scratch_bytes,
         buffers=2 if overlaps else 1,
@@ -278,6 +282,7 @@ def fused_pass(inputs: Sequence[torch.Tensor], setting: LinearSetting, wanted: t
     backward.finish()
     if not any(wanted):
         total = reduce_over(own, group)
+    tokens = chosen.tokens
     outcome.loss[tokens] = weighted_loss(total.sums[tokens], *weights[:, tokens])
     refuse_nan(outcome.loss.isnan(), own.sums[:, :2], group)
     return outcome

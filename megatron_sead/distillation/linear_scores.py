@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation.checks import (
-    agree,
     check_heads,
     check_per_token,
+    choose,
     refuse_nan,
     refused_together,
     require_tensors,
@@ -93,16 +92,25 @@ def linear_token_scores(
         shard = vocabulary_shard(len(student_head), group, vocab_size)
         sequence_group = shard.group if sequence_parallel else None
         check_per_token(whole_shape(student_hidden, sequence_group), student_hidden.device, targets=targets)
-        _check_tokens(targets, (*stops[0], *stops[1]), shard, len(student_head), vocab_size)
+        if targets.is_floating_point():
+            raise ValueError(f"targets are {targets.dtype}: must be token ids, integers")
+        size = 1 if shard.group is None else shard.group.size()
+        limit = len(student_head) * size if vocab_size is None else vocab_size
+        if outside := [token for token in (*stops[0], *stops[1]) if not 0 <= token < limit]:
+            raise ValueError(_outside(outside[0], limit))
     dtype = accumulation_dtype(torch.promote_types(student_head.dtype, teacher_head.dtype))
-    tokens = (targets >= 0).nonzero().squeeze(1)
-    agree(shard.group, targets.device, tokens=len(tokens))
+    chosen = choose(
+        targets >= 0,
+        shard.group,
+        parts=1 if sequence_group is None else sequence_group.size(),
+        problem=((targets >= limit).any(), lambda: _outside(int(targets.max()), limit)),
+    )
     own = PartialSums.empty(len(targets), dtype, targets.device, with_columns=True)
     extras = torch.zeros(len(targets), 4, dtype=dtype, device=targets.device)
     for chunk, _, student, teacher in logit_chunks(
         (student_hidden, student_head),
         (teacher_hidden, teacher_head),
-        tokens,
+        chosen,
         shard.real,
         scratch_bytes=scratch_bytes,
         buffers=1,
@@ -124,9 +132,11 @@ def _scores(own: PartialSums, extras: torch.Tensor, scored: torch.Tensor, group:
     total = start_sums(moved, group, extras)()
     refuse_nan(has_no_distribution(total) & scored, own.sums[:, :2], group)
     # of tokens that are not scored: one possible token, in both models
-    total.sums[~scored] = total.sums.new_tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
-    total.maxima[~scored] = 0.0
-    extras[~scored] = 0.0
+    unscored = ~scored[:, None]
+    total.sums[:, :2].masked_fill_(unscored, 1.0)
+    total.sums[:, 2:].masked_fill_(unscored, 0.0)
+    total.maxima.masked_fill_(unscored, 0.0)
+    extras.masked_fill_(unscored, 0.0)
     normalizers = total.sums[:, :2]
     log_probs = (extras[:, :2] - total.maxima - normalizers.log()).float()
     stops = (extras[:, 2:] / normalizers).float()
@@ -147,17 +157,11 @@ def _stop_sum(
 ) -> torch.Tensor:
     """[r] sum of exp(logit - maximum) over the stop tokens that this rank holds."""
     columns = [token - shard.first for token in set(tokens) if 0 <= token - shard.first < shard.real]
-    return (logits[:, columns] - maximum.masked_fill(maximum == -torch.inf, 0.0)[:, None]).exp().sum(-1)
+    if not columns:
+        return torch.zeros_like(maximum)
+    stops = torch.stack([logits[:, column] for column in columns], dim=-1)  # a list as index is copied to a GPU
+    return (stops - maximum.masked_fill(maximum == -torch.inf, 0.0)[:, None]).exp().sum(-1)
 
 
-def _check_tokens(
-    targets: torch.Tensor, stops: tuple[int, ...], shard: VocabularyShard, width: int, vocab_size: int | None
-) -> None:
-    size = 1 if shard.group is None else dist.get_world_size(shard.group)
-    limit = width * size if vocab_size is None else vocab_size
-    if targets.is_floating_point():
-        raise ValueError(f"targets are {targets.dtype}: must be token ids, integers")
-    found = [*stops, *(targets.max().clamp(min=0).unsqueeze(0) if len(targets) else ())]
-    outside = [int(token) for token in found if not 0 <= token < limit]
-    if outside:
-        raise ValueError(f"token {outside[0]} among targets or stop tokens: must be from 0 to {limit - 1}")
+def _outside(token: int, limit: int) -> str:
+    return f"token {token} among targets or stop tokens: must be from 0 to {limit - 1}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron_sead.distillation.checks import require_tensors
+from megatron_sead.distillation.checks import places_of, require_tensors
 from megatron_sead.distillation.gather import all_gather_rows
 from megatron_sead.distillation.zone_shares import (
     DEFAULT_SHARES,
@@ -85,11 +85,12 @@ def zones_and_thresholds(
     Arguments and errors as there; the entropies are gathered once.
     """
     zones, entropies, every = _assigned(student_entropy, teacher_entropy, valid, shares, groups, token_index)
+    if not len(every):
+        return zones, Thresholds(math.inf, -math.inf)
     student, teacher = entropies.unbind(-1)
-    in_c, in_a = teacher[every == ZONE_C], student[every == ZONE_A]
-    return zones, Thresholds(
-        float(in_c.min()) if len(in_c) else float("inf"), float(in_a.max()) if len(in_a) else float("-inf")
-    )
+    in_c = torch.where(every == ZONE_C, teacher, torch.inf)
+    in_a = torch.where(every == ZONE_A, student, -torch.inf)
+    return zones, Thresholds(*torch.stack([in_c.min(), in_a.max()]).tolist())
 
 
 def assign_zones_by_threshold(
@@ -103,11 +104,10 @@ def assign_zones_by_threshold(
     _check(student_entropy, teacher_entropy, valid)
     if math.isnan(thresholds.student) or math.isnan(thresholds.teacher):
         raise ValueError(f"{thresholds}: must not be NaN")
-    _require_finite(torch.stack([student_entropy[valid.bool()], teacher_entropy[valid.bool()]], dim=-1))
+    _require_finite(torch.stack([student_entropy, teacher_entropy], dim=-1).view(-1, 2), valid.bool().flatten())
     zones = (student_entropy > thresholds.student).to(torch.int8)  # ZONE_A, ZONE_B
-    zones[teacher_entropy >= thresholds.teacher] = ZONE_C
-    zones[~valid.bool()] = NOT_VALID
-    return zones
+    zones.masked_fill_(teacher_entropy >= thresholds.teacher, ZONE_C)
+    return zones.masked_fill_(~valid.bool(), NOT_VALID)
 
 
 def assign_zones_per_sequence(
@@ -120,11 +120,12 @@ def assign_zones_per_sequence(
 ) -> torch.Tensor:
     """Zones [...] int8 by the quantiles of each rollout's own tokens, all of which are on this rank."""
     _check(student_entropy, teacher_entropy, valid, rollout_index=rollout_index)
-    zones = torch.full(student_entropy.shape, NOT_VALID, dtype=torch.int8, device=student_entropy.device)
-    for rollout in rollout_index[valid.bool()].unique().tolist():
-        own = valid.bool() & (rollout_index == rollout)
-        zones[own] = assign_zones(student_entropy[own], teacher_entropy[own], valid[own], shares=shares)
-    return zones
+    _check_shares(shares)
+    chosen = _places(valid)
+    entropies = torch.stack([student_entropy.flatten()[chosen], teacher_entropy.flatten()[chosen]], dim=-1).float()
+    _require_finite(entropies)
+    _, sequence, sizes = rollout_index.flatten()[chosen].unique(return_inverse=True, return_counts=True)
+    return _in_place(_select(entropies, shares, sequence, sizes), chosen, valid)
 
 
 def rescue_confident_errors(zones: torch.Tensor, reverse_kl: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -133,7 +134,7 @@ def rescue_confident_errors(zones: torch.Tensor, reverse_kl: torch.Tensor, thres
     Raises:
         ValueError: the threshold, or the reverse KL of a token of A, is NaN.
     """
-    if math.isnan(threshold) or bool(reverse_kl[zones == ZONE_A].isnan().any()):
+    if math.isnan(threshold) or bool((reverse_kl.isnan() & (zones == ZONE_A)).any()):
         raise ValueError(f"threshold={threshold}, reverse_kl: must not be NaN in zone A")
     return torch.where((zones == ZONE_A) & (reverse_kl > threshold), ZONE_B, zones).to(torch.int8)
 
@@ -182,13 +183,22 @@ def _assigned(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Zones [...] of this rank's tokens; entropies [N, 2] and zones [N] of all ranks' valid ones."""
     _check(student_entropy, teacher_entropy, valid, token_index=token_index)
-    if problem := shares_problem(shares):
-        raise ValueError(f"shares={list(shares)}: {problem}")
-    chosen = valid.bool()
+    _check_shares(shares)
+    chosen = _places(valid)
     entropies, every, place = _quantile_zones(student_entropy, teacher_entropy, chosen, shares, groups, token_index)
-    zones = torch.full(student_entropy.shape, NOT_VALID, dtype=torch.int8, device=student_entropy.device)
-    zones[chosen] = every[place]
-    return zones, entropies, every
+    return _in_place(every[place], chosen, valid), entropies, every
+
+
+def _places(valid: torch.Tensor) -> torch.Tensor:
+    """[n] of the valid tokens among all [...], flattened."""
+    chosen = valid.bool().flatten()
+    return places_of(chosen, int(chosen.sum()))
+
+
+def _in_place(zones: torch.Tensor, chosen: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[...] zones of all tokens, from those [n] of the valid ones."""
+    result = torch.full((valid.numel(),), NOT_VALID, dtype=torch.int8, device=zones.device)
+    return result.index_copy_(0, chosen, zones).view(valid.shape)
 
 
 def _quantile_zones(
@@ -199,12 +209,16 @@ def _quantile_zones(
     groups: Sequence[ProcessGroup],
     token_index: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, slice]:
-    """Entropies [N, 2] (student, teacher) and zones [N] of all ranks' chosen tokens, and this rank's place."""
+    """Entropies [N, 2] (student, teacher) and zones [N] of all ranks' chosen tokens, and this rank's place.
+
+    Args:
+        chosen: [n] where they are among all, flattened.
+    """
     # both fp32 numbers travel as the bits of one int64, so that entropies and index share a collective
-    entropies = torch.stack([student_entropy[chosen], teacher_entropy[chosen]], dim=-1).float()
+    entropies = torch.stack([student_entropy.flatten()[chosen], teacher_entropy.flatten()[chosen]], dim=-1).float()
     parts = [entropies.view(torch.int64)]
     if token_index is not None:
-        parts.append(token_index[chosen].long()[:, None])
+        parts.append(token_index.flatten()[chosen].long()[:, None])
     gathered, place = all_gather_rows(torch.cat(parts, dim=1), groups)
     entropies = gathered[:, :1].contiguous().view(torch.float32)
     _require_finite(entropies)
@@ -216,30 +230,52 @@ def _quantile_zones(
     return entropies, zones, place
 
 
-def _select(entropies: torch.Tensor, shares: Shares) -> torch.Tensor:
-    """[N] int8 from entropies [N, 2] (student, teacher); of equal entropies the earlier gets the higher zone."""
+def _select(
+    entropies: torch.Tensor, shares: Shares, sequence: torch.Tensor | None = None, sizes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[N] int8 from entropies [N, 2] (student, teacher); of equal entropies the earlier gets the higher zone.
+
+    Args:
+        sequence: [N] which of the sequences, from 0, each has its shares of; with their sizes. None: all are one.
+    """
     student, teacher = entropies.unbind(-1)
-    count = len(student)
-    in_c = round(shares[2] / 100 * count)
+    if sequence is None or sizes is None:
+        sequence = torch.zeros(len(student), dtype=torch.int64, device=student.device)
+        sizes = torch.full((1,), len(student), device=student.device)
+    in_c = (shares[2] / 100 * sizes.double()).round()
     # where A has no share, rounding must not leave it a token
-    in_b = min(round(shares[1] / 100 * count), count - in_c) if shares[0] > 0 else count - in_c
-    zones = torch.full((count,), ZONE_A, dtype=torch.int8, device=student.device)
-    zones[teacher.argsort(descending=True, stable=True)[:in_c]] = ZONE_C
-    rest = (zones != ZONE_C).nonzero().squeeze(1)
-    zones[rest[student[rest].argsort(descending=True, stable=True)[:in_b]]] = ZONE_B
-    return zones
+    in_b = (shares[1] / 100 * sizes.double()).round().minimum(sizes - in_c) if shares[0] > 0 else sizes - in_c
+    is_c = _highest(teacher, in_c, sequence, sizes)
+    is_b = _highest(student.masked_fill(is_c, -torch.inf), in_b, sequence, sizes)  # entropies are finite: C comes last
+    zones = torch.full((len(student),), ZONE_A, dtype=torch.int8, device=student.device)
+    return zones.masked_fill_(is_b, ZONE_B).masked_fill_(is_c, ZONE_C)
 
 
-def _require_finite(entropies: torch.Tensor) -> None:
-    """[N, 2] (student, teacher) of valid tokens."""
+def _highest(values: torch.Tensor, counts: torch.Tensor, sequence: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """[N] bool: of each sequence as many of the highest values [N] as `counts` says; of equals the earlier."""
+    order = values.argsort(descending=True, stable=True)
+    order = order[sequence[order].argsort(stable=True)]
+    first = (sizes.cumsum(0) - sizes)[sequence[order]]
+    rank = torch.arange(len(values), device=values.device) - first
+    return torch.zeros_like(sequence, dtype=torch.bool).index_copy_(0, order, rank < counts[sequence[order]])
+
+
+def _require_finite(entropies: torch.Tensor, counted: torch.Tensor | None = None) -> None:
+    """[N, 2] (student, teacher) of valid tokens; or of those that `counted` [N] is true of."""
     bad = ~entropies.isfinite()
-    if bool(bad.any()):
-        token, model = bad.nonzero()[0].tolist()
-        name = ("student_entropy", "teacher_entropy")[model]
-        raise ValueError(
-            f"{name} of {int(bad[:, model].sum())} valid tokens is not finite, the first is token {token} of "
-            f"{len(entropies)}"
-        )
+    if not bool((bad if counted is None else bad & counted[:, None]).any()):
+        return
+    bad = bad if counted is None else bad[counted]
+    token, model = bad.nonzero()[0].tolist()
+    name = ("student_entropy", "teacher_entropy")[model]
+    raise ValueError(
+        f"{name} of {int(bad[:, model].sum())} valid tokens is not finite, the first is token {token} of {len(bad)}"
+    )
+
+
+def _check_shares(shares: Shares) -> None:
+    if problem := shares_problem(shares):
+        raise ValueError(f"shares={list(shares)}: {problem}")
 
 
 def _check(student_entropy: torch.Tensor, teacher_entropy: torch.Tensor, valid: torch.Tensor, **more: Any) -> None:

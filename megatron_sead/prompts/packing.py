@@ -30,7 +30,9 @@ class TokenView:
     """One model's view of a micro-batch. Teacher and student may see different prompts."""
 
     tokens: torch.Tensor  # [b, s] int64, right-padded; the causal mask keeps padding out of every response position
-    predictors: torch.Tensor  # [n] int64 into the flattened [b * s]: the position whose logits predict response token i
+    # [n] int64 into the flattened [b * s]: the position whose logits predict response token i. In host memory: how many
+    # are in a part of the sequence is asked without waiting for a GPU
+    predictors: torch.Tensor
     boundaries: Boundaries | None = None  # of a packed view; None: every row is one sequence
 
 
@@ -163,7 +165,7 @@ def _rows(
     padded = _rounded_up(max(len(row) for row in rows), length_multiple)
     tokens = torch.tensor([[*row, *[pad_token_id] * (padded - len(row))] for row in rows], device=device)
     starts = range(0, len(rows) * padded, padded)
-    return TokenView(tokens, _predictors(prompts, responses, starts).to(device))
+    return TokenView(tokens, _predictors(prompts, responses, starts))
 
 
 def _packed(
@@ -183,7 +185,7 @@ def _packed(
     tokens = [token for row in rows for token in row] + [pad_token_id] * padding
     return TokenView(
         torch.tensor([tokens], device=device),
-        _predictors(prompts, responses, starts).to(device),
+        _predictors(prompts, responses, starts),
         Boundaries(
             torch.tensor(starts, dtype=torch.int32, device=device), _counts_from_0(lengths).to(device), tuple(lengths)
         ),

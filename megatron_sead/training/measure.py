@@ -34,7 +34,8 @@ def measure_tokens(
         group: None where one rank holds all tokens.
     """
     sums = _zone_sums(tokens, zones) | _stop_sums(scores, micro_batches)
-    sums["log_prob_ratio"] = torch.cat([s.teacher_log_prob - s.student_log_prob for s in scores])[tokens.valid].sum()
+    ratios = torch.cat([s.teacher_log_prob - s.student_log_prob for s in scores])
+    sums["log_prob_ratio"] = _sum_where(tokens.valid, ratios)
     names = sorted(sums)
     totals = torch.stack([sums[name].double() for name in names])
     if group is not None:
@@ -44,7 +45,7 @@ def measure_tokens(
 
 def _zone_sums(tokens: StepTokens, zones: torch.Tensor) -> dict[str, torch.Tensor]:
     statistics = tokens.statistics
-    sums: dict[str, torch.Tensor] = {"response_tokens": torch.tensor(float(len(zones)), device=zones.device)}
+    sums = {"response_tokens": torch.full((), len(zones), device=zones.device)}
     lengths = torch.zeros(int(tokens.rollout_index.max()) + 1, device=zones.device)
     lengths.index_add_(0, tokens.rollout_index, torch.ones_like(tokens.rollout_index, dtype=lengths.dtype))
     quarter = (QUARTERS * tokens.position / lengths[tokens.rollout_index]).long()
@@ -52,8 +53,8 @@ def _zone_sums(tokens: StepTokens, zones: torch.Tensor) -> dict[str, torch.Tenso
         inside = zones == zone
         sums[f"zone_{name}_tokens"] = inside.sum()
         for field in ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl"):
-            sums[f"zone_{name}_{field}"] = getattr(statistics, field)[inside].double().sum()
-        sums[f"zone_{name}_mismatches"] = (~statistics.same_argmax[inside]).sum()
+            sums[f"zone_{name}_{field}"] = _sum_where(inside, getattr(statistics, field))
+        sums[f"zone_{name}_mismatches"] = (~statistics.same_argmax & inside).sum()
         for q in range(QUARTERS):
             sums[f"zone_{name}_quarter_{q + 1}"] = (inside & (quarter == q)).sum()
     return sums
@@ -61,16 +62,19 @@ def _zone_sums(tokens: StepTokens, zones: torch.Tensor) -> dict[str, torch.Tenso
 
 def _stop_sums(scores: list[TokenScores], micro_batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
     """Probability of stopping where a rollout ended: at its stop token, or where it was cut."""
-    sums = dict.fromkeys(("rollouts", "student_stop", "teacher_stop"), torch.tensor(0.0))
-    for score, micro_batch in zip(scores, micro_batches, strict=True):
-        index = micro_batch.rollout_index
-        last = torch.ones_like(index, dtype=torch.bool)
-        last[:-1] = index[1:] != index[:-1]
-        sums["rollouts"] = sums["rollouts"].to(last.device) + last.sum()
-        for name in ("student", "teacher"):
-            probability = getattr(score, f"{name}_stop_probability")
-            sums[f"{name}_stop"] = sums[f"{name}_stop"].to(last.device) + probability[last].sum()
+    index = torch.cat([micro_batch.rollout_index for micro_batch in micro_batches])
+    last = torch.ones_like(index, dtype=torch.bool)
+    last[:-1] = index[1:] != index[:-1]
+    sums = {"rollouts": last.sum()}
+    for name in ("student", "teacher"):
+        probability = torch.cat([getattr(score, f"{name}_stop_probability") for score in scores])
+        sums[f"{name}_stop"] = _sum_where(last, probability)
     return sums
+
+
+def _sum_where(chosen: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Of the values [n] where `chosen` [n] is true. An index by truth values would read their number from a GPU."""
+    return torch.where(chosen, values, 0.0).sum(dtype=torch.float64)
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:

@@ -17,6 +17,9 @@ from megatron_sead.prompts.packing import MicroBatch
 
 # Shapes: n response tokens of a micro-batch
 
+DIFFERENCE = "sampling_log_prob_difference"
+STATISTICS = (DIFFERENCE, f"{DIFFERENCE}_p99", f"{DIFFERENCE}_max")
+
 
 def importance_weights(student_log_prob: torch.Tensor, sampled_log_prob: torch.Tensor, cap: float) -> torch.Tensor:
     """[n] min(cap, student's probability / engine's); 1 where the engine did not say. All arguments [n], in nats."""
@@ -30,18 +33,18 @@ def measure_mismatch(
 
     Nothing where no engine has said a log-probability. Collective over `group`, the data-parallel ranks.
     """
-    found = [torch.empty(0)]
+    found = [torch.empty(0, device=micro_batches[0].targets.device)]
     for score, micro_batch in zip(scores, micro_batches, strict=True):
         if micro_batch.sampled_log_prob is not None:
             difference = (score.student_log_prob.float() - micro_batch.sampled_log_prob).abs()
-            found.append(difference[micro_batch.valid & ~difference.isnan()])
-    here = torch.cat([part.to(micro_batches[0].targets.device) for part in found])
-    everywhere, _ = all_gather_rows(here[:, None], () if group is None else (group,))
+            found.append(difference.masked_fill(~micro_batch.valid, torch.nan))
+    everywhere, _ = all_gather_rows(torch.cat(found)[:, None], () if group is None else (group,))
     if not len(everywhere):
         return {}
-    ordered = everywhere[:, 0].sort().values
-    return {
-        "sampling_log_prob_difference": ordered.double().mean().item(),
-        "sampling_log_prob_difference_p99": ordered[int(0.99 * (len(ordered) - 1))].item(),
-        "sampling_log_prob_difference_max": ordered[-1].item(),
-    }
+    ordered = everywhere[:, 0].sort().values  # NaN, of which nothing is known, comes last
+    known = (~ordered.isnan()).sum()
+    last = (known - 1).clamp(min=0)
+    places = torch.stack([(0.99 * last.double()).long(), last])
+    mean = ordered.double().nansum() / known
+    count, *statistics = torch.cat([known.double()[None], mean[None], ordered[places].double()]).tolist()
+    return dict(zip(STATISTICS, statistics, strict=True)) if count else {}

@@ -124,7 +124,7 @@ def _micro_batches(run: Run, tokens: list[int]) -> list[MicroBatch]:
     ids = torch.zeros(1, padded, dtype=torch.long, device=parallel.device)
     ids[0, : len(tokens)] = torch.tensor(tokens)
     index = torch.arange(count, device=parallel.device)
-    view = TokenView(ids, index)
+    view = TokenView(ids, torch.arange(count))
     probe = MicroBatch(view, view, ids[0, 1 : count + 1], torch.zeros_like(index), index, torch.ones_like(index).bool())
     return [probe] * parallel.pp_size
 

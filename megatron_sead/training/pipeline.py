@@ -83,6 +83,8 @@ def _forward_step(
 
     def on_last_stage(hidden: torch.Tensor, non_loss_data: bool = False) -> Any:
         rows = hidden.flatten(0, 1)
-        return on_hidden(index, rows if config.sequence_parallel_output else rows.index_select(0, predictors))
+        if not config.sequence_parallel_output:
+            rows = rows.index_select(0, predictors.to(rows.device, non_blocking=True))
+        return on_hidden(index, rows)
 
     return output, on_last_stage

@@ -61,7 +61,7 @@ class Heads:
             scratch_bytes=self.scratch_bytes,
             sequence_parallel=self.sequence_parallel,
         )
-        return scores if positions is None else scores.select(positions.index)
+        return scores if positions is None else scores.select(positions.index_on(targets.device))
 
     def loss(
         self,

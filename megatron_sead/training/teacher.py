@@ -55,8 +55,8 @@ class Teacher:
             hidden = hidden if keep is None else keep(passed[index], hidden)
             if not hidden.is_cuda:
                 return hidden.detach()
-            host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
-            return host.copy_(hidden)
+            host = torch.empty(hidden.shape, dtype=hidden.dtype, device="cpu", pin_memory=True)
+            return host.copy_(hidden, non_blocking=True)
 
         layout = parallel.for_teacher()
         passed = micro_batches
@@ -64,6 +64,8 @@ class Teacher:
             passed = list(islice(cycle(micro_batches), -(-len(micro_batches) // layout.pp_size) * layout.pp_size))
         with self._offloaded or nullcontext():
             states = run_schedule(list(self.chunks), passed, "teacher", to_host, parallel=layout, forward_only=True)
+        if parallel.device.type == "cuda":  # the host may read the states: they have arrived
+            torch.cuda.current_stream().synchronize()
         return states[: len(micro_batches)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron_sead.distillation.checks import agree
+from megatron_sead.distillation.checks import choose
 from megatron_sead.distillation.heads import add_head_gradient, gradient_of, hidden_gradient, logit_chunks
 from megatron_sead.distillation.kernels.formulas import accumulation_dtype
 from megatron_sead.distillation.linear_divergence import LinearOutcome, LinearSetting, linear_loss
@@ -68,8 +68,7 @@ def _pass(
     group, real = setting.shard.group, setting.shard.real
     hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     dtype = accumulation_dtype(torch.promote_types(student_head.dtype, teacher_head.dtype))
-    tokens = ((forward_weight != 0) | (reverse_weight != 0)).reshape(-1).nonzero().squeeze(1)
-    agree(group, hidden.device, tokens=len(tokens))
+    chosen = choose(((forward_weight != 0) | (reverse_weight != 0)).reshape(-1), group, parts=setting.parts)
     outcome = LinearOutcome(
         hidden.new_zeros(forward_weight.numel(), dtype=dtype),
         hidden.new_zeros(hidden.shape, dtype=dtype) if wanted[0] else None,
@@ -78,7 +77,7 @@ def _pass(
     for chunk, states, student, teacher in logit_chunks(
         (hidden, student_head),
         (teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_head),
-        tokens,
+        chosen,
         real,
         scratch_bytes=setting.scratch_bytes,
         buffers=1,
