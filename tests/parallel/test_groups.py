@@ -72,6 +72,29 @@ def test_data_parallel_ranks_are_what_is_left_and_draw_alike(ranks: RankPool) ->
     assert found[0]["draws"][0] != found[1]["draws"][0]
 
 
+def cudnn_attention() -> bool:
+    """On a rank: may attention take cuDNN's kernel once the run has its GPU?"""
+    from unittest import mock
+
+    import torch
+
+    from megatron_sead.parallel import groups
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        with mock.patch.object(groups, "local_gpu", return_value=torch.device("cuda", 0)):
+            groups._choose_device("cuda")
+        return torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_attention_by_cudnn_is_off_on_a_gpu(ranks: RankPool) -> None:
+    """It plans anew for every length, and its backward pass is NaN for some."""
+    assert not any(ranks.run(cudnn_attention))
+
+
 def refusal(values: dict[str, Any], device: str = "cpu") -> str:
     from megatron_sead.errors import UserError
     from megatron_sead.parallel.groups import initialize_parallel
