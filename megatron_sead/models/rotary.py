@@ -8,6 +8,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_sead.models.config import ModelConfig
+from megatron_sead.models.fused import fused_on_gpu
 from megatron_sead.models.packed import PackedSequences
 
 # Shapes: s sequence, t tokens of packed sequences, b batch, n heads, d head dimension
@@ -48,7 +49,32 @@ def plain_frequencies(dimension: int, theta: float) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotate x [s, b, n, d] by angles [s, 1, 1, d]. In fp32, then back: bf16 cosines cost three digits of position."""
+    """Rotate x [s, b, n, d] by angles [s, 1, 1, d], of which the second half repeats the first. Differentiable in x.
+
+    In fp32, then back: bf16 cosines cost three digits of position.
+    """
+    rotated: torch.Tensor = _Rotation.apply(x, angles)
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """Keeps the angles alone, which all layers share, where autograd would keep cosines and sines of every call."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(angles)
+        return _turned(x, angles, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _turned(grad, *ctx.saved_tensors, back=True), None
+
+
+@fused_on_gpu
+def _turned(x: torch.Tensor, angles: torch.Tensor, *, back: bool) -> torch.Tensor:
+    """x [s, b, n, d] turned by angles [s, 1, 1, d], or back by them."""
+    angles = angles[..., : angles.shape[-1] // 2]
+    cos, sin = angles.cos(), -angles.sin() if back else angles.sin()
     first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x * angles.cos() + turned * angles.sin()).to(x.dtype)
+    halves = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
+    return torch.cat(halves, dim=-1)

@@ -151,17 +151,16 @@ def _layer(load: Load, shape: ModelShape, window: int | None) -> int:
     """What a layer keeps for its backward pass when nothing is computed again.
 
     Its input and the sum in the middle, and what its norms read or write beside them. Queries and keys before their
-    norms; rotated, with cosines and sines in fp32; the projection, which values are a view of, or keys and values once
-    for each query; the attention's output. Gate and up, and the product.
+    norms; rotated; the projection, which values are a view of, or keys and values once for each query; the attention's
+    output. Gate and up, and the product.
     """
     t, u, w, h = load.tokens, load.share, load.width, shape.hidden
     q, k, f = shape.query_width // load.tp, shape.key_width // load.tp, shape.ffn // load.tp
     normalized = w * (q + k) * t if shape.norms_queries else 0
-    trigonometry = 4 * FP32 * shape.head_dim * load.length
     repeated = q > k and (window is None or load.length <= window or w == FP32)
     keys = 2 * w * q * t if repeated else w * (q + 2 * k) * t + w * k * t
     attention = keys + 2 * w * q * t + FP32 * shape.heads // load.tp * t
-    return 4 * w * u * h + normalized + trigonometry + attention + 3 * w * f * t
+    return 4 * w * u * h + normalized + attention + 3 * w * f * t
 
 
 def _kept_for_backward(load: Load, shape: ModelShape) -> int:
@@ -169,7 +168,7 @@ def _kept_for_backward(load: Load, shape: ModelShape) -> int:
     windows = shape.windows(load.stage, load.config.parallel)
     if load.config.training.recompute_granularity == "full":
         return len(windows) * load.width * load.share * shape.hidden
-    return sum(_layer(load, shape, window) for window in windows)
+    return sum(_layer(load, shape, window) for window in windows) + _angles(load, shape)
 
 
 def _layer_backward(load: Load, shape: ModelShape) -> int:
@@ -202,7 +201,7 @@ def _forward(load: Load, shape: ModelShape, output: int) -> int:
     whole = w * shape.hidden * t + stream if load.config.parallel.sequence_parallel else 0
     most = max(  # besides the embeddings, which are there to the end
         2 * stream + 4 * w * f * t,
-        stream + 3 * w * (q + k) * t + 3 * FP32 * q * t,
+        stream + 3 * w * (q + k) * t + (3 * FP32 + w) * q // 2 * t,
         stream + 3 * w * (q + k) * t + whole,
         2 * stream + w * f * t + whole,
         5 * stream,  # input, middle, both projections' sums, a norm's result

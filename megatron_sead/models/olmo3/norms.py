@@ -11,6 +11,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.distributed import ProcessGroup
 
+from megatron_sead.models.fused import fused_on_gpu
+
 # Shapes: s sequence, b batch, w width of a projection, tp tensor-parallel ranks
 
 
@@ -60,13 +62,23 @@ class SumOfSquares(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return wide.square().sum(-1, keepdim=True)
+        return _sum_of_squares(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors
-        return (x * (2 * grad)).to(x.dtype)
+        return _sum_of_squares_backward(x, grad)
+
+
+@fused_on_gpu
+def _sum_of_squares(x: torch.Tensor) -> torch.Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.square().sum(-1, keepdim=True)
+
+
+@fused_on_gpu
+def _sum_of_squares_backward(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    return (x * (2 * grad)).to(x.dtype)
 
 
 class Scale(torch.autograd.Function):
@@ -76,15 +88,27 @@ class Scale(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, mean_square: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         root = torch.rsqrt(mean_square + eps)
         ctx.save_for_backward(x, root, weight)
-        return (x * root).mul_(weight).to(x.dtype)
+        return _scaled(x, root, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        x, root, weight = ctx.saved_tensors
-        normalized = (x * root).mul_(grad)  # times the gradient
-        grad_weight = normalized.flatten(0, -2).sum(0)
-        grad_mean = -0.5 * root.square() * normalized.mul_(weight).sum(-1, keepdim=True)
-        return (grad * root).mul_(weight).to(x.dtype), grad_mean, grad_weight.to(weight.dtype), None
+        return *_scaled_backward(*ctx.saved_tensors, grad), None
+
+
+@fused_on_gpu
+def _scaled(x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (x * root).mul_(weight).to(x.dtype)
+
+
+@fused_on_gpu
+def _scaled_backward(
+    x: torch.Tensor, root: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, of the mean square and of the weight."""
+    normalized = (x * root).mul_(grad)  # times the gradient
+    grad_weight = normalized.flatten(0, -2).sum(0)
+    grad_mean = -0.5 * root.square() * normalized.mul_(weight).sum(-1, keepdim=True)
+    return (grad * root).mul_(weight).to(x.dtype), grad_mean, grad_weight.to(weight.dtype)
 
 
 class SumOverRanks(torch.autograd.Function):
