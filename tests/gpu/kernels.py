@@ -1,8 +1,7 @@
-"""Check 1: the Triton kernels' own test cases, on the GPU. Check 9: the vLLM engine, where it is installed."""
+"""Check 1: the Triton kernels' own test cases, on the GPU."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -25,8 +24,3 @@ def triton_kernels(report: Report) -> None:
     lines = done.stdout.splitlines()
     report.add(summary=lines[-1:], failed=[line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))])
     report.expect("cases", done.returncode == 0, "every case within the tests' tolerance")
-
-
-def vllm(report: Report) -> None:
-    installed = importlib.util.find_spec("vllm") is not None
-    report.add(vllm="installed, but there is no engine for it yet" if installed else "not installed")

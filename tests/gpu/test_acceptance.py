@@ -42,6 +42,6 @@ def test_results_are_not_written_among_other_files(tmp_path: Path, capsys: pytes
 def test_a_check_that_raises_or_hangs_says_so_and_keeps_what_it_measured(tmp_path: Path) -> None:
     raised = runner.run(Check("x", "kernels", "no_such_check", 60), tmp_path, 60)
     assert not raised["ok"] and "no_such_check" in raised["error"]
-    hung = runner.run(Check("x", "kernels", "vllm", 60), tmp_path, 0.1)
+    hung = runner.run(Check("x", "kernels", "triton_kernels", 60), tmp_path, 0.1)
     assert not hung["ok"] and "still running after 0 s" in hung["error"]
     assert "no_such_check" in runner.table([raised, hung])
