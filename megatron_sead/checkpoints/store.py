@@ -60,12 +60,14 @@ class CheckpointStore:
     Args:
         directory: holds them, shared by all ranks; made when first needed.
         keep: so many stay on disk.
+        files: saves and loads tensors, as Megatron-Core's `dist_checkpointing` does.
     """
 
-    def __init__(self, directory: Path, keep: int, parallel: ParallelContext) -> None:
+    def __init__(self, directory: Path, keep: int, parallel: ParallelContext, files: Any = dist_checkpointing) -> None:
         self.directory = directory
         self.keep = keep
         self.parallel = parallel
+        self._files = files
         self.damaged: set[str] = set()  # names, known since `load_latest`
 
     def save(
@@ -96,7 +98,7 @@ class CheckpointStore:
         content["optimizer"] = optimizer.sharded_state_dict(content, metadata=self._format())
         _start_no_manager_process()
         try:
-            dist_checkpointing.save(content, str(temporary))
+            self._files.save(content, str(temporary))
         except OSError as error:
             raise self._refusal(error) from error
         except CheckpointException as error:  # on every rank: what the writers of some ranks met, a full disk mostly
@@ -128,13 +130,8 @@ class CheckpointStore:
         path, manifest = found
         _refuse_newer_megatron(path, manifest)
         plain = plain_values(path / STATE_FILE)
-        with self._only_refusals(path), restricted_loading(), loading_into(optimizer):
-            content = self._sharded_model(chunks)
-            content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=True, metadata=self._format())
-            loaded = dist_checkpointing.load(content, str(path))
-            for number, chunk in enumerate(chunks):
-                chunk.load_state_dict(loaded[f"model{number}"])
-            optimizer.load_state_dict(loaded["optimizer"])
+        with self._only_refusals(path), restricted_loading():
+            self.fill(path, chunks, optimizer)
         with self._only_refusals(path, ValueError, RuntimeError):
             scheduler.load_state_dict(plain["scheduler"])
             if manifest.layout == _layout(self.parallel):
@@ -142,6 +139,16 @@ class CheckpointStore:
             state: dict[str, Any] = plain["state"]
         self._log("loaded checkpoint %s", path)
         return state
+
+    def fill(self, path: Path, chunks: list[Any], optimizer: Any) -> None:
+        """The tensors of a checkpoint into chunks and optimizer."""
+        with loading_into(optimizer):
+            content = self._sharded_model(chunks)
+            content["optimizer"] = optimizer.sharded_state_dict(content, is_loading=True, metadata=self._format())
+            loaded = self._files.load(content, str(path))
+            for number, chunk in enumerate(chunks):
+                chunk.load_state_dict(loaded[f"model{number}"])
+            optimizer.load_state_dict(loaded["optimizer"])
 
     @contextmanager
     def _only_refusals(self, path: Path, *more: type[Exception]) -> Iterator[None]:

@@ -1,9 +1,7 @@
-"""What ranks send each other: sizes and devices checked, for nothing here goes anywhere; recorded, and compared."""
+"""What ranks send each other: sizes, types and devices checked, for nothing here goes anywhere; recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,38 +9,18 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from megatron_sead.parallel.context import ParallelContext
+from megatron_sead.tracing.calls import MESSAGES, Call
+from megatron_sead.tracing.errors import WrongCollective
+from megatron_sead.tracing.in_flight import InFlight
 from megatron_sead.tracing.shadows import is_small, set_shadow, shadow_of, tensors_of, unknown
 
-GATHERS = {"_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_"}
+GATHERS = {"_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_", "allgather_coalesced_"}
 SCATTERS = {"_reduce_scatter_base_", "reduce_scatter_", "reduce_scatter_tensor_coalesced_"}
-MESSAGES = {"send", "recv_"}
-
-
-@dataclass(frozen=True)
-class Call:
-    """One collective, or one end of a message, as a rank sees it."""
-
-    name: str  # of torch's operator
-    group: str  # tp, pp, ...
-    ranks: tuple[int, ...]
-    elements: tuple[int, ...]  # of each tensor
-    dtypes: tuple[str, ...]
-    root: int | None  # of a broadcast; the other end of a message; within the group
-    bytes: int  # of the whole: all ranks' parts of a gather
-    phase: str
-    line: str
-
-    def same(self, other: Call) -> bool:
-        """Would they meet?"""
-        fields = ("name", "ranks", "elements", "dtypes", "root")
-        return all(getattr(self, name) == getattr(other, name) for name in fields)
-
-    def __str__(self) -> str:
-        return f"{self.name} of {list(self.elements)} {'/'.join(sorted(set(self.dtypes)))} at {self.line}"
-
-
-class WrongCollective(RuntimeError):
-    """A collective that ranks of a real run could not take part in."""
+EXCHANGES = {"alltoall_base_", "alltoall_"}
+TWO_SIDED = GATHERS | SCATTERS | EXCHANGES | {"gather_", "scatter_"}  # others work in place, or have no result
+ROOTED = {"broadcast_", "reduce_", "gather_", "scatter_"} | MESSAGES
+REDUCTIONS = {"allreduce_", "allreduce_coalesced_", "reduce_"} | SCATTERS
+NO_TENSOR = {"barrier", "monitored_barrier_"}
 
 
 class Collectives:
@@ -50,7 +28,8 @@ class Collectives:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.sums = True  # does the all-reduce to come add up?
+        self.in_flight = InFlight()
+        self.op = "SUM"  # of the reduction to come; Megatron-Core's own are sums
         self._labels: dict[str, str] = {}
         self._host_groups: set[str] = set()
 
@@ -65,38 +44,48 @@ class Collectives:
                 self._labels[group.group_name] = label
         self._host_groups = {parallel.control.group_name}
 
-    def run(self, func: Any, args: Any, kwargs: dict[str, Any], phase: str, line: str) -> Any:
-        """Check and record a call of one of torch's c10d operators, and return its work."""
-        name = func._overloadpacket.__name__
-        group = _group(args)
-        tensors = tensors_of(args)
-        if name != "barrier":
-            self._check_places(name, group, tensors, line)
-        large, small = _sides(name, args)
-        _check_sizes(name, large, small, group.size(), line)
-        moved = large or tensors
-        self.calls.append(
-            Call(
-                name,
-                self._labels.get(group.group_name, "other"),
-                tuple(dist.get_process_group_ranks(group)),
-                tuple(t.numel() for t in moved) if name != "barrier" else (),
-                tuple(str(t.dtype).removeprefix("torch.") for t in moved),
-                next((a for a in args if isinstance(a, int)), None) if name in MESSAGES | {"broadcast_"} else None,
-                sum(t.numel() * t.element_size() for t in moved) if name != "barrier" else 0,
-                phase,
-                line,
-            )
-        )
-        work = _without_meta_kernel(func, name, args, kwargs) if name.endswith("coalesced_") else func(*args, **kwargs)
-        _values(name, group, args, large, small, self.sums)
-        return work
+    def run(self, func: Any, args: Any, phase: str, line: str) -> Any:
+        """Check and record a call of one of torch's c10d operators, and return what it returns."""
+        name, group = func._overloadpacket.__name__, _group(args)
+        written, read = _written_and_read(name, group, args)
+        tensors = [*written, *read]
+        self._check_places(name, group, tensors, line)
+        _check_sizes(name, written, read, args, group.size(), line)
+        self.in_flight.check(line, read, written, group.group_name)
+        op, self.op = (self.op, "SUM") if name in REDUCTIONS else ("", self.op)
+        self.calls.append(self._call(name, group, args, written, read, op, phase, line))
+        _values(name, group, written, read, op == "SUM")
+        if name == "monitored_barrier_":
+            return None
+        work = self.in_flight.begin(f"{name} at {line}", group.group_name, read, written).boxed()
+        return (args[0], work) if len(func._schema.returns) > 1 else work
 
-    def objects(self, name: str, group: Any, phase: str, line: str) -> None:
+    def objects(self, name: str, group: Any, root: int | None, phase: str, line: str) -> None:
         """Record a collective of Python objects."""
         ranks = tuple(dist.get_process_group_ranks(group))
         label = self._labels.get(group.group_name, "other")
-        self.calls.append(Call(name, label, ranks, (), (), None, 0, phase, line))
+        self.calls.append(Call(name, label, ranks, (), (), root, 0, phase, line))
+
+    def _call(
+        self, name: str, group: Any, args: Any, written: list[Any], read: list[Any], op: str, phase: str, line: str
+    ) -> Call:
+        ranks = tuple(dist.get_process_group_ranks(group))
+        moved = written if name in GATHERS | {"scatter_"} else read or written
+        sent, received = _exchanged(name, args, group.size()) if name in EXCHANGES else ((), ())
+        return Call(
+            name,
+            self._labels.get(group.group_name, "other"),
+            ranks,
+            () if name in EXCHANGES else tuple(t.numel() for t in moved),
+            tuple(str(t.dtype).removeprefix("torch.") for t in moved),
+            next((a for a in args if type(a) is int), None) if name in ROOTED else None,
+            sum(t.numel() * t.element_size() for t in moved),
+            phase,
+            line,
+            op,
+            sent,
+            received,
+        )
 
     def _check_places(self, name: str, group: Any, tensors: list[torch.Tensor], line: str) -> None:
         expected = "cpu" if group.group_name in self._host_groups else "cuda"
@@ -109,95 +98,79 @@ class Collectives:
                 raise WrongCollective(f"{line}: {name}: a tensor {list(tensor.shape)} that is not contiguous")
 
 
-def disagreements(by_rank: dict[int, list[Call]]) -> list[str]:
-    """Where traced ranks would not meet: a line each."""
-    found = []
-    ranks = sorted(by_rank)
-    for number, first in enumerate(ranks):
-        for second in ranks[number + 1 :]:
-            found += _between(first, by_rank[first], second, by_rank[second])
-    return found
-
-
-def _between(first: int, theirs: list[Call], second: int, others: list[Call]) -> list[str]:
-    lines = []
-    groups = {(c.group, c.ranks) for c in theirs if {first, second} <= set(c.ranks)}
-    groups |= {(c.group, c.ranks) for c in others if {first, second} <= set(c.ranks)}
-    for label, ranks in sorted(groups):
-        a, b = ([c for c in calls if (c.group, c.ranks) == (label, ranks)] for calls in (theirs, others))
-        mine, other = ([c for c in calls if c.name not in MESSAGES] for calls in (a, b))
-        lines += _first_difference(f"group {label}, ranks {first} and {second}", mine, other, Call.same)
-        for sender, sends, receiver, receives in ((first, a, second, b), (second, b, first, a)):
-            out = [c for c in sends if c.name == "send" and ranks[c.root or 0] == receiver]
-            back = [c for c in receives if c.name == "recv_" and ranks[c.root or 0] == sender]
-            what = f"group {label}, from rank {sender} to rank {receiver}"
-            lines += _first_difference(what, out, back, lambda x, y: (x.elements, x.dtypes) == (y.elements, y.dtypes))
-    return lines
-
-
-def _first_difference(what: str, a: list[Call], b: list[Call], same: Callable[[Call, Call], bool]) -> list[str]:
-    for number, (x, y) in enumerate(zip(a, b, strict=False), 1):
-        if not same(x, y):
-            return [f"{what}: call {number} is {x}, and {y}"]
-    if len(a) != len(b):
-        longer = a if len(a) > len(b) else b
-        return [
-            f"{what}: {len(a)} calls against {len(b)}; the first without a partner is {longer[min(len(a), len(b))]}"
-        ]
-    return []
-
-
 def _group(args: Any) -> Any:
     boxes = (a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
     return dist.ProcessGroup.unbox(next(boxes))
 
 
-def _sides(name: str, args: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What holds all ranks' parts, and what holds one; nothing of other collectives."""
-    if name not in GATHERS | SCATTERS:
+def _written_and_read(name: str, group: Any, args: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    if name in NO_TENSOR:
         return [], []
-    sides = [tensors_of(side) for side in args[:2]]
-    return (sides[0], sides[1]) if name in GATHERS else (sides[1], sides[0])
+    tensors = tensors_of(args[0])
+    if name in TWO_SIDED:
+        return tensors, tensors_of(args[1])
+    if name == "send":
+        return [], tensors
+    if name in MESSAGES:
+        return tensors, []
+    if name == "broadcast_":
+        return ([], tensors) if group.rank() == args[2] else (tensors, [])
+    return tensors, tensors
 
 
-def _check_sizes(name: str, large: list[torch.Tensor], small: list[torch.Tensor], ranks: int, line: str) -> None:
-    whole = sum(t.numel() for t in large)
-    if large and whole != ranks * sum(t.numel() for t in small):
-        shapes = [list(t.shape) for t in large[:2]], [list(t.shape) for t in small[:2]]
+def _check_sizes(
+    name: str, written: list[torch.Tensor], read: list[torch.Tensor], args: Any, ranks: int, line: str
+) -> None:
+    both = written, read
+    if written and read and len({t.dtype for t in (*written, *read)}) > 1:
+        raise WrongCollective(f"{line}: {name}: tensors of types {sorted({str(t.dtype) for t in (*written, *read)})}")
+    if name in EXCHANGES:
+        _check_splits(name, args, ranks, line)
+    if name not in TWO_SIDED - EXCHANGES:
+        return
+    large, small = both if name in GATHERS | {"gather_"} else (read, written)
+    if not large:  # of a gather or scatter, away from its root
+        return
+    pieces = isinstance(args[0 if name in GATHERS | {"gather_"} else 1], list) and "coalesced" not in name
+    uneven = pieces and len({t.numel() for t in (*large, *small)}) > 1
+    if uneven or sum(t.numel() for t in large) != ranks * sum(t.numel() for t in small):
+        shapes = [list(t.shape) for t in large[:ranks]], [list(t.shape) for t in small[:2]]
         raise WrongCollective(f"{line}: {name} over {ranks} ranks: {shapes[0]} is not {ranks} times {shapes[1]}")
-    if len({t.dtype for t in (*large, *small)}) > 1:
-        raise WrongCollective(f"{line}: {name}: tensors of types {sorted({str(t.dtype) for t in (*large, *small)})}")
 
 
-def _without_meta_kernel(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The work of a coalesced operation, which knows no fakes, comes from one over tensors of one element a rank."""
-    ranks = _group(args).size()
+def _exchanged(name: str, args: Any, ranks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Elements to and from each rank."""
+    if name == "alltoall_":
+        return tuple(t.numel() for t in args[1]), tuple(t.numel() for t in args[0])
 
-    def tiny(position: int, value: Any) -> Any:
-        if not (isinstance(value, list | tuple) and value and isinstance(value[0], torch.Tensor)):
-            return value
-        is_large = (position == 0) == (name in GATHERS) and name in GATHERS | SCATTERS
-        return [torch.zeros(ranks if is_large else 1) for _ in value]
+    def pieces(tensor: torch.Tensor, splits: list[int]) -> tuple[int, ...]:
+        row = tensor.numel() // max(1, len(tensor))
+        return tuple(row * split for split in splits or [len(tensor) // ranks] * ranks)
 
-    with unset_fake_temporarily():
-        return func(*(tiny(position, value) for position, value in enumerate(args)), **kwargs)
+    return pieces(args[1], args[4]), pieces(args[0], args[3])
 
 
-def _values(name: str, group: Any, args: Any, large: list[torch.Tensor], small: list[torch.Tensor], sums: bool) -> None:
+def _check_splits(name: str, args: Any, ranks: int, line: str) -> None:
+    sides = (args[1], args[0])
+    for tensor, elements in zip(sides, _exchanged(name, args, ranks), strict=True):
+        whole = sum(t.numel() for t in tensors_of(tensor))
+        if len(elements) != ranks or sum(elements) != whole:
+            raise WrongCollective(f"{line}: {name} over {ranks} ranks: {list(elements)} elements of {whole}")
+
+
+def _values(name: str, group: Any, written: list[torch.Tensor], read: list[torch.Tensor], sums: bool) -> None:
     """All ranks hold what this one holds."""
-    tensors = [t for t in tensors_of(args) if is_small(t)]
-    ranks = group.size()
     with unset_fake_temporarily():
-        if name == "allreduce_":
-            for tensor in tensors if sums else ():
-                shadow_of(tensor).mul_(ranks)
-        elif name in GATHERS and len(small) == 1 and all(map(is_small, (*large, *small))):
-            part = shadow_of(small[0]).flatten()
-            for whole in large:
+        if name in {"allreduce_", "allreduce_coalesced_"}:
+            for tensor in filter(is_small, written if sums else ()):
+                shadow_of(tensor).mul_(group.size())
+        elif name in GATHERS | {"gather_"} and len(read) == 1 and all(map(is_small, (*written, *read))):
+            part = shadow_of(read[0]).flatten()
+            for whole in written:
                 set_shadow(whole, part.repeat(whole.numel() // part.numel() if part.numel() else 0).view(whole.shape))
-        elif name in SCATTERS:
-            for tensor in filter(is_small, small):
-                shadow_of(tensor).copy_(unknown(tensor))
-        elif name == "broadcast_" and group.rank() != args[2]:
-            for tensor in tensors:
+        elif name == "broadcast_":
+            for tensor in filter(is_small, written):
                 shadow_of(tensor).fill_(1)
+        elif name != "reduce_":
+            for tensor in filter(is_small, written):
+                shadow_of(tensor).copy_(unknown(tensor))

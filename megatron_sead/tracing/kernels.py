@@ -56,7 +56,7 @@ class NoLaunch:
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
-            for tensor in args:
+            for tensor in (*args, *kwargs.values()):
                 if isinstance(tensor, torch.Tensor) and not tensor.is_cuda:
                     raise RuntimeError(f"{self.name}: a tensor of shape {list(tensor.shape)} is on {tensor.device}")
             if self.name == "_row_kernel":

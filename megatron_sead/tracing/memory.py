@@ -19,7 +19,6 @@ class PhaseMemory:
     """Bytes by place."""
 
     peak: Counter[str] = field(default_factory=Counter)
-    end: Counter[str] = field(default_factory=Counter)
     holders: dict[str, Counter[str]] = field(default_factory=dict)  # at the peak; by line of code
 
 
@@ -34,15 +33,17 @@ class Memory:
         self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, str, str]] = {}
         self._above = set[str]()  # places whose peak is newer than its list of holders
 
-    def enter(self, phase: str) -> str:
-        """From here on peaks are of `phase`. Returns the phase that ends."""
+    def begin(self) -> dict[str, PhaseMemory]:
+        """Phases from here on; filled as they come."""
+        self.phases = {}
+        return self.phases
+
+    def enter(self, phase: str) -> None:
+        """From here on peaks are of `phase`."""
         self._note_holders()
-        self._phase.end = Counter(self.live)
-        before = next((name for name, memory in self.phases.items() if memory is self._phase), "")
         self._phase = self.phases.setdefault(phase, PhaseMemory())
         for place in self.live:
             self._raise_peak(place)
-        return before
 
     def made(self, tensor: torch.Tensor, by: str, *, pinned: bool = False) -> None:
         """A tensor is there whose memory may be new. `by`: the line that made it."""
@@ -51,7 +52,7 @@ class Memory:
         if key in self._known:
             return
         place = DEVICE if is_cuda(tensor) else PINNED if pinned else HOST
-        size = _rounded(storage.nbytes(), place)
+        size = rounded(storage.nbytes(), place)
         self._known[key] = weakref.ref(storage, lambda _: self._gone(key)), size, place, by
         self.live[place] += size
         self._held[place][by] += size
@@ -64,15 +65,6 @@ class Memory:
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         known = self._known.get(tensor.untyped_storage()._cdata)
         return known is not None and known[2] == PINNED
-
-    def require_there(self, tensor: torch.Tensor) -> None:
-        """
-        Raises:
-            RuntimeError: the tensor's memory has been given back.
-        """
-        storage = tensor.untyped_storage()
-        if storage.nbytes() == 0 and tensor.numel() > 0:
-            raise RuntimeError(f"a tensor of shape {list(tensor.shape)} is used after its memory was freed")
 
     def _gone(self, key: int) -> None:
         self._note_holders()
@@ -91,7 +83,8 @@ class Memory:
         self._above.clear()
 
 
-def _rounded(size: int, place: str) -> int:
+def rounded(size: int, place: str) -> int:
+    """What an allocator takes for so many bytes."""
     if place == PINNED:  # torch's allocator of pinned memory
         return 1 << (size - 1).bit_length() if size else 0
     return -(-size // GRAIN) * GRAIN if place == DEVICE else size

@@ -14,8 +14,9 @@ from megatron_sead.tracing.memory import DEVICE, HOST, PINNED
 from megatron_sead.wording import counted
 
 HOLDERS = 5  # of a phase's peak that are named
-LINES = 12  # of copies and of reads
-ORDER = ("loading", "teacher", "student scores", "training pass", "measure", "optimizer")
+STEP = ("teacher", "student scores", "training pass", "measure", "optimizer")
+AROUND = ("weights to the engine", "parity check", "saving", "resuming")  # a step, once each
+ORDER = ("loading", *STEP, *AROUND)
 
 
 def print_trace(traced: Traced, plan: Plan) -> None:
@@ -25,8 +26,8 @@ def print_trace(traced: Traced, plan: Plan) -> None:
     layers, batches = (" and ".join(map(str, numbers)) for numbers in (traced.layers, traced.micro_batches))
     all_layers, all_batches = counted(plan.student.layers, "layer"), counted(plan.micro_batches, "micro-batch")
     say(
-        f"traced on fake CUDA tensors: two steps with {layers} of {all_layers} of the student, {batches} of "
-        f"{all_batches}; numbers are of the second step, extended to all of them"
+        f"traced on fake CUDA tensors: a first step, and steps with {layers} of {all_layers} of the student and "
+        f"{batches} of {all_batches}; numbers are of a later step, extended to all of them"
     )
     for rank in traced.ranks:
         _print_rank(console, say, rank, plan)
@@ -34,7 +35,7 @@ def print_trace(traced: Traced, plan: Plan) -> None:
         say(f"DISAGREE: {line}")
     if len(traced.ranks) > 1 and not traced.disagreements:
         names = " and ".join(str(rank.rank) for rank in traced.ranks)
-        say(f"ranks {names} agree on all {traced.shared_calls} collectives of two traced steps that they share")
+        say(f"ranks {names} agree on all {traced.shared_calls} collectives that they share, from loading to resuming")
 
 
 def _print_rank(console: Console, say: Any, rank: Summary, plan: Plan) -> None:
@@ -60,7 +61,7 @@ def _print_rank(console: Console, say: Any, rank: Summary, plan: Plan) -> None:
 def phases_of(rank: Summary) -> list[str]:
     """In the order of a step; what is between phases has no name, and is left out."""
     names = {phase for phase, place in rank.of("peak") if phase not in ("", "step", "rollouts")}
-    return sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    return sorted(names, key=lambda name: (_place(name), name))
 
 
 def _print_messages(console: Console, rank: Summary) -> None:
@@ -73,16 +74,24 @@ def _print_messages(console: Console, rank: Summary) -> None:
 
 
 def _print_copies(console: Console, rank: Summary) -> None:
-    table = Table("phase", "copies", "line", "number", "GB", title="between host and GPU", title_justify="left")
-    sizes, copies = rank.of("copied"), rank.of("copies")
-    for key in sorted(sizes, key=lambda key: -sizes[key])[:LINES]:
-        table.add_row(*key, f"{copies[key]:,.0f}", f"{sizes[key] / 1e9:,.3f}")
+    table = Table(
+        "phase", "copies", "line", "number", "GB", "waits", title="between host and GPU", title_justify="left"
+    )
+    sizes, copies, waits = rank.of("copied"), rank.of("copies"), rank.of("waited")
+    for key in sorted(sizes, key=lambda key: (_place(key[0]), -sizes[key])):
+        table.add_row(*key, f"{copies[key]:,.0f}", f"{sizes[key] / 1e9:,.3f}", f"{waits[key]:,.0f}")
     if table.rows:
         console.print(table)
+        console.print("waits: copies after which the host waits for the GPU", highlight=False)
     reads = rank.of("reads")
     table = Table("phase", "line", "reads", title="the host waits for values of the GPU", title_justify="left")
-    for key in sorted(reads, key=lambda key: -reads[key])[:LINES]:
+    for key in sorted(reads, key=lambda key: (_place(key[0]), -reads[key])):
         table.add_row(*key, f"{reads[key]:,.0f}")
     if table.rows:
         console.print(table)
-        console.print(f"{sum(reads.values()):,.0f} reads in all", highlight=False)
+        of_step = sum(count for (phase, _), count in reads.items() if phase != "loading" and phase not in AROUND)
+        console.print(f"{of_step:,.0f} reads in a step", highlight=False)
+
+
+def _place(phase: str) -> int:
+    return ORDER.index(phase) if phase in ORDER else len(ORDER)

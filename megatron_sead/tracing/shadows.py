@@ -100,22 +100,20 @@ def is_cuda(tensor: torch.Tensor) -> bool:
 def follow(
     func: Any, args: Any, kwargs: dict[str, Any], inputs: list[torch.Tensor], results: list[torch.Tensor]
 ) -> None:
-    """Give the small results of an operation, and what it has written to, their values."""
-    small, written = [r for r in results if is_small(r)], _written(func, args, kwargs)
-    if not small and not written:
+    """Give the small results of an operation, and what it has written to, their values; those that are not known get
+    theirs when they are asked for."""
+    changed = [fake for fake in written(func, args, kwargs) if is_small(fake)]
+    if not changed and not any(map(is_small, results)):
         return
     if func not in UNWRITTEN and all(map(is_small, inputs)):
         values = _compute(func, args, kwargs)
         for fake, value in zip(results, tensors_of(values), strict=True):
             set_shadow(fake, value)
         return
-    for fake in written:  # from what is not known
+    for fake in changed:  # from what is not known
         if hasattr(fake, "shadow"):
             with unset_fake_temporarily():
                 fake.shadow.copy_(unknown(fake))
-    for fake in small:
-        if not any(fake is w for w in written):
-            set_shadow(fake, unknown(fake))
 
 
 def by_value(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -142,22 +140,26 @@ def _fake_of(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    def real(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return shadow_of(value)
-        return torch.device("cpu") if isinstance(value, torch.device) else value
-
-    arguments, named = tree_map(real, args), tree_map(real, kwargs)
+    named = {name: _real(value) for name, value in kwargs.items()}
     if named.get("pin_memory"):
         named["pin_memory"] = False
+    arguments = [_real(value) for value in args]
     with unset_fake_temporarily():
         return func(*arguments, **named)
 
 
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """Small tensors among the arguments that the operation writes to."""
+def _real(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return shadow_of(value)
+    if isinstance(value, list | tuple):
+        return [_real(part) for part in value]
+    return torch.device("cpu") if isinstance(value, torch.device) else value
+
+
+def written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Tensors among the arguments that the operation writes to."""
     if not func._schema.is_mutable:
         return []
     named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
     writes = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [fake for fake in tensors_of(*(named.get(name) for name in writes)) if is_small(fake)]
+    return tensors_of(*(named.get(name) for name in writes))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,16 +21,18 @@ from megatron_sead.planning.plan import together
 from megatron_sead.prompts.packing import MicroBatch, pack
 from megatron_sead.reporting.timing import PhaseTimer
 from megatron_sead.tracing import shadows
-from megatron_sead.tracing.collectives import Call
-from megatron_sead.tracing.costs import Costs, Rates
+from megatron_sead.tracing.calls import Call
+from megatron_sead.tracing.checkpoint import STEP, nothing_written, store_of
+from megatron_sead.tracing.costs import Rates
 from megatron_sead.tracing.device import install_device
 from megatron_sead.tracing.kernels import install_kernels, restart_sums
 from megatron_sead.tracing.memory import PhaseMemory
-from megatron_sead.tracing.watch import Copies, Watch
+from megatron_sead.tracing.watch import Record, Watch
 from megatron_sead.tracing.weights import DeclaredWeights
 from megatron_sead.tracing.world import Told, world_of
 from megatron_sead.training.engines import UPDATE_PROBE
 from megatron_sead.training.parity import student_log_probs
+from megatron_sead.training.record import save
 from megatron_sead.training.setup import build_learner
 from megatron_sead.training.step import Learner, train_step
 
@@ -54,21 +58,29 @@ class Rollouts:
 
 @dataclass
 class RankTrace:
-    """What one rank has done. Memory, copies, reads and costs are those of the last step: the second is as all later
-    ones, the first has no optimizer state yet."""
+    """What one rank has done."""
 
     rank: int
     stage: int
     parameters: int
     teacher_parameters: int
-    memory: dict[str, PhaseMemory] = field(default_factory=dict)
-    calls: list[Call] = field(default_factory=list)  # from the first one on
-    calls_before: int = 0  # the last step, and what follows it
-    copies: dict[tuple[str, str, str], Copies] = field(default_factory=dict)
-    reads: dict[tuple[str, str], int] = field(default_factory=dict)
-    costs: Costs | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
+    teacher_sizes: list[list[int]] = field(default_factory=list)  # bytes of each chunk's tensors that are offloaded
+    loading: Record | None = None
+    steps: list[Record] = field(default_factory=list)
+    after: Record | None = None  # weights to the engine, the check of parity, saving and resuming
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last step
+    calls: list[Call] = field(default_factory=list)  # all of them
     unknown: dict[str, int] = field(default_factory=dict)
+
+    def parts(self, step: int = -1) -> list[Record]:
+        """A step, and what comes before and after all."""
+        assert self.loading is not None and self.after is not None
+        return [self.loading, self.steps[step], self.after]
+
+    @property
+    def memory(self) -> dict[str, PhaseMemory]:
+        """By phase, with the last step's."""
+        return {name: memory for part in self.parts() for name, memory in part.memory.items()}
 
 
 class TracedParts(PhaseTimer):
@@ -86,15 +98,15 @@ def trace_rank(
     config: RunConfig,
     rank: int,
     world_size: int,
-    rollouts: Rollouts,
+    rollouts: Sequence[Rollouts],
     rates: Rates,
     told: Told | None = None,
-    steps: int = 2,
 ) -> RankTrace:
-    """Build the run's models as this rank and take two steps. In a process that has done nothing else with torch.
+    """Build the run's models as this rank, take steps, and save and resume. In a process that has done nothing else
+    with torch.
 
     Args:
-        rollouts: of each step.
+        rollouts: of each step. The first has no optimizer state yet; the second is as all later ones.
         told: what other ranks have broadcast; a rank of the last pipeline stage is traced before those of others.
 
     Raises:
@@ -102,21 +114,19 @@ def trace_rank(
         RuntimeError: whatever a rank of a real run would fail with.
     """
     with traced_learner(config, rank, world_size, rates, told or Told()) as (watch, learner, chunks, trace):
-        shadows.expect_tokens(rollouts.tokens(config, learner.parallel.dp_size))
-        with watch.during("rollouts"):
-            batches = synthetic_batches(config, learner.parallel, rollouts)
-        for step in range(steps):
-            trace.calls_before = len(watch.collectives.calls)
-            if step > 0:
-                _forget_earlier_steps(watch)
-            with watch.during("step"):
-                trace.metrics = train_step(learner, batches, 0.5, step, timer=TracedParts(watch)).metrics
-        _hand_over(config, chunks, learner, watch, rollouts)
-        trace.memory |= watch.memory.phases
-        trace.calls = watch.collectives.calls
-        trace.copies, trace.reads, trace.costs = watch.copies, dict(watch.reads), watch.costs
-        trace.unknown = dict(watch.unknown)
-        del learner, chunks, batches
+        shadows.expect_tokens(max(of_step.tokens(config, learner.parallel.dp_size) for of_step in rollouts))
+        for step, of_step in enumerate(rollouts):
+            with watch.recording() as record:
+                with watch.during("rollouts"):
+                    batches = synthetic_batches(config, learner.parallel, of_step)
+                with watch.during("step"):
+                    trace.metrics = train_step(learner, batches, 0.5, step, timer=TracedParts(watch)).metrics
+            trace.steps.append(record)
+            del batches
+        with watch.recording() as trace.after:
+            _hand_over(config, chunks, learner, watch, rollouts[-1])
+        trace.calls, trace.unknown = watch.collectives.calls, dict(watch.unknown)
+        del learner, chunks
     return trace
 
 
@@ -131,25 +141,46 @@ def traced_learner(
     watch = Watch(rates)
     with watch.entered(), world_of(config.parallel, rank, world_size, told, watch) as parallel:
         watch.collectives.name_groups(parallel)
-        with watch.during("loading"):
+        with watch.recording() as loading, watch.during("loading"):
             stops = _stop_tokens(config)
             learner, chunks = build_learner(config, stops, parallel, DeclaredWeights)
-        trace = RankTrace(rank, parallel.pp_rank, _count(chunks), _count(learner.teacher.chunks))
-        trace.memory["loading"] = watch.memory.phases["loading"]
+        trace = RankTrace(rank, parallel.pp_rank, _count(chunks), _count(learner.teacher.chunks), loading=loading)
+        head = learner.teacher.chunks[-1].head_weight
+        trace.teacher_sizes = [[p.nbytes for p in c.parameters() if p is not head] for c in learner.teacher.chunks]
         yield watch, learner, chunks, trace
-        del learner, chunks
+        del learner, chunks, head
         gc.collect()  # modules and their optimizer refer to each other
 
 
 def _hand_over(config: RunConfig, chunks: list[Decoder], learner: Learner, watch: Watch, rollouts: Rollouts) -> None:
-    """What follows a step: the engine gets the weights, and both are compared on a text."""
+    """What follows a step: the engine gets the weights, and both are compared on a text; the run is saved, and goes on
+    from there."""
     with watch.during("weights to the engine"):
         for _ in iterate_huggingface_weights(chunks, learner.parallel):
             pass
-    multiple = length_multiple(config.parallel)
-    seen: Any = SimpleNamespace(config=config, parallel=learner.parallel, learner=learner, length_multiple=multiple)
-    with watch.during("parity check"):
-        student_log_probs(seen, [TOKEN] * min(UPDATE_PROBE, rollouts.prompt_tokens + rollouts.response_tokens))
+    probe = [TOKEN] * min(UPDATE_PROBE, rollouts.prompt_tokens + rollouts.response_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        store = store_of(Path(folder, "checkpoints"), learner.parallel)
+        run: Any = SimpleNamespace(
+            config=config,
+            parallel=learner.parallel,
+            learner=learner,
+            student_chunks=chunks,
+            length_multiple=length_multiple(config.parallel),
+            probe=probe,
+            store=store,
+            state=SimpleNamespace(step=STEP),
+            inputs=SimpleNamespace(record={}),
+            started=0.0,
+            seconds=lambda: 0.0,
+            state_dict=dict,
+        )
+        with watch.during("parity check"):
+            student_log_probs(run, probe)
+        with watch.during("saving"), nothing_written():
+            save(run)
+        with watch.during("resuming"):
+            store.fill(Path(folder), chunks, learner.optimizer)
 
 
 def synthetic_batches(config: RunConfig, parallel: ParallelContext, rollouts: Rollouts) -> list[MicroBatch]:
@@ -171,13 +202,6 @@ def synthetic_batches(config: RunConfig, parallel: ParallelContext, rollouts: Ro
         micro_batch_tokens=config.training.micro_batch_tokens,
         count_multiple=count_multiple(config.parallel),
     )
-
-
-def _forget_earlier_steps(watch: Watch) -> None:
-    watch.memory.phases.clear()
-    watch.copies.clear()
-    watch.reads.clear()
-    watch.costs = Costs(watch.costs.rates)
 
 
 def _stop_tokens(config: RunConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -11,11 +11,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests.tracing import programs
 from tests.tracing.models import ROOT, run_of
 
 TP2, PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
@@ -43,7 +43,7 @@ KINDS = ["sliding_attention", "full_attention"]
 
 def trace(folder: Path, name: str) -> dict[str, Any]:
     from megatron_sead.planning.plan import make_plan
-    from megatron_sead.tracing.collectives import disagreements
+    from megatron_sead.tracing.calls import disagreements
     from megatron_sead.tracing.costs import load_rates
     from megatron_sead.tracing.step import Rollouts, trace_rank
     from megatron_sead.tracing.world import Told
@@ -52,7 +52,7 @@ def trace(folder: Path, name: str) -> dict[str, Any]:
     layers = 4 if name in DEEP else 2
     config, told, traces = run_of(folder, *overrides, layers=layers, layer_types=KINDS), Told(), {}
     for rank in ranks:
-        traces[rank] = trace_rank(config, rank, world, Rollouts(2, 16, 48), load_rates(), told, STEPS.get(name, 1))
+        traces[rank] = trace_rank(config, rank, world, [Rollouts(2, 16, 48)] * STEPS.get(name, 1), load_rates(), told)
     plan = make_plan(config, world)
     return {
         "parameters": [
@@ -148,7 +148,7 @@ SABOTAGES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def sabotage(folder: Path, name: str) -> dict[str, Any]:
-    from megatron_sead.tracing.collectives import disagreements
+    from megatron_sead.tracing.calls import disagreements
     from megatron_sead.tracing.costs import load_rates
     from megatron_sead.tracing.step import Rollouts, trace_rank
 
@@ -156,28 +156,31 @@ def sabotage(folder: Path, name: str) -> dict[str, Any]:
     try:
         with SABOTAGES[name]():
             for rank in (0, 1):
-                calls[rank] = trace_rank(config, rank, 2, Rollouts(2, 4, 28), load_rates(), steps=1).calls
+                calls[rank] = trace_rank(config, rank, 2, [Rollouts(2, 4, 28)], load_rates()).calls
     except RuntimeError as error:
         return {"error": str(error)}
     return {"error": None, "disagreements": disagreements(calls)}
+
+
+def program(folder: Path, name: str) -> dict[str, Any]:
+    return programs.found(PROGRAMS[name], (0,) if name in programs.ALONE else (0, 1))
 
 
 # --- Few layers and micro-batches, extended ---------------------------------------------------------------------------
 
 
 def extension(folder: Path, name: str) -> dict[str, Any]:
-    """Of 3 layers: all numbers as they follow from fewer, and as they are. Of first steps, which are enough here."""
+    """Of 3 layers and 4 micro-batches: all numbers as they follow from fewer, and as they are."""
     from megatron_sead.planning.plan import make_plan
     from megatron_sead.tracing import extend
     from megatron_sead.tracing.costs import load_rates
 
-    small = ["rollouts.max_new_tokens=48", "prompts.max_prompt_tokens=16", "training.global_batch_size=2"]
+    small = ["rollouts.max_new_tokens=48", "prompts.max_prompt_tokens=16", "training.global_batch_size=4"]
     config = run_of(folder / "extension", TP2, SP, *small, layers=3, layer_types=KINDS[1:])
     plan, rates = make_plan(config, 2), load_rates()
-    with mock.patch.object(extend, "trace_rank", partial(extend.trace_rank, steps=1)):
-        (extended,) = extend.trace_run(config, plan, [0], rates).ranks
-        with mock.patch.object(extend, "few_parts", return_value=[3]):
-            (whole,) = extend.trace_run(config, plan, [0], rates).ranks
+    (extended,) = extend.trace_run(config, plan, [0], rates).ranks
+    with mock.patch.multiple(extend, few_parts=lambda *_: [3], few_micro_batches=lambda *_: [4]):
+        (whole,) = extend.trace_run(config, plan, [0], rates).ranks
     kinds = ("parameters", "peak", "flops", "calls", "sent", "copies", "copied", "reads")
     return {
         kind: [[str(key), value, whole.of(kind).get(key, 0)] for key, value in extended.of(kind).items()]
@@ -216,14 +219,20 @@ def planned(folder: Path, name: str) -> dict[str, Any]:
     small = ["rollouts.max_new_tokens=1792", "prompts.max_prompt_tokens=256", "training.scratch_bytes=67108864"]
     config = run_of(folder / "wide", *small, "training.global_batch_size=4", *overrides, layers=2, **WIDE)
     plan = make_plan(config, world)
-    traced = trace_rank(config, rank, world, Rollouts(2, 256, 1792), load_rates(), Told())
+    traced = trace_rank(config, rank, world, [Rollouts(1, 256, 1792), Rollouts(2, 256, 1792)], load_rates(), Told())
     phases = plan.stages[traced.stage].phases
     return {
         "planned": {p: [size, traced.memory[p].peak["device"]] for p, size in phases.items() if p != "rollouts"},
         "waited": [
-            str(key) for key, c in traced.copies.items() if "to device" in key and c.waited_for and c.bytes > LARGE
+            str(key)
+            for key, c in traced.steps[-1].copies.items()
+            if "to device" in key and c.waited_for and c.bytes > LARGE
         ],
     }
+
+
+PROGRAMS = {name: body for name, (body, _) in (programs.APART | programs.ALONE).items()}
+PROGRAMS |= {"right": programs.right, "looked at": programs.looked_at, "copied": programs.copied}
 
 
 def main(folder: Path) -> None:
@@ -231,7 +240,8 @@ def main(folder: Path) -> None:
     from megatron_sead.tracing import shadows
 
     shadows.SMALL = 2**10  # small models' activations are to be as unknown as large ones'
-    for kind, cases in ((trace, MATRIX), (sabotage, SABOTAGES), (extension, ["extension"]), (planned, PLANS)):
+    kinds = ((program, PROGRAMS), (trace, MATRIX), (sabotage, SABOTAGES), (extension, ["extension"]), (planned, PLANS))
+    for kind, cases in kinds:
         for name in cases:
             started = time.process_time()
             try:

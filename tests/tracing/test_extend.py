@@ -11,7 +11,17 @@ from megatron_sead.commands.train import _chosen_ranks
 from megatron_sead.config.run import RunConfig, load_config
 from megatron_sead.errors import UserError
 from megatron_sead.planning.plan import Plan, make_plan
-from megatron_sead.tracing.extend import Summary, extended, few_micro_batches, few_parts, parts_in_all, with_layers
+from megatron_sead.tracing.extend import (
+    Summary,
+    all_sizes,
+    extended,
+    few_micro_batches,
+    few_parts,
+    parts_in_all,
+    pinned_bytes,
+    with_layers,
+)
+from megatron_sead.tracing.memory import PINNED
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ROOT / "examples" / "shapes"
@@ -63,8 +73,20 @@ def test_numbers_grow_with_layers_and_micro_batches_and_with_both() -> None:
         return {0: Summary(0, 0, {("flops", "teacher"): 5 + 7 * part + 11 * count + 13 * part * count})}
 
     samples = {(part, count): number(part, count) for part in (1, 2) for count in (2, 3)}
-    assert extended(samples, 0, [1, 2], [2, 3], (8, 24)) == number(8, 24)[0].numbers
-    assert extended(samples, 0, [2], [3], (2, 3)) == number(2, 3)[0].numbers
+    assert extended(samples, 0, [1, 2], [2, 3], (8, 24), {}) == number(8, 24)[0].numbers
+    assert extended(samples, 0, [2], [3], (2, 3), {}) == number(2, 3)[0].numbers
+
+
+def test_slabs_are_those_of_all_layers() -> None:
+    """A slab of 2**30 bytes is filled by three layers here; the last one is rounded up."""
+    first, layer, last = 2**20, 300 * 2**20, 2**10
+    by_part = {part: [[first, *[layer, 256] * part, last]] for part in (1, 2)}
+    assert all_sizes(by_part, 4) == [[first, *[layer, 256] * 4, last]]
+    assert pinned_bytes(all_sizes(by_part, 4)) == 2**30 + 2**29
+    states = {part: 1000.0 + pinned_bytes(sizes) for part, sizes in by_part.items()}
+    samples = {(part, 2): {0: Summary(0, 0, {("peak", ("teacher", PINNED)): states[part]})} for part in (1, 2)}
+    (value,) = extended(samples, 0, [1, 2], [2], (4, 2), by_part).values()
+    assert value == 1000 + 2**30 + 2**29
 
 
 def test_ranks_of_the_first_and_the_last_stage_are_traced_unless_told() -> None:
