@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sead.config.run import ParallelSettings
+from megatron_sead.config.parallel import ParallelSettings
 from megatron_sead.parallel.context import ParallelContext
 
 Body = Callable[[int, ParallelContext], None]

@@ -92,7 +92,8 @@ class Scale(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        return *_scaled_backward(*ctx.saved_tensors, grad), None
+        x, root, weight = ctx.saved_tensors
+        return *_scaled_backward(x, root, weight, grad), None
 
 
 @fused_on_gpu
