@@ -177,6 +177,7 @@ def _let_fake_tensors_be_moved() -> None:
 
     fake.data = property(lambda self: data.__get__(self), set_data)
     fake.pin_memory = _pinned
+    fake.__deepcopy__ = _deeply_copied
     module._apply = _apply_in_place
     from torch.optim.optimizer import _foreach_supported_types
 
@@ -186,6 +187,12 @@ def _let_fake_tensors_be_moved() -> None:
 
 def _pinned(self: torch.Tensor, device: Any = None) -> torch.Tensor:
     return torch.empty_like(self, pin_memory=True).copy_(self)
+
+
+def _deeply_copied(self: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    """torch would copy the storage, which is none."""
+    memo[id(self)] = copied = self.detach().clone().requires_grad_(self.requires_grad)
+    return copied
 
 
 def _apply_in_place(self: torch.nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
