@@ -5,6 +5,7 @@ A new engine adds its group here, and the group to `AnyRollouts`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,7 @@ ENGINE = Field(description="what writes the rollouts; the settings beside it are
 class EngineSettings(Settings):
     """What every engine is told."""
 
+    TEMPERATURES: ClassVar[tuple[float, float]] = (0.0, math.inf)  # least and largest, beside 0, at which it draws
     # Settings of how it works, not of what it writes: a resumed run may change them
     MAY_CHANGE_ON_RESUME: ClassVar[tuple[str, ...]] = ("batch_size", "overlap", "mismatch_warning")
 
@@ -60,12 +62,21 @@ class EngineSettings(Settings):
         """What the engine lacks on this machine, and what to do about it; None: it can start."""
         return None
 
+    def temperature_problem(self, temperature: float) -> str | None:
+        """Why the engine does not draw at a temperature, as the end of a message; None: it does."""
+        least, largest = self.TEMPERATURES
+        if temperature == 0 or least <= temperature <= largest:
+            return None
+        return f"engine {self.engine!r} draws at temperatures from {least:g} to {largest:g}"
+
     def problems(self) -> Iterator[str]:
         if self.temperature == 0 and self.samples_per_prompt > 1:
             yield (
                 f"rollouts.samples_per_prompt={self.samples_per_prompt}: must be 1 when rollouts.temperature is 0: "
                 "greedy samples of a prompt are all the same"
             )
+        if (drawn := self.temperature_problem(self.temperature)) is not None:
+            yield f"rollouts.temperature={self.temperature:g}: {drawn}, and greedily at 0"
         if self.overlap and self.recorded is not None:
             yield f"rollouts.overlap=true: engine {self.engine!r} writes nothing; it must be false"
         if self.overlap and self.lag:
@@ -83,6 +94,7 @@ class VllmRollouts(EngineSettings):
 
     # The methods that are called change from one to the next; tests/rollouts/test_vllm_engine.py says which they are
     VERSIONS: ClassVar[tuple[str, ...]] = ("0.32", "0.33")
+    TEMPERATURES = (0.01, 2.0)  # below, vLLM draws as at 0.01 without a word; above, it refuses each request
     MAY_CHANGE_ON_RESUME = (
         *EngineSettings.MAY_CHANGE_ON_RESUME,
         "tensor_parallel_size",
@@ -109,6 +121,14 @@ class VllmRollouts(EngineSettings):
     )
     repetition_count: int = Field(16, ge=2, description="repetitions of a pattern that cut a response")
     enforce_eager: bool = Field(False, description="no CUDA graphs, no compilation: slower, and starts sooner")
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.batch_size > self.max_num_batched_tokens:
+            yield (
+                f"rollouts.batch_size={self.batch_size}: must be at most rollouts.max_num_batched_tokens="
+                f"{self.max_num_batched_tokens}: a pass has a token of each rollout that is being written"
+            )
 
     @property
     def asked_at_once(self) -> int:

@@ -102,7 +102,9 @@ class TrainingSettings(Settings):
         3, ge=1, description="the run ends when so many steps in a row were skipped: a loss or gradient was not finite"
     )
     importance_cap: float | None = Field(
-        None, gt=0, description="tokens count by student's over engine's probability, at most so much; null: all as 1"
+        None,
+        gt=0,
+        description="tokens count by student's over engine's probability at temperature 1, up to this; null: all as 1",
     )
     mask_truncated: bool = Field(False, description="rollouts cut at max_new_tokens teach nothing")
     scratch_bytes: int = Field(256 * 2**20, ge=2**20, description="memory for one chunk of logits in the fused loss")
@@ -327,6 +329,9 @@ class RunConfig(Settings):
                 f"rollouts.lag={self.rollouts.lag}: needs training.importance_cap, for example 2.0: the rollouts are "
                 "of an earlier student"
             )
+        drawn = self.rollouts.writing.temperature_problem(self.evaluation.temperature)
+        if drawn is not None and self.evaluation.path is not None and self.evaluation.samples:
+            yield f"evaluation.temperature={self.evaluation.temperature:g}: {drawn}"
         policy = POLICIES.get(self.policy.name)
         if self.zones.thresholds == "running" and policy is not None and not policy.reads_zones:
             readers = " or ".join(name for name, other in POLICIES.items() if other.reads_zones)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_sead.config.environment import check_rank_variables, environment_number
 from megatron_sead.errors import UserError
+from megatron_sead.wording import counted
 
 
 def local_gpu() -> torch.device:
@@ -22,7 +23,10 @@ def local_gpu() -> torch.device:
         raise UserError("device: cuda, but no GPU is visible; use device=cpu, or start on a machine with GPUs")
     local, visible = environment_number("LOCAL_RANK", 0, least=0) or 0, torch.cuda.device_count()
     if local >= visible:
-        raise UserError(f"device: cuda, but {visible} GPUs are visible to local rank {local}; start fewer ranks a node")
+        raise UserError(
+            f"device: cuda, but local rank {local} sees {counted(visible, 'GPU')}; "
+            "start fewer ranks a node, or with LOCAL_RANK=0 where each rank sees a GPU of its own"
+        )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 

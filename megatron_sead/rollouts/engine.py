@@ -68,6 +68,11 @@ class EngineFailed(UserError):
     """An engine cannot go on. The student is as it was, and can be saved."""
 
 
+class RanksUnreachable(UserError):
+    """Other ranks wait for this one within the engine, for ever: it must end, and with it all. Nothing collective may
+    follow, and so the student is not saved."""
+
+
 class RolloutEngine(Protocol):
     """Writes a step's responses with the weights it was last given, on the devices that also train.
 

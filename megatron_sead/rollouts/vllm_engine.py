@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -15,26 +16,37 @@ from unittest.mock import patch
 
 import numpy
 import torch
+import torch.distributed as dist
+from pydantic import ValidationError
 
 from megatron_sead.config.rollouts import VllmRollouts
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.models.family import read_config_fields
 from megatron_sead.models.weight_tables import HEAD
 from megatron_sead.models.weights import named_weights, tensor_shapes
-from megatron_sead.rollouts.engine import EngineContext, EngineFailed, GenerationRequest, Meanwhile, Rollout, Sampling
+from megatron_sead.rollouts.engine import (
+    EngineContext,
+    EngineFailed,
+    GenerationRequest,
+    Meanwhile,
+    RanksUnreachable,
+    Rollout,
+    Sampling,
+)
 from megatron_sead.rollouts.new_weights import arriving
 from megatron_sead.rollouts.sampling import request_seed
 from megatron_sead.rollouts.sharing import gather_written, share_of
 
-# vLLM reads them when it is imported. In this process, so that the weights need not travel; quiet, as it logs a page a
-# rank; and without pinning this process, which also trains, to cores of vLLM's choice.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+NEEDED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # in this process: the weights need not travel
+# Unless the user says otherwise: quiet, as it logs a page a rank; and without pinning this process, which also trains,
+# to cores of vLLM's choice.
+PREFERRED = {
     "VLLM_LOGGING_LEVEL": "CRITICAL",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
 }
 REPEATED = "repetition_detected"  # vLLM's reason
+PATIENCE = timedelta(seconds=20)  # in which ranks that compute in step have failed alike
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 ValueT = TypeVar("ValueT")
 
@@ -68,12 +80,13 @@ class VllmEngine:
         self._directory = context.directory
         self._sleeps_for_real = context.device.type == "cuda"  # on a CPU vLLM cannot
         self._asleep = False
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        self._peers = _replica_group(size, shared, self._replica) if shared > 1 else None
+        self._unreachable = False
+        os.environ.update({**PREFERRED, **os.environ, **NEEDED})
         from vllm import LLM  # seconds, and it changes transformers' classes: only where a run uses it
 
         arguments = llm_arguments(settings, context, self._sleeps_for_real)
-        with _random_numbers_kept(context.device):
+        with _random_numbers_kept(context.device), _as_launched(rank, context.device):
             self._llm: Any = self._guarded(lambda: LLM(str(context.directory), **arguments))
         if context.vocab_size not in (None, size := self._llm.model_config.get_vocab_size()):
             raise UserError(
@@ -107,6 +120,8 @@ class VllmEngine:
         try:
             rollouts = self._write([requests[i] for i in mine], step, sampling or self._sampling)
             written = dict(zip(mine, rollouts, strict=True))
+        except RanksUnreachable:
+            raise
         except UserError as error:  # the other replicas are still writing
             problem = error
         return gather_written(written if self._speaks else {}, problem, len(requests), self._group, meanwhile)
@@ -136,7 +151,7 @@ class VllmEngine:
         from vllm import SamplingParams
 
         asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        (output,) = self._guarded(
+        (output,) = self._together(
             lambda: self._llm.generate([{"prompt_token_ids": list(token_ids)}], asked, use_tqdm=False)
         )
         rows = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
@@ -156,7 +171,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Give everything back, all but the ranks' process group, which is the trainer's."""
-        if self._llm is None:
+        if self._llm is None or self._unreachable:
             return
         from vllm.distributed import parallel_state
 
@@ -170,7 +185,7 @@ class VllmEngine:
     def _write(self, requests: list[GenerationRequest], step: int, sampling: Sampling) -> list[Rollout]:
         prompts = [{"prompt_token_ids": list(request.prompt_token_ids)} for request in requests]
         parameters = [self._parameters(request, step, sampling) for request in requests]
-        outputs = self._guarded(lambda: self._llm.generate(prompts, parameters, use_tqdm=False)) if requests else []
+        outputs = self._together(lambda: self._llm.generate(prompts, parameters, use_tqdm=False)) if requests else []
         return [_rollout(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
 
     def _parameters(self, request: GenerationRequest, step: int, sampling: Sampling) -> Any:
@@ -183,7 +198,7 @@ class VllmEngine:
             top_p=sampling.top_p,
             max_tokens=sampling.max_new_tokens,
             seed=request_seed(self._seed, step, request),
-            logprobs=0,  # of the chosen token alone; vLLM's are before temperature and top_p
+            logprobs=0,  # of the chosen token alone
             ignore_eos=True,  # what ends a response is the run's to say
             stop_token_ids=self._stop,
             repetition_detection=(
@@ -192,6 +207,39 @@ class VllmEngine:
             detokenize=False,
         )
 
+    def _together(self, call: Callable[[], ValueT]) -> ValueT:
+        """What a call returns that the ranks of a replica compute in step.
+
+        Raises:
+            EngineFailed: vLLM's error on this rank, and no other waits for it within the call.
+            RanksUnreachable: others do.
+        """
+        try:
+            answer = self._guarded(call)
+        except EngineFailed as error:
+            self._meet(error)
+            raise
+        self._meet(None)
+        return answer
+
+    def _meet(self, problem: EngineFailed | None) -> None:
+        """Wait for the other ranks of the replica; but not for long with a problem, which they may never hear of."""
+        if self._peers is None:
+            return
+        all_there = dist.barrier(self._peers, async_op=True)
+        assert all_there is not None  # None is for ranks outside of the group
+        if problem is None:
+            all_there.wait()
+            return
+        try:
+            all_there.wait(PATIENCE)
+        except RuntimeError:
+            self._unreachable = True
+            raise RanksUnreachable(
+                f"{problem}; the other ranks with this copy of the model still wait in it for rank {dist.get_rank()}, "
+                "so that nothing can be saved; the same command continues from what is saved already"
+            ) from problem
+
     def _guarded(self, call: Callable[[], ValueT]) -> ValueT:
         """vLLM's errors are of many kinds, and its engine is of no use after one."""
         try:
@@ -199,15 +247,18 @@ class VllmEngine:
         except UserError:
             raise
         except Exception as error:
-            told = next(iter(str(error).splitlines()), "")
-            raise EngineFailed(f"rollouts.engine='vllm': {type(error).__name__}: {told}") from error
+            # pydantic's first line only counts what is wrong
+            told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            line = next(iter(told.splitlines()), "")
+            raise EngineFailed(f"rollouts.engine='vllm': {type(error).__name__}: {line}") from error
 
 
 def llm_arguments(settings: VllmRollouts, context: EngineContext, sleeps: bool) -> dict[str, Any]:
     """What LLM is told beside the model's directory."""
     return {
         "dtype": DTYPES[context.dtype],
-        "seed": context.seed,
+        "seed": context.seed % 2**32,  # numpy takes no more; each request has its own
+        "logprobs_mode": "raw_logprobs",  # before temperature and top_p, as the student's are
         "skip_tokenizer_init": True,  # requests are tokens, and so are responses
         "tensor_parallel_size": settings.tensor_parallel_size,
         "distributed_executor_backend": None if context.group is None else "external_launcher",
@@ -229,6 +280,20 @@ def _pack_heads(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+
+
+def _replica_group(ranks: int, shared: int, replica: int) -> dist.ProcessGroup:
+    """The ranks of this replica, over gloo. Collective over all ranks, each of which makes all groups."""
+    groups = [dist.new_group(list(range(start, start + shared)), backend="gloo") for start in range(0, ranks, shared)]
+    return groups[replica]
+
+
+@contextmanager
+def _as_launched(rank: int, device: torch.device) -> Iterator[None]:
+    """vLLM asks torchrun's variables who it is, which another launcher, or none, may not have set."""
+    local = os.environ.get("LOCAL_RANK", "0") if device.index is None else str(device.index)
+    with patch.dict(os.environ, {"RANK": str(rank), "LOCAL_RANK": local}):
+        yield
 
 
 @contextmanager
@@ -256,7 +321,7 @@ def _limits(settings: VllmRollouts, context: EngineContext) -> dict[str, Any]:
 def _rollout(request: GenerationRequest, written: Any) -> Rollout:
     tokens = tuple(written.token_ids)
     log_probs = tuple(row[token].logprob for row, token in zip(written.logprobs, tokens, strict=True))
-    wrong = next((place for place, value in enumerate(log_probs) if not math.isfinite(value)), None)
+    wrong = next((place for place, value in enumerate(log_probs) if value is None or not math.isfinite(value)), None)
     if wrong is not None:
         raise NotFiniteNumbers(
             f"rollout of prompt {request.prompt_id!r}: the model's logits of token {wrong} are not finite"

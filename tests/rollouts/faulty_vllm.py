@@ -1,14 +1,17 @@
-"""``python -m megatron_sead.train`` with a vLLM engine that fails from the second step on: FAULT says how."""
+"""``python -m megatron_sead.train`` with a vLLM engine that fails from the second step on: FAULT says how. Where ranks
+share a model, the other does not learn of it: it waits within vLLM."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
 
 from megatron_sead.commands.train import app
+from megatron_sead.rollouts import vllm_engine
 from megatron_sead.rollouts.vllm_engine import VllmEngine
 
 KEPT = "model.layers.1.mlp.down_proj.weight"
@@ -41,4 +44,5 @@ def write_badly(engine: VllmEngine, requests: Any, step: int, sampling: Any) -> 
 if __name__ == "__main__":
     VllmEngine.load_weights = load_badly  # type: ignore[method-assign]
     VllmEngine._write = write_badly  # type: ignore[method-assign]
+    vllm_engine.PATIENCE = timedelta(seconds=1)
     app()

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import multiprocessing
+import os
 import random
 import shutil
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy
 import pytest
@@ -26,6 +29,9 @@ from megatron_sead.rollouts.engine import EngineContext, EngineFailed, Generatio
 from megatron_sead.rollouts.registry import make_engine
 from megatron_sead.rollouts.sampling import request_seed
 from megatron_sead.rollouts.vllm_engine import VllmEngine
+from megatron_sead.training.engines import UPDATE_PROBE
+from megatron_sead.training.parity import TOLERANCE, largest_difference
+from tests.rollouts.generation import GENERATION
 
 pytestmark = [
     pytest.mark.vllm_lane,
@@ -119,9 +125,14 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(expected: object, tied: Path) -> VllmEngine:
+def engine(expected: object, tied: Path, tmp_path_factory: pytest.TempPathFactory) -> VllmEngine:
+    """Of a directory, and in an environment, that ask for other things than the run does."""
+    directory = Path(shutil.copytree(TINY, tmp_path_factory.mktemp("engine") / "model"))
+    (directory / "generation_config.json").write_text(json.dumps(GENERATION))
     before = random_numbers()
-    made = make_engine(SETTINGS, context(TINY))
+    with patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_USE_V1": "0", "RANK": "7"}):
+        made = make_engine(SETTINGS, context(directory))
+        assert os.environ["RANK"] == "7"
     assert isinstance(made, VllmEngine)
     assert all(map(torch.equal, random_numbers(), before))  # vLLM seeds the process when it starts
     return made
@@ -247,6 +258,44 @@ def test_a_weight_left_out_or_unknown_is_told_and_all_are_consumed(
     engine.load_weights(moved.items())
 
 
+def test_any_weight_that_stays_as_it_was_shows_in_the_scores(
+    engine: VllmEngine, moved: dict[str, torch.Tensor], text: list[int]
+) -> None:
+    """By more than the check after an update allows."""
+    old, probe = load_file(TINY / "model.safetensors"), text[:UPDATE_PROBE]
+    engine.load_weights(moved.items())
+    right = engine.score(probe)
+    for name in moved:
+        engine.load_weights((moved | {name: old[name]}).items())
+        assert largest_difference(engine.score(probe), right) > TOLERANCE["fp32"], name
+    engine.load_weights(moved.items())
+
+
+def test_tokens_of_a_student_that_is_sure_have_log_probs(engine: VllmEngine, moved: dict[str, torch.Tensor]) -> None:
+    """As after a collapse of entropy: no NaN, nothing above 0."""
+    engine.load_weights((moved | {"lm_head.weight": 1e4 * moved["lm_head.weight"]}).items())
+    values = [value for r in engine.generate(requests(8), 0, WARM) for value in r.log_probs or ()]
+    assert all(-1e5 < value <= 0 for value in values) and min(map(abs, values)) == 0
+    engine.load_weights(moved.items())
+
+
+def test_edges_of_a_response(engine: VllmEngine, moved: dict[str, torch.Tensor]) -> None:
+    """The context filled to its last position, stop tokens in the prompt, one token, many samples of a prompt."""
+    engine.load_weights(moved.items())
+    asked = [GenerationRequest("long", n, (5, *STOP, *range(8, 96), 9)) for n in range(32)]
+    whole, hot = 128 - len(asked[0].prompt_token_ids), 2.0
+    written = engine.generate(asked, 0, Sampling(hot, 1.0, whole))
+    assert len({r.response_token_ids for r in written}) > 28
+    assert engine.generate(asked, 0, Sampling(hot, 1.0, whole)) == written
+    assert all(r.finished == (r.response_token_ids[-1] in STOP) for r in written)
+    cut = [r for r in written if not r.finished]
+    assert cut and all(len(r.response_token_ids) == whole for r in cut)
+    short = engine.generate(asked, 0, Sampling(hot, 1.0, 1))
+    assert [r.response_token_ids for r in short] == [r.response_token_ids[:1] for r in written]
+    assert [r.finished for r in short] == [r.response_token_ids[0] in STOP for r in short]
+    assert engine.generate([], 0) == []
+
+
 def test_weights_that_are_not_finite_end_the_writing(engine: VllmEngine, moved: dict[str, torch.Tensor]) -> None:
     engine.load_weights((name, tensor * float("nan")) for name, tensor in moved.items())
     with pytest.raises(NotFiniteNumbers, match=r"^rollout of prompt 'p\d+': the model's logits of token 0 are not"):
@@ -277,6 +326,12 @@ def test_a_model_that_vllm_does_not_load_is_one_line(tmp_path: Path, expected: o
     assert "\n" not in str(caught.value)
 
 
+def test_what_vllm_refuses_is_told_in_its_words(expected: object) -> None:
+    """Not by the first line of pydantic's account, which says that there is something."""
+    with pytest.raises(EngineFailed, match=r"max_model_len \(300\) is greater than .*max_position_embeddings=256"):
+        make_engine(SETTINGS, replace(context(TINY), max_length=300))
+
+
 @pytest.mark.parametrize("packed", [True, False], ids=["packed, as on a CPU", "as loaded, as on a GPU"])
 def test_a_head_that_is_the_embedding_follows_it(packed: bool, tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes once, though the file holds it twice; and where vLLM has packed its matrices, it has a copy of it."""
@@ -303,7 +358,7 @@ def test_every_name_that_is_used_of_vllm_is_there() -> None:
     engine_settings = {*inspect.signature(LLM.__init__).parameters, *inspect.signature(EngineArgs).parameters}
     used = "dtype seed skip_tokenizer_init tensor_parallel_size distributed_executor_backend enable_sleep_mode"
     used += " enable_prefix_caching enforce_eager gpu_memory_utilization kv_cache_memory_bytes max_num_batched_tokens"
-    used += " max_num_seqs max_model_len generation_config use_tqdm_on_load"
+    used += " max_num_seqs max_model_len generation_config use_tqdm_on_load logprobs_mode"
     assert set(used.split()) <= engine_settings
     used = "temperature top_p max_tokens seed logprobs prompt_logprobs ignore_eos stop_token_ids"
     used += " detokenize repetition_detection"

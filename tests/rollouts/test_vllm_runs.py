@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ RUN += [
 ]
 RUN += ["evaluation.limit=4", "evaluation.samples=0"]
 VLLM = ["rollouts.engine=vllm", "rollouts.enforce_eager=true", "rollouts.kv_cache_memory_bytes=33554432"]
+TOGETHER = ["rollouts.tensor_parallel_size=2"]
 TP2, DP2 = "parallel.tensor_model_parallel_size=2", "parallel.tensor_model_parallel_size=1"
 
 
@@ -89,6 +91,20 @@ def test_a_greedy_run_is_that_of_transformers(layout: list[str], with_transforme
             assert ours[step][name] == pytest.approx(theirs[step][name], rel=1e-4), (step, name)
     summaries = [json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", with_transformers)]
     assert summaries[0]["evaluation"] == summaries[1]["evaluation"]
+
+
+def test_a_rank_that_fails_alone_within_a_replica_ends_all_at_once(tmp_path: Path) -> None:
+    """Its peer waits in vLLM for it, minutes long: the student cannot be saved, and no time is lost."""
+    began = time.monotonic()
+    done = launch("tests.rollouts.faulty_vllm", tmp_path / "run", *VLLM, TP2, *TOGETHER, FAULT="dies")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    told = (
+        "error: rollouts.engine='vllm': RuntimeError: out of memory; the other ranks with this copy of the model still "
+    )
+    assert line.startswith(f"{told}wait in it for rank 1, so that nothing can be saved; the same command continues")
+    assert time.monotonic() - began < 300
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("fault", ["left out", "old", "dies"])
