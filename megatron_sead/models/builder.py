@@ -93,6 +93,7 @@ def model_config(
         virtual_pipeline_model_parallel_size=parallel.vpp_size,
         pipeline_model_parallel_layout=_megatron_layout(stages),
         stage_layers=stages,
+        context_parallel_size=parallel.cp_size,
         sequence_parallel=sequence_parallel,
         sequence_parallel_output=sequence_parallel and sequence_parallel_output,
         params_dtype=dtype,

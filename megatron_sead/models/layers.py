@@ -41,8 +41,10 @@ def dense_block_spec(
         pre_norm: a norm before the attention and one before the feed-forward.
 
     Raises:
-        UserError: Transformer Engine is asked for and not installed.
+        UserError: Transformer Engine is asked for and not installed, or cannot share the sequences of a sliding layer.
     """
+    if backend != "torch" and config.context_parallel_size > 1:
+        _require_full_attention(config)
     parts = _torch_parts() if backend == "torch" else _transformer_engine_parts()
     norm = parts["norm"]
     self_attention = ModuleSpec(
@@ -68,6 +70,15 @@ def dense_block_spec(
     )
     layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
+
+
+def _require_full_attention(config: ModelConfig) -> None:
+    """Transformer Engine's ring, the one form of it that shares packed sequences, knows no windows."""
+    if any(config.window(layer) is not None for layer in range(1, config.num_layers + 1)):
+        raise UserError(
+            f"parallel.context_parallel_size={config.context_parallel_size}: training.attention_backend="
+            "transformer_engine shares no sequences in layers with a sliding window; use torch"
+        )
 
 
 def _mlp_spec(submodules: MLPSubmodules) -> Any:

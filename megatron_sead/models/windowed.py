@@ -33,7 +33,7 @@ def windowed_attention(
     length, batch = query.shape[:2]
     starts = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
     query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
-    context = packed_attention(query, key, value, starts, length, window, scale)
+    context = packed_attention(query, key, value, (starts, starts), (length, length), window, scale)
     return context.unflatten(0, (batch, length)).transpose(0, 1)
 
 
@@ -41,8 +41,8 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    starts: torch.Tensor,
-    longest: int,
+    starts: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
     window: int | None,
     scale: float,
 ) -> torch.Tensor:
@@ -50,8 +50,10 @@ def packed_attention(
 
     Args:
         query: [t, n, d].
-        key: [t, g, d], of which each serves n/g queries; so is value.
-        starts: [sequences + 1] int32, cumulative lengths from 0 to t: what is beyond them is not written.
+        key: [k, g, d], of which each serves n/g queries; so is value.
+        starts: [sequences + 1] int32, cumulative lengths from 0, of queries and of keys: what is beyond them is not
+            written. Queries are the last of their sequence's keys: masks and windows are aligned to the lower right.
+        longest: most queries of a sequence, and most keys.
         window: how many tokens are seen, the current one included; None: all before it.
 
     Returns:
@@ -64,7 +66,7 @@ def packed_attention(
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     seen = -1 if window is None else window - 1
     context: torch.Tensor = attention(
-        query, key, value, starts, starts, longest, longest, scale=scale, window_size=(seen, 0), **options
+        query, key, value, *starts, *longest, scale=scale, window_size=(seen, 0), **options
     )
     return context
 

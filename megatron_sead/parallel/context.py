@@ -22,10 +22,13 @@ class ParallelContext:
     tp_size: int
     pp_rank: int
     pp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
     tp: ProcessGroup
     pp: ProcessGroup
+    cp: ProcessGroup
     dp: ProcessGroup
     dp_with_cp: ProcessGroup
     control: ProcessGroup  # all ranks, gloo whatever the device: for objects, flags, and what lives in host memory
@@ -46,6 +49,11 @@ class ParallelContext:
     def chunks(self) -> int:
         """Model chunks on this rank."""
         return self.split.chunks
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """This rank's number among those that share every sequence, and how many they are."""
+        return self.cp_rank, self.cp_size
 
     @property
     def is_first_stage(self) -> bool:

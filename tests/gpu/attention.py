@@ -16,6 +16,7 @@ from tests.gpu.check import CUDA, DEVICE, Report, l2, once, seconds
 
 WINDOW, HEADS, LENGTHS = (4096, 32, (2048, 4161, 8256, 18432)) if CUDA else (24, 2, (20, 61))
 PACKED = (1, 4161, 2, 2048, 2044) if CUDA else (1, 24, 5, 31)  # lengths of sequences in one row
+SHARING, SHARED = 4, (8, 4160, 16, 2048, 2040) if CUDA else (8, 24, 16, 32)  # ranks, and lengths that they share
 HEAD_DIM = 128
 BOUND = 1e-2
 COMPARED = 1  # heads that are compared with the dense reference: [s, s] in fp32 is 1.4 GB at 18,432 tokens
@@ -35,6 +36,10 @@ def attention(report: Report) -> None:
     for window in (WINDOW, None):
         name, expected = f"packed {'window' if window else 'full'}", _dense(inputs, window, PACKED)
         report.attempt(name, partial(_packed, report, name, inputs, window, expected))
+    inputs = [torch.randn(sum(SHARED), 1, HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
+    for window in (WINDOW, None):
+        name, expected = f"shared by {SHARING} ranks, {'window' if window else 'full'}", _dense(inputs, window, SHARED)
+        report.attempt(name, partial(_shared, report, name, inputs, window, expected))
 
 
 def _backends() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
@@ -94,6 +99,38 @@ def _packed(
         return context.unflatten(-1, (HEADS, HEAD_DIM))[:, None]
 
     _measure(report, name, packed, inputs, expected)
+
+
+def _shared(
+    report: Report, name: str, inputs: list[torch.Tensor], window: int | None, expected: list[torch.Tensor]
+) -> None:
+    """Each rank's queries in turn, of two pieces a sequence, with their own keys: FlashAttention's masks and windows
+    are aligned to the lower right."""
+    from megatron_sead.models import windowed
+    from megatron_sead.models.zigzag import Keys, held, seen_by
+
+    if not windowed.serves(inputs[0]):
+        return
+    places = [held(SHARED, rank, SHARING).to(DEVICE) for rank in range(SHARING)]
+    seen = [torch.cat(seen_by(SHARED, rank, SHARING, window)).to(DEVICE) for rank in range(SHARING)]
+    keys = [Keys.of(SHARED, rank, SHARING, window).to(torch.device(DEVICE)) for rank in range(SHARING)]
+
+    def shared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        parts = [
+            windowed.packed_attention(
+                query[place, 0],
+                key[of_rank, 0],
+                value[of_rank, 0],
+                (own.query_starts, own.key_starts),
+                (max(own.query_lengths), max(own.key_lengths)),
+                window,
+                HEAD_DIM**-0.5,
+            )
+            for place, of_rank, own in zip(places, seen, keys, strict=True)
+        ]
+        return torch.cat(parts)[torch.cat(places).argsort()][:, None]
+
+    _measure(report, name, shared, inputs, expected)
 
 
 def _varlen(

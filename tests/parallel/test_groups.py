@@ -26,6 +26,7 @@ def place(**sizes: Any) -> dict[str, Any]:
     flag = torch.tensor(context.rank)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=context.control)
     found = {
+        "share": context.share,
         "place": (context.tp_rank, context.pp_rank, context.dp_rank),
         "sizes": (context.tp_size, context.pp_size, context.dp_size, context.chunks),
         "stage": (context.is_first_stage, context.is_last_stage),
@@ -93,6 +94,14 @@ def cudnn_attention() -> bool:
 def test_attention_by_cudnn_is_off_on_a_gpu(ranks: RankPool) -> None:
     """It plans anew for every length, and its backward pass is NaN for some."""
     assert not any(ranks.run(cudnn_attention))
+
+
+def test_context_parallel_ranks_stand_between_tensor_and_data_parallel_ones(ranks: RankPool) -> None:
+    found = ranks.run(place, context_parallel_size=2)
+    assert [f["share"] for f in found] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    assert [f["place"] for f in found] == [(0, 0, 0), (0, 0, 0), (0, 0, 1), (0, 0, 1)]
+    assert found[1]["groups"][2:] == [[1, 3], [0, 1, 2, 3]]
+    assert len({f["draws"] for f in found}) == 1
 
 
 def refusal(values: dict[str, Any], device: str = "cpu") -> str:
