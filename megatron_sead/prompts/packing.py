@@ -10,19 +10,22 @@ from itertools import accumulate
 
 import torch
 
+from megatron_sead.models.zigzag import held
 from megatron_sead.prompts.sharing import deal, share_by_tokens
 
 # Shapes: b rollouts in a micro-batch, s padded length, n response tokens of the micro-batch; b is 1 of a packed view,
-# whose s counts the tokens of all its sequences
+# whose s counts the tokens of all its sequences. Under context parallelism views are packed, and s counts the tokens of
+# this rank alone, which predicts m of the n
 
 
 @dataclass(frozen=True)
 class Boundaries:
     """Where the sequences of a packed view begin and end. Padding at its end belongs to the last one."""
 
-    starts: torch.Tensor  # [sequences + 1] int32: cumulative lengths, from 0 to s
+    starts: torch.Tensor  # [sequences + 1] int32: cumulative lengths of whole sequences, from 0
     positions: torch.Tensor  # [s] int64: each token's place in its own sequence
-    lengths: tuple[int, ...]  # the same on the host
+    lengths: tuple[int, ...]  # of whole sequences, on the host
+    share: tuple[int, int] = (0, 1)  # this rank's number among those that share the sequences, and how many they are
 
 
 @dataclass
@@ -34,6 +37,7 @@ class TokenView:
     # are in a part of the sequence is asked without waiting for a GPU
     predictors: torch.Tensor
     boundaries: Boundaries | None = None  # of a packed view; None: every row is one sequence
+    own: torch.Tensor | None = None  # [m] in host memory: which response tokens `predictors` are of; None: all n
 
 
 @dataclass
@@ -68,6 +72,7 @@ def pack(
     log_probs: Sequence[tuple[float, ...] | None] | None = None,
     micro_batch_tokens: int | None = None,
     count_multiple: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> list[MicroBatch]:
     """This rank's micro-batches of the global step. All arguments are the global step's, equal on every rank.
 
@@ -79,6 +84,8 @@ def pack(
         micro_batch_tokens: views are packed, one rollout after another, with at most so many tokens for either model;
             some may be without rollouts then. None: views are rows of `micro_batch_size` rollouts.
         count_multiple: what the number of packed micro-batches must be a multiple of.
+        share: number of this context-parallel rank, and how many share every sequence; each has the same micro-batches
+            and of their tokens its own.
 
     Raises:
         ValueError: an empty prompt or response, rollouts that the ranks' micro-batches cannot share evenly, or one that
@@ -96,13 +103,14 @@ def pack(
     ]
     place = data_parallel_rank, data_parallel_size
     make_view = _rows if micro_batch_tokens is None else _packed
-    view_of = partial(make_view, length_multiple=length_multiple, pad_token_id=pad_token_id, device=device)
+    view_of = partial(make_view, length_multiple=length_multiple, pad_token_id=pad_token_id, device=device, share=share)
     if micro_batch_tokens is None:
         mine = deal([sum(both) for both in sizes], *place)
         shares = [mine[start : start + micro_batch_size] for start in range(0, len(mine), micro_batch_size)]
     else:
         budget = micro_batch_tokens // length_multiple * length_multiple
-        shares = share_by_tokens([max(both) for both in sizes], budget, *place, count_multiple)
+        lengths = [_rounded_up(max(both), _sequence_multiple(share)) for both in sizes]
+        shares = share_by_tokens(lengths, budget, *place, count_multiple)
     step = _Step(prompts_student, prompts_teacher, responses, valid, log_probs)
     return [step.micro_batch(rows, view_of, device) for rows in shares]
 
@@ -159,13 +167,20 @@ def _rows(
     length_multiple: int,
     pad_token_id: int,
     device: torch.device,
+    share: tuple[int, int],
 ) -> TokenView:
     """[b, s]: a row each, padded to the longest."""
     rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     padded = _rounded_up(max(len(row) for row in rows), length_multiple)
-    tokens = torch.tensor([[*row, *[pad_token_id] * (padded - len(row))] for row in rows], device=device)
-    starts = range(0, len(rows) * padded, padded)
-    return TokenView(tokens, _predictors(prompts, responses, starts))
+    tokens = torch.tensor([[*row, *[pad_token_id] * (padded - len(row))] for row in rows])
+    return row_view(tokens, _predictors(prompts, responses, range(0, len(rows) * padded, padded)), share, device)
+
+
+def row_view(tokens: torch.Tensor, predictors: torch.Tensor, share: tuple[int, int], device: torch.device) -> TokenView:
+    """Of rows [b, s] on the host; under context parallelism what this rank holds of them."""
+    if share[1] > 1:
+        return _held(tokens, predictors, (tokens.shape[1],) * tokens.shape[0], share, device)
+    return TokenView(tokens.to(device), predictors)
 
 
 def _packed(
@@ -175,21 +190,53 @@ def _packed(
     length_multiple: int,
     pad_token_id: int,
     device: torch.device,
+    share: tuple[int, int],
 ) -> TokenView:
-    """[1, s]: one after another, padded at the end alone. Without rollouts, padding alone: a pass needs some token."""
+    """[1, s]: one after another, padded at the end alone; under context parallelism each for itself, and at the end.
+    Without rollouts, padding alone: a pass needs some token."""
     rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)] or [(pad_token_id,)]
-    used = sum(len(row) for row in rows)
-    padding = _rounded_up(used, length_multiple) - used
-    lengths = [*(len(row) for row in rows[:-1]), len(rows[-1]) + padding]
+    lengths = [_rounded_up(len(row), _sequence_multiple(share)) for row in rows]
+    lengths[-1] += _rounded_up(sum(lengths), length_multiple) - sum(lengths)
     starts = [0, *accumulate(lengths)]
-    tokens = [token for row in rows for token in row] + [pad_token_id] * padding
+    padded = ([*row, *[pad_token_id] * (length - len(row))] for row, length in zip(rows, lengths, strict=True))
+    tokens = torch.tensor([[token for row in padded for token in row]])
+    predictors = _predictors(prompts, responses, starts)
+    if share[1] > 1:
+        return _held(tokens, predictors, tuple(lengths), share, device)
     return TokenView(
-        torch.tensor([tokens], device=device),
-        _predictors(prompts, responses, starts),
+        tokens.to(device),
+        predictors,
         Boundaries(
             torch.tensor(starts, dtype=torch.int32, device=device), _counts_from_0(lengths).to(device), tuple(lengths)
         ),
     )
+
+
+def _held(
+    tokens: torch.Tensor,
+    predictors: torch.Tensor,
+    lengths: tuple[int, ...],
+    share: tuple[int, int],
+    device: torch.device,
+) -> TokenView:
+    """What a context-parallel rank holds of sequences [b, s] of these lengths, on the host, one after another."""
+    place = held(lengths, *share)
+    here = torch.full((tokens.numel(),), -1)
+    here[place] = torch.arange(len(place))
+    own = (here[predictors] >= 0).nonzero().squeeze(1)
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    positions = _counts_from_0(lengths)[place]
+    return TokenView(
+        tokens.flatten()[None, place].to(device),
+        here[predictors[own]],
+        Boundaries(starts.to(device), positions.to(device), lengths, share),
+        own,
+    )
+
+
+def _sequence_multiple(share: tuple[int, int]) -> int:
+    """What the length of each packed sequence is a multiple of: context-parallel ranks hold two pieces each."""
+    return 1 if share[1] == 1 else 2 * share[1]
 
 
 def _predictors(
@@ -202,7 +249,7 @@ def _predictors(
     return torch.cat(parts)
 
 
-def _counts_from_0(lengths: list[int]) -> torch.Tensor:
+def _counts_from_0(lengths: Sequence[int]) -> torch.Tensor:
     return torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(length) for length in lengths)])
 
 

@@ -201,6 +201,7 @@ def synthetic_batches(config: RunConfig, parallel: ParallelContext, rollouts: Ro
         log_probs=[(-1.0,) * rollouts.response_tokens] * count,
         micro_batch_tokens=config.training.micro_batch_tokens,
         count_multiple=count_multiple(config.parallel),
+        share=parallel.share,
     )
 
 

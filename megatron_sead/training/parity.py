@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import NotFiniteNumbers, UserError
 from megatron_sead.models.decoder import Decoder
-from megatron_sead.prompts.packing import MicroBatch, TokenView
+from megatron_sead.prompts.packing import MicroBatch, row_view
 from megatron_sead.rollouts.reference import reference_log_probs
 from megatron_sead.training.not_finite import describe, gather_reports, weights_are_finite
 from megatron_sead.training.run import Run
@@ -111,7 +111,8 @@ def student_log_probs(run: Run, tokens: list[int]) -> torch.Tensor:
     """
     probe, heads = _micro_batches(run, tokens), run.learner.heads
     # Scores are of a pair: a teacher with hidden size 1 and all logits zero takes the place of the real one
-    zeros = [heads.own_rows(batch, torch.zeros(len(batch.targets), 1, device=run.parallel.device)) for batch in probe]
+    nothing = torch.zeros(len(probe[0].student.predictors), 1, device=run.parallel.device)
+    zeros = [heads.own_rows(batch, nothing) for batch in probe]
     if heads.student is not None:
         heads = replace(heads, teacher=heads.student.detach().new_zeros(len(heads.student), 1))
     return _log_probs(run, probe, zeros, heads, f"student.path={run.config.student.path}")[0]
@@ -121,11 +122,11 @@ def _micro_batches(run: Run, tokens: list[int]) -> list[MicroBatch]:
     """A text as micro-batches, of which all are the same: virtual stages want a multiple of the pipeline size."""
     parallel, count = run.parallel, len(tokens) - 1
     padded = -(-len(tokens) // run.length_multiple) * run.length_multiple
-    ids = torch.zeros(1, padded, dtype=torch.long, device=parallel.device)
+    ids, index = torch.zeros(1, padded, dtype=torch.long), torch.arange(count)
     ids[0, : len(tokens)] = torch.tensor(tokens)
-    index = torch.arange(count, device=parallel.device)
-    view = TokenView(ids, torch.arange(count))
-    probe = MicroBatch(view, view, ids[0, 1 : count + 1], torch.zeros_like(index), index, torch.ones_like(index).bool())
+    view, targets = row_view(ids, index, parallel.share, parallel.device), ids[0, 1 : count + 1].to(parallel.device)
+    index = index.to(parallel.device)
+    probe = MicroBatch(view, view, targets, torch.zeros_like(index), index, torch.ones_like(index).bool())
     return [probe] * parallel.pp_size
 
 

@@ -40,7 +40,8 @@ def run_schedule(
         micro_batches: this data-parallel rank's share of the step.
         view: whose tokens the model reads.
         on_hidden: called on the last stage as ``on_hidden(index, hidden)`` with hidden [n, h], one row a response
-            token; of a model with sequence-parallel output, this rank's shard of all positions [s/tp * b, h].
+            token, under context parallelism [m, h] of those that this rank predicts; of a model with sequence-parallel
+            output, this rank's shard of all positions [s/tp * b, h].
             Forward only: returns anything. Training: returns (summed loss, token count, anything), Megatron's
             per-token protocol: gradients are divided by the global count.
         forward_only: no gradients.
@@ -75,7 +76,8 @@ def _forward_step(
     if bounds is None:
         positions, packed = torch.arange(tokens.shape[1], device=tokens.device), None
     else:
-        positions, packed = bounds.positions, PackedSequences.of(bounds.starts, bounds.positions, bounds.lengths)
+        positions = bounds.positions
+        packed = PackedSequences.of(bounds.starts, positions, bounds.lengths, bounds.share)
     config: Any = model.config  # Megatron's wrappers have it too
     output = model(
         input_ids=tokens, position_ids=positions.expand_as(tokens), attention_mask=None, packed_seq_params=packed

@@ -151,6 +151,7 @@ class Run:
                 log_probs=[r.log_probs for r in rollouts],
                 micro_batch_tokens=self.config.training.micro_batch_tokens,
                 count_multiple=count_multiple(self.config.parallel),
+                share=self.parallel.share,
             )
         except ValueError as error:  # only recorded rollouts can be too many, too long, or empty
             raise UserError(f"rollouts.path={self.config.rollouts.recorded}: {error}") from None

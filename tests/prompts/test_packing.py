@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_sead.models.zigzag import held
 from megatron_sead.prompts.packing import MicroBatch, TokenView, pack
 from megatron_sead.prompts.sharing import deal, share_by_tokens
 
@@ -80,6 +81,58 @@ def check_view(prompts: Sequences, responses: Sequences, batch: MicroBatch, view
         longest = max(longest, len(whole))
     assert padded % multiple == 0
     assert longest <= padded < longest + multiple
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.sampled_from([2, 3, 4]), st.booleans())
+def test_ranks_that_share_sequences_hold_each_token_once(data: st.DataObject, ranks: int, packed: bool) -> None:
+    """Put together they are the sequences, each padded for itself; each response token is predicted on one rank."""
+    count = data.draw(st.integers(1, 5))
+    student, responses = (data.draw(st.lists(tokens, min_size=count, max_size=count)) for _ in range(2))
+    multiple = ranks * 4
+    shares = [
+        pack(
+            student,
+            student,
+            responses,
+            [True] * count,
+            micro_batch_size=count,
+            data_parallel_rank=0,
+            data_parallel_size=1,
+            length_multiple=multiple,
+            pad_token_id=PAD,
+            device=torch.device("cpu"),
+            micro_batch_tokens=1000 if packed else None,
+            share=(rank, ranks),
+        )
+        for rank in range(ranks)
+    ]
+    assert {len(batches) for batches in shares} == {1}
+    views = [batches[0].student for batches in shares]
+    bounds = views[0].boundaries
+    assert bounds is not None
+    whole = torch.full((sum(bounds.lengths),), -1)
+    predicted: dict[int, int] = {}
+    for rank, view in enumerate(views):
+        assert view.boundaries is not None
+        assert view.boundaries.share == (rank, ranks)
+        place = held(bounds.lengths, rank, ranks)
+        whole[place] = view.tokens[0]
+        own_starts = torch.repeat_interleave(bounds.starts[:-1].long(), torch.tensor(bounds.lengths))[place]
+        assert torch.equal(view.boundaries.positions, place - own_starts)
+        assert view.own is not None
+        told = place[view.predictors].tolist()
+        assert not predicted.keys() & set(view.own.tolist())
+        predicted |= dict(zip(view.own.tolist(), told, strict=True))
+    batch = shares[0][0]
+    order = list(dict.fromkeys(batch.rollout_index.tolist()))
+    for rollout, sequence in zip(order, whole.split(bounds.lengths), strict=True):
+        text = student[rollout] + responses[rollout]
+        assert tuple(sequence.tolist()) == text + (PAD,) * (len(sequence) - len(text))
+    assert len(whole) % multiple == 0
+    assert all(length % (2 * ranks) == 0 for length in bounds.lengths)
+    assert sorted(predicted) == list(range(len(batch.targets)))
+    assert all(whole[predicted[i] + 1] == target for i, target in enumerate(batch.targets.tolist()))
 
 
 @dataclass(frozen=True)
