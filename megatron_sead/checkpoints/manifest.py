@@ -29,7 +29,7 @@ class Manifest:
 
     step: int
     megatron_core: str  # version that wrote it
-    layout: dict[str, int]  # sizes: tensor, pipeline, virtual (chunks a rank), data
+    layout: dict[str, int]  # sizes: tensor, pipeline, context where it is not 1, virtual (chunks a rank), data
     files: dict[str, tuple[int, int]]  # name -> (bytes, CRC-32)
     dtype: str | None = None  # of a converted model's weights: bf16 or fp32
     parameters: int | None = None  # of a converted model, without padding

@@ -302,6 +302,8 @@ def _start_no_manager_process() -> None:
 
 def _layout(parallel: ParallelContext) -> dict[str, int]:
     sizes = {"tensor": parallel.tp_size, "pipeline": parallel.pp_size}
+    if parallel.cp_size > 1:
+        sizes["context"] = parallel.cp_size
     return sizes | {"virtual": parallel.chunks, "data": parallel.dp_size}
 
 

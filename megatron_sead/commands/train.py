@@ -162,7 +162,9 @@ def _trace(config: RunConfig, ranks: list[int], rates: Path | None, plan: Plan) 
 
 def _planned_world_size(config: RunConfig) -> int:
     parallel = config.parallel
-    fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    fewest = (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
     per_node = environment_number("NPROC")
     planned = None if per_node is None else per_node * (environment_number("NNODES") or 1)
     return environment_number("WORLD_SIZE") or planned or fewest

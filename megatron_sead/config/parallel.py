@@ -39,7 +39,7 @@ class ParallelSettings(Settings):
     teacher_last_stage_layers: int | None = Field(
         None, ge=1, description="the teacher's layers on the last stage; null: like stages"
     )
-    context_parallel_size: int = Field(1, ge=1, description="ranks that share a sequence; only 1 works so far")
+    context_parallel_size: int = Field(1, ge=1, description="ranks that share every sequence")
     sequence_parallel: bool = Field(
         False, description="split norms and residuals over the sequence on the tensor-parallel ranks"
     )
@@ -56,8 +56,6 @@ class ParallelSettings(Settings):
         return timedelta(minutes=self.timeout_minutes)
 
     def problems(self) -> Iterator[str]:
-        if self.context_parallel_size > 1:
-            yield f"parallel.context_parallel_size={self.context_parallel_size}: only 1 works so far"
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             yield (
                 "parallel.sequence_parallel=true: needs parallel.tensor_model_parallel_size of at least 2, not 1: "

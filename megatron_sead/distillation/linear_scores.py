@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,16 @@ class TokenScores:
         statistics = TokenStatistics(**{name: value[index] for name, value in vars(self.statistics).items()})
         others = {name: value[index] for name, value in vars(self).items() if name != "statistics"}
         return TokenScores(statistics, **others)
+
+    def columns(self) -> list[torch.Tensor]:
+        """Every field, [n] each."""
+        return [*vars(self.statistics).values(), *(v for name, v in vars(self).items() if name != "statistics")]
+
+    def of_columns(self, columns: Sequence[torch.Tensor]) -> TokenScores:
+        """Of other tokens, whose `columns` these are, in any type."""
+        of_type = [new.to(old.dtype) for new, old in zip(columns, self.columns(), strict=True)]
+        count = len(vars(self.statistics))
+        return TokenScores(TokenStatistics(*of_type[:count]), *of_type[count:])
 
 
 @torch.compiler.disable

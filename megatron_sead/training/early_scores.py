@@ -72,12 +72,13 @@ class EarlyScores:
         self._exchange(dict(needs), tokens)
         nothing = self._states(0, pinned=False)  # a packed micro-batch may hold no rollout
         joined = [torch.cat([nothing, *(self._hidden.pop(number) for number in rollouts)]) for rollouts in needed]
-        keep = self._run.learner.heads.own_rows
+        keep = self._run.learner.heads.rows_of_whole
         return [keep(batch, states) for batch, states in zip(micro_batches, joined, strict=True)]
 
     def _scored(self, numbers: list[int], rollouts: list[Rollout]) -> dict[int, torch.Tensor]:
         micro_batches = self._run.pack(rollouts, shared=False)
-        hidden = self._run.learner.teacher.hidden_states(micro_batches, self._run.parallel)
+        learner = self._run.learner
+        hidden = learner.teacher.hidden_states(micro_batches, self._run.parallel, learner.heads.whole_rows)
         scored: dict[int, torch.Tensor] = {}
         for batch, states in zip(micro_batches, hidden, strict=True):
             places, counts = torch.unique_consecutive(batch.rollout_index, return_counts=True)
@@ -117,12 +118,14 @@ class EarlyScores:
 
 
 def _model_parallel_group(parallel: ParallelContext, timeout: timedelta) -> ProcessGroup:
-    """The ranks that hold one copy of the models, over gloo: their grades are objects. Collective over all ranks."""
-    members: list[list[int]] = [[]] * parallel.world_size
-    dist.all_gather_object(members, dist.get_process_group_ranks(parallel.megatron.mp), group=parallel.control)
+    """The ranks that hold one copy of the models and share its micro-batches, over gloo: their grades are objects.
+    Collective over all ranks."""
+    replicas = [0] * parallel.world_size
+    dist.all_gather_object(replicas, parallel.dp_rank, group=parallel.control)
     own: ProcessGroup | None = None
-    for ranks in sorted(set(map(tuple, members))):
-        group = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
+    for replica in range(parallel.dp_size):
+        ranks = [rank for rank, its_replica in enumerate(replicas) if its_replica == replica]
+        group = dist.new_group(ranks, backend="gloo", timeout=timeout)
         own = group if parallel.rank in ranks else own
     assert own is not None
     return own

@@ -53,6 +53,7 @@ def gather_reports(
     report = {
         "rank": parallel.rank,
         "data": parallel.dp_rank,
+        "context": parallel.cp_rank,
         "tensor": parallel.tp_rank,
         "pipeline": parallel.pp_rank,
         "loss": _plain(loss),

@@ -33,7 +33,7 @@ def build_optimizer(
         Neither looks for gradients that are not finite: the step does, and skips (`not_finite`).
     """
     config = chunks[0].config
-    overlap = parallel.device.type == "cuda" and parallel.dp_size > 1
+    overlap = parallel.device.type == "cuda" and parallel.dp_size * parallel.cp_size > 1
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,

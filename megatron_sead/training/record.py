@@ -107,7 +107,7 @@ def save(run: Run) -> None:
 def _record_rollouts(run: Run, step: int, rollouts: list[Rollout], correct: list[bool], result: StepResult) -> None:
     """Write rollouts/step-N.jsonl on the first rank, with the zones from the ranks that saw the tokens."""
     mine: dict[int, str] = {}
-    if run.parallel.tp_rank == 0:
+    if run.parallel.tp_rank == run.parallel.cp_rank == 0:
         letters = [LETTERS[zone] for zone in result.zones.tolist()]
         for index, letter in zip(result.rollout_index.tolist(), letters, strict=True):
             mine[index] = mine.get(index, "") + letter

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation import (
@@ -36,16 +37,52 @@ class Heads:
     scratch_bytes: int
     group: ProcessGroup | None  # tensor parallel
     sequence_parallel: bool  # the student's hidden states are this rank's shard [s/tp * b, h] of all positions
+    context: ProcessGroup | None = None  # context parallel: of the n tokens this rank predicts m, `TokenView.own`
 
     def own_rows(self, micro_batch: MicroBatch, teacher_hidden: torch.Tensor) -> torch.Tensor:
-        """Those of the teacher's hidden states [n, h] that this rank reads: under sequence parallelism its shard's."""
-        positions = self._positions(micro_batch)
-        return teacher_hidden if positions is None else positions.own(teacher_hidden)
+        """Of the teacher's hidden states at the response tokens that it predicts on this rank, [n, h], those that the
+        student's are compared with here: under sequence parallelism its shard's. Under context parallelism, where the
+        two views are split differently, the others come from their ranks."""
+        if micro_batch.teacher is not micro_batch.student:
+            return self.rows_of_whole(micro_batch, self.whole_rows(micro_batch, teacher_hidden))
+        return self._shard(micro_batch, teacher_hidden)
+
+    def whole_rows(self, micro_batch: MicroBatch, teacher_hidden: torch.Tensor) -> torch.Tensor:
+        """[n, h] of all response tokens, whichever context-parallel rank has them. Collective over those."""
+        return _joined(teacher_hidden, micro_batch.teacher.own, len(micro_batch.targets), self.context)
+
+    def rows_of_whole(self, micro_batch: MicroBatch, teacher_hidden: torch.Tensor) -> torch.Tensor:
+        """What `own_rows` is, from `whole_rows`."""
+        return self._shard(micro_batch, *_own(micro_batch, teacher_hidden))
 
     def score(self, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, micro_batch: MicroBatch) -> TokenScores:
-        """Statistics of the response tokens [n] from both final hidden states, of the teacher `own_rows`."""
+        """Statistics of the response tokens [n] from both final hidden states, of the teacher `own_rows`. Collective
+        over tensor- and context-parallel ranks.
+
+        Raises:
+            NotFiniteError: logits that are not; on every context-parallel rank, whichever has found them.
+        """
+        if self.context is None:
+            return self._own_scores(student_hidden, teacher_hidden, micro_batch)
+        scores, problem = None, None
+        try:
+            scores = self._own_scores(student_hidden, teacher_hidden, micro_batch)
+        except NotFiniteError as error:
+            problem = error
+        bad = torch.tensor(float(problem is not None), device=student_hidden.device)
+        dist.all_reduce(bad, dist.ReduceOp.MAX, group=self.context)
+        if bad:
+            raise problem or NotFiniteError("logits of another context-parallel rank are not finite")
+        assert scores is not None
+        own, count = micro_batch.student.own, len(micro_batch.targets)
+        columns = torch.stack([column.to(scores.student_log_prob.dtype) for column in scores.columns()], dim=1)
+        return scores.of_columns(_joined(columns, own, count, self.context).unbind(1))
+
+    def _own_scores(
+        self, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, micro_batch: MicroBatch
+    ) -> TokenScores:
         assert self.student is not None and self.teacher is not None
-        positions, targets = self._positions(micro_batch), micro_batch.targets
+        positions, (targets,) = self._positions(micro_batch), _own(micro_batch, micro_batch.targets)
         if positions is not None:
             targets, teacher_hidden = positions.scatter(targets, -1), positions.spread(teacher_hidden)
         scores = linear_token_scores(
@@ -72,7 +109,8 @@ class Heads:
         token_loss: TokenLoss | None,
         student_log_prob: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum of the response tokens' losses, differentiable in the student's states and head.
+        """Sum of the response tokens' losses, differentiable in the student's states and head; under context
+        parallelism of those that this rank predicts.
 
         Args:
             teacher_hidden: its `own_rows`.
@@ -80,7 +118,9 @@ class Heads:
             student_log_prob: [n] of the response tokens, before this update.
         """
         assert self.student is not None and self.teacher is not None
-        forward, reverse, targets = weights.forward, weights.reverse, micro_batch.targets
+        forward, reverse, targets, student_log_prob = _own(
+            micro_batch, weights.forward, weights.reverse, micro_batch.targets, student_log_prob
+        )
         positions = self._positions(micro_batch)
         if positions is not None:
             forward, reverse = positions.scatter(forward, 0), positions.scatter(reverse, 0)
@@ -105,10 +145,32 @@ class Heads:
             )
         return losses.sum()
 
+    def _shard(self, micro_batch: MicroBatch, teacher_hidden: torch.Tensor) -> torch.Tensor:
+        positions = self._positions(micro_batch)
+        return teacher_hidden if positions is None else positions.own(teacher_hidden)
+
     def _positions(self, micro_batch: MicroBatch) -> ResponsePositions | None:
         if not self.sequence_parallel or self.group is None:
             return None
         return ResponsePositions.of(micro_batch.student, self.group)
+
+
+def _own(micro_batch: MicroBatch, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of one value or row a response token, n each, those that this rank predicts."""
+    own = micro_batch.student.own
+    if own is None:
+        return values
+    return tuple(value.index_select(0, own.to(value.device, non_blocking=True)) for value in values)
+
+
+def _joined(rows: torch.Tensor, own: torch.Tensor | None, count: int, group: ProcessGroup | None) -> torch.Tensor:
+    """[count, k] of all response tokens, from the rows [m, k] of those that each rank of the group predicts."""
+    if own is None or group is None:
+        return rows
+    whole = rows.new_zeros(count, rows.shape[1])
+    whole.index_copy_(0, own.to(rows.device, non_blocking=True), rows)  # each token is on one rank alone
+    dist.all_reduce(whole, group=group)
+    return whole
 
 
 def score_student(

@@ -250,6 +250,7 @@ def build_learner(
         scratch_bytes=config.training.scratch_bytes,
         group=parallel.tp if parallel.tp_size > 1 else None,
         sequence_parallel=config.parallel.sequence_parallel,
+        context=parallel.cp if parallel.cp_size > 1 else None,
     )
     supervisor = Supervisor(config, parallel.dp if parallel.dp_size > 1 else None)
     return Learner(ddp_chunks, frozen, optimizer, scheduler, heads, supervisor, parallel), student_chunks

@@ -91,7 +91,8 @@ def train_step(
             # Every parameter gets a gradient, as Megatron expects, which no optimizer will see
             nothing = 0 * (hidden.float().sum() + heads.student.float().sum())
             return nothing, torch.zeros((), dtype=torch.int, device=hidden.device), None
-        return loss, supervision.count.int(), (loss.detach(), score, supervision)
+        counted = supervision.count.int() * (learner.parallel.cp_rank == 0)  # the others have counted the same tokens
+        return loss, counted, (loss.detach(), score, supervision)
 
     with timer.phase("train"):
         with timer.part("training pass"):
@@ -206,8 +207,8 @@ def _global_loss(outcomes: list[Any], parallel: ParallelContext) -> tuple[float,
     """The step's loss and what it was divided by, on every rank."""
     totals = torch.zeros(2, dtype=torch.float64, device=parallel.device)
     for loss, _, supervision in filter(None, outcomes):
-        totals += torch.stack([loss.double(), supervision.count.double()])
-    torch.distributed.all_reduce(totals, group=parallel.dp)
+        totals += torch.stack([loss.double(), supervision.count.double() * (parallel.cp_rank == 0)])
+    torch.distributed.all_reduce(totals, group=parallel.dp_with_cp)
     torch.distributed.broadcast(totals, group_src=parallel.pp_size - 1, group=parallel.pp)
     total, count = totals.tolist()
     return total / max(1.0, count), int(count)

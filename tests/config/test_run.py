@@ -142,7 +142,7 @@ REFUSALS = [
     (["rollouts=5"], ["rollouts=5", "a group of settings: engine, temperature"]),
     (["parallel.sequence_parallel=true"], ["sequence_parallel", "at least 2, not 1"]),
     (["parallel.virtual_pipeline_model_parallel_size=2"], ["pipeline_model_parallel_size", "not 1"]),
-    (["parallel.context_parallel_size=2"], ["context_parallel_size=2", "only 1"]),
+    (["parallel.context_parallel_size=0"], ["context_parallel_size=0", "greater than or equal to 1"]),
     (["training.min_lr=1"], ["training.min_lr=1", "training.lr=1e-06"]),
     (["annealing.end=0.9"], ["annealing.end=0.9", "annealing.start=0.8"]),
     (["device=cpu", "training.attention_backend=transformer_engine"], ["attention_backend", "cuda"]),
@@ -283,6 +283,7 @@ def test_a_budget_of_tokens_asks_for_a_rollout_a_replica_and_no_more() -> None:
     assert check_world_size(config(*budget, *virtual), 6) == 3
 
 
+CP4 = ["parallel.context_parallel_size=4"]
 TP4_SP = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]
 
 
@@ -293,6 +294,8 @@ TP4_SP = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=t
         (["prompts.max_prompt_tokens=24"], 1, ["=1023: must be at least 1024", "rollouts.max_new_tokens=1000"]),
         ([], 24, ["=1023: must be at least 1024", "a prompt of 24 tokens"]),
         ([*TP4_SP], 21, ["=1023: must be at least 1024", "in 4 equal parts (parallel.sequence_parallel)"]),
+        (CP4, 21, ["=1023: must be at least 1024", "in 8 equal parts (parallel.context_parallel_size)"]),
+        ([*TP4_SP, *CP4], 25, ["=1023: must be at least 1040", "in 16 equal parts"]),
         (["training.attention_backend=transformer_engine", "training.precision=fp32"], 1, ["'bf16'", "'torch'"]),
     ],
     ids=str,
@@ -315,6 +318,7 @@ def test_a_budget_that_does_not_hold_the_longest_rollout_is_refused(
         (["prompts.max_prompt_tokens=23"], 1),
         ([], 23),
         ([*TP4_SP], 20),
+        (CP4, 16),
         (["training.attention_backend=transformer_engine"], 1),
         (["training.micro_batch_tokens=null"], 9999),
     ],
@@ -323,6 +327,12 @@ def test_a_budget_that_does_not_hold_the_longest_rollout_is_refused(
 def test_a_budget_that_just_holds_it_is_accepted(overrides: list[str], longest: int) -> None:
     fixed = ["training.micro_batch_tokens=1023", "rollouts.max_new_tokens=1000", *overrides]
     check_token_budget(config(*fixed), longest)
+
+
+def test_transformer_engine_shares_sequences_in_bf16_alone() -> None:
+    with pytest.raises(UserError, match=r"^parallel.context_parallel_size=4: .*'bf16', not 'fp32'"):
+        check_token_budget(config(*CP4, "training.attention_backend=transformer_engine", "training.precision=fp32"))
+    check_token_budget(config(*CP4, "training.attention_backend=transformer_engine"))
 
 
 def test_differences_are_dotted_keys() -> None:

@@ -84,12 +84,13 @@ def run_step(
         device=parallel.device,
         micro_batch_tokens=budget,
         count_multiple=count_multiple(layout.settings()),
+        share=parallel.share,
     )
     step = Step(
         rollouts=[len(batch.rollout_index.unique()) for batch in micro_batches],
         lengths=[max(batch.student.tokens.numel(), batch.teacher.tokens.numel()) for batch in micro_batches],
     )
-    seen = _by_token(micro_batches, step.teacher)
+    seen = _by_token(micro_batches, "teacher", step.teacher)
     for model in teacher:
         model.requires_grad_(False).eval()
     modules = list[torch.nn.Module](teacher)
@@ -101,10 +102,12 @@ def run_step(
     return step
 
 
-def _by_token(micro_batches: list[Any], into: dict[tuple[int, int], torch.Tensor]) -> Any:
+def _by_token(micro_batches: list[Any], view: str, into: dict[tuple[int, int], torch.Tensor]) -> Any:
     def keep(index: int, hidden: torch.Tensor) -> torch.Tensor:
         batch = micro_batches[index]
-        tokens = zip(batch.rollout_index.tolist(), batch.position.tolist(), hidden.detach(), strict=True)
+        own = getattr(batch, view).own
+        own = slice(None) if own is None else own
+        tokens = zip(batch.rollout_index[own].tolist(), batch.position[own].tolist(), hidden.detach(), strict=True)
         into.update({(rollout, position): row.clone() for rollout, position, row in tokens})
         return hidden.detach()
 
@@ -127,9 +130,10 @@ def _loss(
         scratch_bytes=2**20,
         group=parallel.tp if parallel.tp_size > 1 else None,
         sequence_parallel=sharded,
+        context=parallel.cp if parallel.cp_size > 1 else None,
     )
     weights = torch.rand(2, len(ROLLOUTS) * LONGEST, generator=torch.Generator().manual_seed(4))
-    keep = _by_token(micro_batches, step.student)
+    keep = _by_token(micro_batches, "student", step.student)
 
     def loss(index: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         batch = micro_batches[index]
@@ -140,7 +144,8 @@ def _loss(
         if not sharded:
             keep(index, hidden)
         step.loss += summed.item()
-        step.count += len(batch.targets)
-        return summed, torch.tensor(len(batch.targets), dtype=torch.int), None
+        count = len(batch.targets) * (parallel.cp_rank == 0)
+        step.count += count
+        return summed, torch.tensor(count, dtype=torch.int), None
 
     return loss

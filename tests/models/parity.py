@@ -31,6 +31,7 @@ class Layout:
     recompute: str | None = None
     first: int | None = None  # layers on the first stage
     last: int | None = None
+    cp: int = 1
 
     def settings(self) -> ParallelSettings:
         return ParallelSettings(
@@ -40,6 +41,7 @@ class Layout:
             sequence_parallel=self.sp,
             first_stage_layers=self.first,
             last_stage_layers=self.last,
+            context_parallel_size=self.cp,
         )
 
     def __str__(self) -> str:
@@ -47,6 +49,7 @@ class Layout:
             [f"tp{self.tp}", f"pp{self.pp}"] + ([f"vpp{self.vpp}"] if self.vpp else []) + (["sp"] if self.sp else [])
         )
         parts += [f"{name}{count}" for name, count in (("first", self.first), ("last", self.last)) if count]
+        parts += [f"cp{self.cp}"] if self.cp > 1 else []
         return "-".join(parts + ([self.recompute] if self.recompute else []))
 
 

@@ -30,6 +30,11 @@ LAYOUTS = (
     Layout(pp=2, vpp=2),
     pytest.param(Layout(tp=2, pp=2, vpp=2, sp=True, recompute="full"), marks=pytest.mark.mcore_lane),
     Layout(tp=2, sp=True, recompute="selective"),
+    Layout(cp=2),
+    Layout(cp=4),
+    Layout(tp=2, cp=2, sp=True, recompute="selective"),
+    Layout(pp=2, cp=2, recompute="full"),
+    Layout(pp=2, vpp=2, cp=2),
 )
 
 
@@ -61,6 +66,10 @@ def test_packed_rollouts_train_as_in_rows(layout: Layout, ranks: RankPool, hf_di
     check_same(found, in_rows)
 
 
+def test_ranks_that_share_rows_train_as_one(ranks: RankPool, hf_dir: Path, in_rows: Step) -> None:
+    check_same(ranks.run(run_step, hf_dir, Layout(tp=2, cp=2), None), in_rows)
+
+
 @pytest.mark.parametrize("layout", [Layout(), Layout(pp=2, vpp=2), Layout(tp=2, sp=True)], ids=str)
 def test_a_micro_batch_without_rollouts_changes_nothing(layout: Layout, ranks: RankPool, hf_dir: Path) -> None:
     """Five rollouts that are too long for four micro-batches, and two or four ranks with as many each."""
@@ -80,12 +89,14 @@ def test_other_families_train_packed_as_in_rows(family: str, pools: RankPools, t
     check_same(pools.of(4).run(run_step, hf_dir, Layout(tp=2, pp=2, sp=True), BUDGET), rows)
 
 
-def test_no_token_sees_another_rollout(pools: RankPools, hf_dir: Path) -> None:
+@pytest.mark.parametrize("layout", [Layout(), Layout(cp=4)], ids=str)
+def test_no_token_sees_another_rollout(layout: Layout, pools: RankPools, hf_dir: Path) -> None:
     """All tokens of one rollout are changed: those of the others have the same states, bit for bit."""
-    before, after = (pools.of(1).run(run_step, hf_dir, Layout(), 1000, EVERY, changed)[0] for changed in (None, 3))
-    assert before.rollouts == [len(ROLLOUTS)]
+    pool = pools.of(layout.cp)
+    before, after = (pool.run(run_step, hf_dir, layout, 1000, EVERY, changed) for changed in (None, 3))
+    assert before[0].rollouts == [len(ROLLOUTS)]
     for name in ("teacher", "student"):
-        old, new = getattr(before, name), getattr(after, name)
+        old, new = ({k: v for step in steps for k, v in getattr(step, name).items()} for steps in (before, after))
         assert {rollout for rollout, _ in old} == set(range(len(ROLLOUTS)))
         assert all(torch.equal(old[token], new[token]) == (token[0] != 3) for token in old)
 

@@ -23,6 +23,8 @@ TP2 = ["parallel.tensor_model_parallel_size=2"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 SP = ["parallel.sequence_parallel=true"]
 VPP2 = ["parallel.virtual_pipeline_model_parallel_size=2"]
+CP2 = ["parallel.context_parallel_size=2"]
+FULL = ["training.recompute_granularity=full"]
 PACKED = ["training.micro_batch_size=1", "training.micro_batch_tokens=100"]
 
 LAYOUTS = {
@@ -32,7 +34,7 @@ LAYOUTS = {
     "packed, pp2 virtual 2": (2, [*PACKED, *PP2, *VPP2]),
     "tp2": (2, TP2),
     "tp2 sequence parallel": (2, [*TP2, *SP]),
-    "tp2 sequence parallel, full recompute": (2, [*TP2, *SP, "training.recompute_granularity=full"]),
+    "tp2 sequence parallel, full recompute": (2, [*TP2, *SP, *FULL]),
     "pp2": (2, PP2),
     "pp2 virtual 2": (2, [*PP2, *VPP2]),
     "pp2, layers moved": (2, [*PP2, "parallel.first_stage_layers=1", "parallel.teacher_last_stage_layers=1"]),
@@ -46,6 +48,8 @@ LAYOUTS = {
     "tp2 x pp2": (4, [*TP2, *PP2]),
     "tp2 x pp2 sequence parallel": (4, [*TP2, *PP2, *SP]),
     "tp2 x dp2": (4, TP2),
+    "cp2 x dp2": (4, CP2),
+    "packed, cp2 x tp2 sequence parallel, full recompute": (4, [*PACKED, *CP2, *TP2, *SP, *FULL]),
 }
 
 

@@ -23,6 +23,7 @@ LAYOUTS = {
         ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
     ),
     "tp2 x dp2": (4, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]),
+    "cp2 x dp2": (4, ["parallel.context_parallel_size=2"]),
     "pp2 x dp2": (4, ["parallel.pipeline_model_parallel_size=2"]),
 }
 

@@ -20,7 +20,16 @@ ROWS = ["training.micro_batch_size=7"]
 PACKED = ["training.micro_batch_size=1", "training.micro_batch_tokens=70"]
 TP2 = ["parallel.tensor_model_parallel_size=2"]
 PP2 = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
-ON_FOUR_RANKS = {"quantile zones": [*TP2, *PP2, "parallel.sequence_parallel=true"], "no zones": TP2}
+CP2 = ["parallel.context_parallel_size=2"]
+ON_FOUR_RANKS = {
+    "quantile zones": [*TP2, *PP2, "parallel.sequence_parallel=true"],
+    "no zones": TP2,
+    "one sequence as much as another": CP2,
+    "zones of each sequence": CP2,
+    "half of each rollout": CP2,
+    "sampled tokens, by their importance": [*CP2, *TP2, "parallel.sequence_parallel=true"],
+    "the teacher sees another prompt": [*CP2, *TP2],
+}
 
 CASES = {
     "quantile zones": [],

@@ -28,6 +28,7 @@ STATEFUL = [
     "zones.thresholds=running",
 ]
 TP2 = ["parallel.tensor_model_parallel_size=2"]
+CP2 = ["parallel.context_parallel_size=2"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
 
 
@@ -63,11 +64,13 @@ def test_same_layout_continues_bit_for_bit(pools: RankPools, whole: Path, interr
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_another_layout_continues_within_rounding(
+def test_other_layouts_continue_within_rounding(
     pools: RankPools, whole: Path, interrupted: Path, tmp_path: Path
 ) -> None:
-    """Rollouts are written anew under PP 2; the same, since their randomness is their own. Bound: as for layouts."""
+    """Rollouts are written anew under CP 2, then under PP 2; the same, since their randomness is their own. Bound: as
+    for layouts."""
     output = copy_of(interrupted, tmp_path)
+    assert train_tiny(pools, 2, output, [*STATEFUL, *CP2], interrupt_at=INTERRUPTED_AT + 2) == [False, False]
     assert train_tiny(pools, 2, output, [*STATEFUL, *PP2, "training.micro_batch_size=16"]) == [True, True]
     for expected, found in zip(metrics_of(whole), metrics_of(output), strict=True):
         for key in ("loss", "grad_norm", "tau_teacher", "alpha", "eligible_prompts", "pass_rate"):
