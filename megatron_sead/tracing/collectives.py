@@ -38,7 +38,7 @@ class Collectives:
         megatron = {
             n: getattr(parallel.megatron, n, None) for n in ("mp", "tp_ep_pp", "intra_dist_opt", "embd", "pos_embd")
         }
-        ours = {name: getattr(parallel, name) for name in ("dp_with_cp", "dp", "pp", "tp", "control")}
+        ours = {name: getattr(parallel, name) for name in ("dp_with_cp", "dp", "cp", "pp", "tp", "control")}
         for label, group in {"world": dist.group.WORLD, **megatron, **ours}.items():
             if group is not None and not isinstance(group, list):
                 self._labels[group.group_name] = label

@@ -112,14 +112,17 @@ def _is_causal(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _packed_attention_flops(func: Any, args: Any) -> int:
-    """Of `varlen_attn` and its backward pass: two products a pair of a query and a key that it sees, five backward."""
+    """Of `varlen_attn` and its backward pass: two products a pair of a query and a key that it sees, five backward.
+    Queries are the last of their sequence's keys."""
     named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
     query, longest = named["query"], named["max_q"]
     left, right = named.get("window_size") or (-1, -1)
     sequences = max(1, math.ceil(len(query) / longest))
-    pairs = longest * longest
+    keys = max(longest, len(named["key"]) // sequences)
+    pairs = longest * keys
     if right == 0 or named.get("is_causal"):
-        width = longest if left < 0 else min(left + 1, longest)
-        pairs = width * (width + 1) // 2 + (longest - width) * width
+        width, before = keys if left < 0 else min(left + 1, keys), keys - longest
+        growing = max(0, min(width - before, longest))  # queries that see all before them
+        pairs = growing * before + growing * (growing + 1) // 2 + (longest - growing) * width
     products = 5 if "backward" in func._schema.name else 2
     return int(2 * products * sequences * pairs * query.shape[-2] * query.shape[-1])

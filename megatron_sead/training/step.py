@@ -91,7 +91,7 @@ def train_step(
             # Every parameter gets a gradient, as Megatron expects, which no optimizer will see
             nothing = 0 * (hidden.float().sum() + heads.student.float().sum())
             return nothing, torch.zeros((), dtype=torch.int, device=hidden.device), None
-        counted = supervision.count.int() * (learner.parallel.cp_rank == 0)  # the others have counted the same tokens
+        counted = supervision.count.int() * (learner.parallel.cp_rank == 0)  # all of them count the same tokens
         return loss, counted, (loss.detach(), score, supervision)
 
     with timer.phase("train"):
@@ -207,11 +207,12 @@ def _global_loss(outcomes: list[Any], parallel: ParallelContext) -> tuple[float,
     """The step's loss and what it was divided by, on every rank."""
     totals = torch.zeros(2, dtype=torch.float64, device=parallel.device)
     for loss, _, supervision in filter(None, outcomes):
-        totals += torch.stack([loss.double(), supervision.count.double() * (parallel.cp_rank == 0)])
+        # Ranks that share sequences have each their part of the loss, and all of the count
+        totals += torch.stack([loss.double(), supervision.count.double() / parallel.cp_size])
     torch.distributed.all_reduce(totals, group=parallel.dp_with_cp)
     torch.distributed.broadcast(totals, group_src=parallel.pp_size - 1, group=parallel.pp)
     total, count = totals.tolist()
-    return total / max(1.0, count), int(count)
+    return total / max(1.0, count), round(count)
 
 
 def _update(learner: Learner, count: int, step: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ from tests.tracing.models import ROOT, run_of
 
 TP2, PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
 SP, VPP2 = "parallel.sequence_parallel=true", "parallel.virtual_pipeline_model_parallel_size=2"
+CP2 = "parallel.context_parallel_size=2"
 FULL, SELECTIVE = "training.recompute_granularity=full", "training.recompute_granularity=selective"
 NONE = "training.recompute_granularity=null"
 
@@ -32,6 +33,7 @@ MATRIX: dict[str, tuple[int, list[int], list[str]]] = {
     "pp2, virtual 2": (2, [1, 0], [PP2, VPP2, "policy.name=zones"]),
     "dp2, no distributed optimizer": (2, [0, 1], ["training.use_distributed_optimizer=false", "policy.name=eopd"]),
     "tp2, pp2, dp2": (8, [4, 0], [TP2, PP2, SP, "zones.thresholds=running", "training.micro_batch_size=2"]),
+    "cp2, tp2, sequence parallel": (4, [0, 2], [CP2, TP2, SP, NONE]),
     "fp32, absolute zones": (1, [0], ["training.precision=fp32", "zones.thresholds=absolute"]),
     "sampled token": (2, [0, 1], [TP2, SP, "policy.name=opd_sampled"]),
 }
