@@ -37,7 +37,7 @@ class RotaryAngles(RotaryEmbedding):
     def forward(self, max_seq_len: int | torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Angles of positions 0 .. max_seq_len - 1; or of those that are given, [t]."""
         device = torch.device(torch.cuda.current_device())
-        self.frequencies = self.frequencies.to(device)
+        self.frequencies = self.frequencies.to(device, non_blocking=True)  # the first call moves them
         positions = torch.arange(max_seq_len, device=device) if isinstance(max_seq_len, int) else max_seq_len
         angles = positions.float()[:, None] * self.frequencies[..., None, :]
         return torch.cat([angles, angles], dim=-1)[..., None, None, :]
