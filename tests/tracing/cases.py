@@ -40,6 +40,7 @@ MATRIX: dict[str, tuple[int, list[int], list[str]]] = {
 ROOT_ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 STEPS = {"tp2, sequence parallel": 2}  # of the others one
 DEEP = {"one rank, no recompute", "pp2, virtual 2", "tp2, pp2, dp2"}  # four layers; the others have two
+STEP = {"step", "teacher", "student scores", "training pass", "measure", "optimizer"}  # its phases
 KINDS = ["sliding_attention", "full_attention"]
 
 
@@ -71,7 +72,15 @@ def trace(folder: Path, name: str) -> dict[str, Any]:
         "calls": [len(t.calls) for t in traces.values()],
         "phases": [{name: memory.peak["device"] for name, memory in t.memory.items()} for t in traces.values()],
         "unknown": sorted({name for t in traces.values() for name in t.unknown}),
+        "waits": sorted({line for t in traces.values() for line in _waits(t)}),
     }
+
+
+def _waits(traced: Any) -> Iterator[str]:
+    """Lines of a step at which the host waits for the device: for a number, or until a copy has ended."""
+    for step in traced.steps:
+        yield from (line for phase, line in step.reads if phase in STEP)
+        yield from (line for (phase, _, line), c in step.copies.items() if phase in STEP and c.waited_for)
 
 
 # --- Sabotages: each is a fault that a run on GPUs would have --------------------------------------------------------

@@ -5,13 +5,15 @@ All cases run in one process of their own (`cases.py`), which changes torch for 
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 from typing import Any
 
 import pytest
 
 from megatron_sead.tracing.device import compiler
-from tests.tracing.cases import MATRIX, PLANS, SABOTAGES
+from tests.tracing.cases import MATRIX, PLANS, ROOT, SABOTAGES
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="a fake CUDA device needs a C++ compiler")
 
@@ -42,6 +44,27 @@ def test_a_step_runs_on_fake_tensors(case: str, results: dict[str, dict[str, Any
 def test_zones_are_as_large_as_their_shares(results: dict[str, dict[str, Any]]) -> None:
     (metrics,) = results["one rank, no recompute"]["metrics"]
     assert [metrics[f"zone_{zone}_share"] for zone in "abc"] == pytest.approx([0.5, 0.4, 0.1], abs=0.02)
+
+
+def documented_waits() -> set[str]:
+    """As "file:function", from the first column of the table."""
+    return set(re.findall(r"^\| `([\w/]+\.py:\w+)` \|", (ROOT / "docs" / "waits.md").read_text(), re.MULTILINE))
+
+
+def function_of(line: str) -> str:
+    """Of the package's "file:number"; or as it is."""
+    name, number = line.split()[0].rsplit(":", 1)
+    path = ROOT / "megatron_sead" / name
+    if not path.is_file():
+        return line
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    around = [f for f in functions if f.lineno <= int(number) <= (f.end_lineno or 0)]
+    return f"{name}:{max(around, key=lambda f: f.lineno).name}"
+
+
+def test_a_step_waits_for_the_gpu_where_the_documentation_says(results: dict[str, dict[str, Any]]) -> None:
+    found = {function_of(line): case for case in MATRIX for line in results[case]["waits"]}
+    assert found.keys() == documented_waits(), found
 
 
 @pytest.mark.parametrize(
