@@ -61,19 +61,21 @@ class Grader:
         """`grade` for each response with its own reference.
 
         Args:
+            responses: those that another rank grades are not looked at here.
             group: gloo group whose ranks share the work; each passes all responses and receives all verdicts. They
                 agree even where a comparison runs into the time limit on one machine and not on another.
         """
-        pairs = list(zip(responses, answers, strict=True))
+        if len(responses) != len(answers):
+            raise ValueError(f"{len(responses)} responses and {len(answers)} references: must be as many")
         rank, size = (0, 1) if group is None else (group.rank(), group.size())
-        mine = [self.grade(response, reference) for response, reference in pairs[rank::size]]
+        mine = [self.grade(responses[i], answers[i]) for i in range(rank, len(responses), size)]
         if group is None:
             return mine
         import torch.distributed as dist  # here: the worker process imports this package and needs no torch
 
         shares: list[list[bool]] = [[] for _ in range(size)]
         dist.all_gather_object(shares, mine, group=group)
-        return [shares[i % size][i // size] for i in range(len(pairs))]
+        return [shares[i % size][i // size] for i in range(len(responses))]
 
     def close(self) -> None:
         """End the worker process, if there is one."""

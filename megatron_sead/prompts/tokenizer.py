@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from megatron_sead.config.run import ModelSettings
 from megatron_sead.errors import UserError
@@ -18,6 +18,25 @@ from megatron_sead.prompts.messages import Conversation, Turn
 from megatron_sead.prompts.token_tables import TokenTables
 
 PROBE = "What is 1+1?"
+
+
+class TextsOnDemand(Sequence[str]):
+    """Texts of token ids, each decoded when it is asked for: ranks that share texts decode their own alone."""
+
+    def __init__(self, ids: Sequence[Sequence[int]], decode: Callable[[Sequence[int]], str]) -> None:
+        self._ids, self._decode = ids, decode
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self._decode(ids) for ids in self._ids[index]]
+        return self._decode(self._ids[index])
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.dataset import Prompt
 from megatron_sead.prompts.packing import MicroBatch, pack
 from megatron_sead.prompts.table import PromptTable
-from megatron_sead.prompts.tokenizer import ModelTokenizer
+from megatron_sead.prompts.tokenizer import ModelTokenizer, TextsOnDemand
 from megatron_sead.reporting.metrics import MetricsWriter
 from megatron_sead.reporting.progress import StepProgress
 from megatron_sead.reporting.rollout_metrics import ROLLOUT_METRICS, Written
@@ -112,7 +112,7 @@ class Run:
 
     def grade(self, rollouts: list[Rollout], group: ProcessGroup | None = None) -> list[bool]:
         """Right or wrong, on every rank; ranks share the work. Collective over the group; None: over all ranks."""
-        texts = [self.tokenizer.decode(rollout.response_token_ids) for rollout in rollouts]
+        texts = TextsOnDemand([rollout.response_token_ids for rollout in rollouts], self.tokenizer.decode)
         answers = [self.prompt_of(rollout).answers for rollout in rollouts]
         return self.grader.grade_all(texts, answers, group or self.parallel.control)
 

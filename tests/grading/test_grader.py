@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,7 @@ from megatron_sead.grading.grader import Grader
 from megatron_sead.grading.numerals import exact_value
 from megatron_sead.prompts.answers import reference_answers
 from megatron_sead.prompts.rows import read_rows
+from megatron_sead.prompts.tokenizer import TextsOnDemand
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +129,21 @@ def test_closing_ends_the_process() -> None:
     assert worker is not None
     grader.close()
     assert worker.poll() is not None
+
+
+def test_a_rank_looks_at_no_response_that_another_grades(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that reading what all ranks have written costs a rank its own share."""
+    asked: list[int] = []
+    ids = [(n,) for n in range(5)]
+    texts = TextsOnDemand(ids, lambda tokens: asked.append(tokens[0]) or str(tokens[0]))  # type: ignore[func-returns-value]
+
+    def gathered(shares: list[list[bool]], mine: list[bool], group: object) -> None:
+        shares[:] = [[True] * 3, mine]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gathered)
+    group: Any = SimpleNamespace(rank=lambda: 1, size=lambda: 2)
+    assert grader.grade_all(texts, [["1"]] * 5, group) == [True, True, True, False, True]
+    assert asked == [1, 3]
 
 
 def test_grade_all_keeps_the_order(grader: Grader) -> None:
