@@ -20,8 +20,8 @@ app = App()
 def main(
     config: Annotated[Path, typer.Option(help="YAML file with the run's settings")],
     world_size: Annotated[int, typer.Option(min=1, help="ranks of the run, over all nodes")] = 32,
-    gpu_memory: Annotated[float, GPU_MEMORY] = 80.0,
-    host_memory: Annotated[float, HOST_MEMORY] = 2000.0,
+    gpu_memory: Annotated[str, GPU_MEMORY] = "80GB",
+    host_memory: Annotated[str, HOST_MEMORY] = "2000GB",
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value ...")] = None,
 ) -> None:
     """Print layout, parameters and bytes per rank, and refuse a run that does not fit. Needs both models' config.json

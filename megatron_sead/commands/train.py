@@ -60,21 +60,20 @@ def main(
         int | None,
         typer.Option(min=1, help="ranks for --check, --dry-run and --trace; default: NNODES x NPROC, if set"),
     ] = None,
-    gpu_memory: Annotated[float, GPU_MEMORY] = 80.0,
-    host_memory: Annotated[float, HOST_MEMORY] = 2000.0,
+    gpu_memory: Annotated[str, GPU_MEMORY] = "80GB",
+    host_memory: Annotated[str, HOST_MEMORY] = "2000GB",
     nproc_per_node: Annotated[
         int | None, typer.Option(min=1, help="start so many ranks on this machine; default: this process is the rank")
     ] = None,
 ) -> None:
     """Distil the teacher into the student, or with --dry-run print what that would take."""
     with one_line_errors_on_ranks():
-        settings = load_config(config, overrides or [])
+        settings, machine = load_config(config, overrides or []), machine_of(gpu_memory, host_memory)
         repeated = repeated_overrides(overrides or [])
         if check or dry_run or trace:
             ranks = world_size or nproc_per_node or _planned_world_size(settings)
             chosen = _chosen_ranks(trace_ranks, ranks, settings) if trace else []
             with_trace = partial(_trace, settings, chosen, trace_rates) if trace else None
-            machine = machine_of(gpu_memory, host_memory)
             _examine(settings, ranks, machine, show=dry_run or trace, trace=with_trace)
             for line in repeated:
                 print(f"note: {line}")

@@ -10,6 +10,7 @@ from megatron_sead.config.parallel import ParallelSettings
 from megatron_sead.config.run import RunConfig, load_config
 from megatron_sead.config.settings_file import flatten
 from megatron_sead.distillation.curriculum import gate
+from megatron_sead.distillation.policies import POLICIES
 from megatron_sead.errors import UserError
 from megatron_sead.files.outputs import overlap, require_written_here
 from megatron_sead.wording import counted
@@ -146,6 +147,14 @@ def check_world_size(config: RunConfig, world_size: int) -> int:
             + (f" x {pp} pipeline stages, since virtual stages need whole groups" if virtual is not None else "")
         )
     return replicas
+
+
+def scores_whole_step(config: RunConfig) -> bool:
+    """Does the student score all tokens of a step before it trains on any? Of running thresholds: at the first step."""
+    policy, zones = POLICIES.get(config.policy.name), config.zones
+    if policy is not None and policy.needs_whole_step:
+        return True
+    return (policy is None or policy.reads_zones) and zones.scope == "global" and zones.thresholds != "absolute"
 
 
 def check_batch(config: RunConfig, difficulties: Sequence[float | None]) -> None:

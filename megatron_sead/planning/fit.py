@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_sead.config.checks import check_world_size
 from megatron_sead.config.micro_batches import length_multiple
+from megatron_sead.config.rollouts import TransformersRollouts, VllmRollouts
 from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import UserError
+from megatron_sead.planning.engines import too_little_for_engine
 from megatron_sead.planning.memory import StageBytes
 from megatron_sead.planning.plan import Plan, make_plan, size_of
+from megatron_sead.wording import counted
 
 FRAGMENTATION = 0.03  # of a phase's tensors, which torch's allocator may lose
 LIBRARIES = 3 * 2**29  # CUDA's context and NCCL's buffers
@@ -45,9 +49,7 @@ def require_fit(config: RunConfig, plan: Plan, machine: Machine) -> None:
         UserError: a phase needs more than a GPU has, or the ranks of a node more than its host; with settings that
             would help, and the nearest layouts that fit.
     """
-    if config.device == "cpu":
-        return
-    mistakes = list(_too_large(plan, machine))
+    mistakes = list(_too_large(config, plan, machine))
     if not mistakes:
         return
     helps, layouts = list(_helpful_settings(config, plan, machine)), list(_nearest_layouts(config, plan, machine))
@@ -60,69 +62,103 @@ def require_fit(config: RunConfig, plan: Plan, machine: Machine) -> None:
     raise UserError("\n".join(mistakes))
 
 
-def host_needed(plan: Plan) -> int:
+def host_needed(config: RunConfig, plan: Plan) -> int:
     """Bytes on the fullest node."""
-    ranks = min(plan.world_size, GPUS_PER_NODE)
-    per_stage = plan.world_size // len(plan.stages)
-    full = sorted((stage.host for stage in plan.stages for _ in range(per_stage)), reverse=True)
-    return sum(full[:ranks])
+    nodes: defaultdict[int, int] = defaultdict(int)
+    a_stage = plan.world_size // len(plan.stages)
+    for rank in range(plan.world_size):  # tensor-parallel ranks are neighbours, then replicas, then stages
+        stage, place = plan.stages[rank // a_stage], rank % a_stage
+        nodes[rank // GPUS_PER_NODE] += stage.host(writes=place < config.parallel.tensor_model_parallel_size)
+    return max(nodes.values())
 
 
-def _too_large(plan: Plan, machine: Machine) -> Iterator[str]:
-    for number, stage in enumerate(plan.stages):
-        phase, size = needed(stage)
-        if size > machine.gpu_bytes:
-            yield (
-                f"pipeline stage {number}, phase {phase}: needs {size_of(size)} of a GPU's "
-                f"{size_of(machine.gpu_bytes)}: {size_of(stage.phases[phase])} of tensors, {FRAGMENTATION:.0%} for "
-                f"fragmentation, {size_of(LIBRARIES)} for CUDA and NCCL"
-            )
-    if (host := host_needed(plan)) > machine.host_bytes:
+def _too_large(config: RunConfig, plan: Plan, machine: Machine) -> Iterator[str]:
+    if config.device == "cuda":
+        yield from _too_large_for_gpus(config, plan, machine)
+    if (host := host_needed(config, plan)) > machine.host_bytes:
+        what = "the teacher's pinned weights and hidden states, and a checkpoint being saved"
         yield (
-            f"host memory: a node's ranks need {size_of(host)} of {size_of(machine.host_bytes)}: the teacher's pinned "
-            "weights and hidden states, and a checkpoint being saved"
+            f"host memory: a node's ranks need {size_of(host)} of {size_of(machine.host_bytes)}: "
+            f"{what if config.device == 'cuda' else 'all of the run, which is on the CPU'}"
         )
 
 
-def _fits(config: RunConfig, world_size: int, machine: Machine) -> bool:
+def _too_large_for_gpus(config: RunConfig, plan: Plan, machine: Machine) -> Iterator[str]:
+    sizes = [needed(stage) for stage in plan.stages]
+    too_large = [number for number, (_, size) in enumerate(sizes) if size > machine.gpu_bytes]
+    if too_large:
+        number = max(too_large, key=lambda stage: sizes[stage][1])
+        phase, size = sizes[number]
+        others = f" (and {counted(len(too_large) - 1, 'other stage')} too)" if len(too_large) > 1 else ""
+        yield (
+            f"pipeline stage {number}, phase {phase}: needs {size_of(size)} of a GPU's {size_of(machine.gpu_bytes)}"
+            f"{others}: {size_of(plan.stages[number].phases[phase])} of tensors, {FRAGMENTATION:.0%} for "
+            f"fragmentation, {size_of(LIBRARIES)} for CUDA and NCCL"
+        )
+    too_little = too_little_for_engine(config, plan.student, plan.sequence_length, machine.gpu_bytes)
+    if too_little is not None:
+        given, least = too_little
+        yield (
+            f"phase rollouts: vLLM is given {size_of(given)} of a GPU ({_share_of_engine(config)}) and needs "
+            f"{size_of(least)} at least, for its weights and one rollout's cache"
+        )
+
+
+def _share_of_engine(config: RunConfig) -> str:
+    rollouts = config.rollouts
+    assert isinstance(rollouts, VllmRollouts)
+    if rollouts.kv_cache_memory_bytes is not None:
+        return f"rollouts.kv_cache_memory_bytes={rollouts.kv_cache_memory_bytes}, and its weights"
+    return f"rollouts.gpu_memory_utilization={rollouts.gpu_memory_utilization:g}"
+
+
+def _fits(config: RunConfig, plan: Plan, machine: Machine) -> bool:
+    """Would the planned run fit with other settings?"""
+    shapes = {"student": plan.student, "teacher": plan.teacher}
     try:
-        check_world_size(config, world_size)
-        return not list(_too_large(make_plan(config, world_size, machine.gpu_bytes), machine))
+        check_world_size(config, plan.world_size)
+        other = make_plan(config, plan.world_size, machine.gpu_bytes, shapes)
+        return not list(_too_large(config, other, machine))
     except UserError:
         return False
 
 
 def _helpful_settings(config: RunConfig, plan: Plan, machine: Machine) -> Iterator[str]:
     """Settings that alone make it fit."""
-    changes: list[dict[str, dict[str, Any]]] = [
-        {"training": {"recompute_granularity": "full"}},
-        {"teacher": {"offload": True}},
-        {"training": {"use_distributed_optimizer": True}},
-        {"training": _smallest_micro_batch(config, plan)},
-        {"training": {"scratch_bytes": 2**28}},
+    changes: list[tuple[str, str, Any]] = [
+        ("training", "recompute_granularity", "full"),
+        ("teacher", "offload", not config.teacher.offload),
+        ("training", "use_distributed_optimizer", True),
+        ("training", *_smallest_micro_batch(config, plan)),
+        ("training", "scratch_bytes", min(2**28, config.training.scratch_bytes)),
+        ("parallel", "sequence_parallel", config.parallel.tensor_model_parallel_size > 1),
+        *_smaller_engines(config, plan, machine),
     ]
-    if config.parallel.tensor_model_parallel_size > 1:
-        changes.append({"parallel": {"sequence_parallel": True}})
-    if config.rollouts.engine == "vllm":
-        room = 1 - max(stage.resident for stage in plan.stages) * (1 + FRAGMENTATION) / machine.gpu_bytes
-        share = math.floor(100 * (room - LIBRARIES / machine.gpu_bytes)) / 100
-        if share > 0.05:
-            changes.append({"rollouts": {"gpu_memory_utilization": share}})
-    for change in changes:
-        ((group, values),) = change.items()
-        ((name, value),) = values.items()
+    for group, name, value in changes:
         if getattr(getattr(config, group), name) != value:
             changed = config.model_copy(deep=True)
-            setattr(changed, group, getattr(changed, group).model_copy(update=values))
-            if _fits(changed, plan.world_size, machine):
+            setattr(changed, group, getattr(changed, group).model_copy(update={name: value}))
+            if _fits(changed, plan, machine):
                 yield f"{group}.{name}={str(value).lower()}"
 
 
-def _smallest_micro_batch(config: RunConfig, plan: Plan) -> dict[str, Any]:
+def _smaller_engines(config: RunConfig, plan: Plan, machine: Machine) -> Iterator[tuple[str, str, Any]]:
+    rollouts = config.rollouts
+    if isinstance(rollouts, VllmRollouts):
+        taken = max(stage.resident for stage in plan.stages) * (1 + FRAGMENTATION) + LIBRARIES
+        share = math.floor(100 * (1 - taken / machine.gpu_bytes)) / 100
+        if share > 0:
+            yield "rollouts", "gpu_memory_utilization", share
+        yield "rollouts", "tensor_parallel_size", config.parallel.tensor_model_parallel_size
+    elif isinstance(rollouts, TransformersRollouts):
+        yield "rollouts", "batch_size", 1
+
+
+def _smallest_micro_batch(config: RunConfig, plan: Plan) -> tuple[str, int]:
     if config.training.micro_batch_tokens is None:
-        return {"micro_batch_size": 1}
+        return "micro_batch_size", 1
     multiple = length_multiple(config.parallel)
-    return {"micro_batch_tokens": -(-plan.sequence_length // multiple) * multiple}
+    return "micro_batch_tokens", -(-plan.sequence_length // multiple) * multiple
 
 
 def _nearest_layouts(config: RunConfig, plan: Plan, machine: Machine) -> Iterator[str]:
@@ -141,7 +177,7 @@ def _nearest_layouts(config: RunConfig, plan: Plan, machine: Machine) -> Iterato
             "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size if pp > 1 else None,
         }
         changed = config.model_copy(update={"parallel": parallel.model_copy(update=update)})
-        if _fits(changed, world, machine):
+        if _fits(changed, plan, machine):
             sequence = ", sequence parallel" if update["sequence_parallel"] else ""
             yield f"tensor {tp} x pipeline {pp} x data {world // (tp * pp)}{sequence}"
             found += 1

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_sead.config.checks import scores_whole_step
 from megatron_sead.config.micro_batches import length_multiple
-from megatron_sead.config.rollouts import TransformersRollouts, VllmRollouts
 from megatron_sead.config.run import RunConfig
-from megatron_sead.models.slabs import aligned, slabs
+from megatron_sead.models.weights import PlacedWeight
+from megatron_sead.planning.activations import Batch, Layers, Layout
+from megatron_sead.planning.engines import engine_at_start, engine_bytes, reference_bytes
+from megatron_sead.planning.heads import Heads
+from megatron_sead.planning.host import Saving, pinned, pinned_slabs, saving
 from megatron_sead.planning.shapes import ModelShape
 
-# Shapes: t tokens of a micro-batch; u of them that a rank's norms see, t/tp with sequence parallelism; h hidden size;
-# q, k query and key width, f feed-forward width, V vocabulary, all on one tensor-parallel rank
-
 FP32 = 4
+SCORED = 8 * FP32 + 1 + 2 * FP32 + 1  # bytes that are known of a response token once it is scored and weighed
 
 
 @dataclass(frozen=True)
@@ -31,33 +33,38 @@ class Load:
     length: int  # of the longest rollout
 
     @property
-    def tokens(self) -> int:
-        """Of a micro-batch, t."""
-        training = self.config.training
-        return training.micro_batch_tokens or training.micro_batch_size * self.length
+    def batch(self) -> Batch:
+        """A full micro-batch of the longest rollouts."""
+        training, multiple = self.config.training, length_multiple(self.config.parallel)
+        new = self.config.rollouts.max_new_tokens
+        prompt = self.length - new
+        if training.micro_batch_tokens is not None:
+            return Batch(1, training.micro_batch_tokens // multiple * multiple, prompt, new, packed=True)
+        return Batch(training.micro_batch_size, -(-self.length // multiple) * multiple, prompt, new, packed=False)
 
     @property
-    def responses(self) -> int:
-        """Response tokens of a micro-batch, n."""
-        return self.tokens * self.config.rollouts.max_new_tokens // self.length
-
-    @property
-    def share(self) -> int:
-        """Of a micro-batch's tokens, those between the tensor-parallel parts of a layer, u."""
-        return self.tokens // length_multiple(self.config.parallel)
-
-    @property
-    def width(self) -> int:
-        """Bytes of a weight and of an activation."""
-        return 2 if self.config.training.precision == "bf16" else FP32
-
-    @property
-    def tp(self) -> int:
-        return self.config.parallel.tensor_model_parallel_size
+    def layout(self) -> Layout:
+        parallel, training = self.config.parallel, self.config.training
+        width = 2 if training.precision == "bf16" else FP32
+        return Layout(
+            parallel.tensor_model_parallel_size,
+            parallel.sequence_parallel,
+            width,
+            training.recompute_granularity,
+        )
 
     @property
     def is_last(self) -> bool:
         return self.stage == self.config.parallel.pipeline_model_parallel_size - 1
+
+    @property
+    def chunks(self) -> int:
+        return self.config.parallel.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def outputs(self) -> int:
+        """Passes in flight of chunks that send their result on, which stays until it has its gradient."""
+        return round(self.in_flight * self.chunks) - self.is_last
 
     @property
     def in_flight(self) -> float:
@@ -85,7 +92,9 @@ class StageBytes:
     phases: dict[str, int] = field(default_factory=dict)  # device peaks
     teacher_weights_host: int = 0  # pinned
     teacher_hidden_host: int = 0  # pinned; at most: every response as long as rollouts.max_new_tokens
-    saving_host: int = 0  # while a checkpoint is written
+    saving_host: int = 0  # while a checkpoint is written, on ranks that write
+    saving_host_of_others: int = 0
+    on_cpu: bool = False  # what is said of the device is on the host
 
     @property
     def peak(self) -> tuple[str, int]:
@@ -93,10 +102,12 @@ class StageBytes:
         name = max(self.phases, key=lambda phase: self.phases[phase])
         return name, self.phases[name]
 
-    @property
-    def host(self) -> int:
-        """What is pinned, and a save beside it."""
-        return self.teacher_weights_host + self.teacher_hidden_host + self.saving_host
+    def host(self, *, writes: bool) -> int:
+        """Of a rank that writes checkpoints, or of another: what stays there, and a save beside it; on a CPU all."""
+        saving = self.saving_host if writes else self.saving_host_of_others
+        if self.on_cpu:
+            saving = max(self.peak[1], self.resident + saving)
+        return self.teacher_weights_host + self.teacher_hidden_host + saving
 
 
 def stage_bytes(load: Load, student: ModelShape, teacher: ModelShape, gpu_bytes: int) -> StageBytes:
@@ -105,27 +116,40 @@ def stage_bytes(load: Load, student: ModelShape, teacher: ModelShape, gpu_bytes:
     Args:
         gpu_bytes: of the GPU, of which the rollout engine may be told to take a share.
     """
-    config, width = load.config, load.width
-    count, teacher_count = (shape.rank_parameters(load.stage, config.parallel) for shape in (student, teacher))
+    config, layout, batch = load.config, load.layout, load.batch
+    width, parallel = layout.width, config.parallel
+    count, teacher_count = (shape.rank_parameters(load.stage, parallel) for shape in (student, teacher))
     shard = -(-count // load.replicas) if config.training.use_distributed_optimizer else count
-    state = shard * FP32 * (3 if width == 2 else 2)  # Adam's two moments; bf16 adds the main weights
-    head = width * _head(teacher, load) if load.is_last else 0
-    kept = head if config.teacher.offload else teacher_count * width
-    gathered = width * load.tokens * student.hidden if config.parallel.sequence_parallel else 0  # Megatron's buffer
-    # Megatron's models hold what they received last, the student's with its gradient
-    received = [width * load.share * (load.stage > 0) * hidden for hidden in (2 * student.hidden, teacher.hidden)]
-    resident = count * (width + FP32) + state + kept + gathered + sum(received)
-    waiting = int(load.in_flight * _kept_for_backward(load, student))
-    output = width * teacher.hidden * (load.tokens if load.is_last else load.share)
+    moments = 2 * FP32 * shard
+    state = moments + (FP32 * shard if width < FP32 else 0)  # bf16 adds the main weights
+    students, teachers = Layers(student, layout, batch), Layers(teacher, layout, batch)
+    head = width * teacher.padded_vocabulary // layout.tp * teacher.hidden if load.is_last else 0
+    on_cpu = config.device == "cpu"  # one memory: nothing is offloaded, nothing pinned
+    offload = config.teacher.offload and not on_cpu
+    kept = head if offload else teacher_count * width
+    gathered = students.whole if layout.sequence_parallel else 0  # Megatron's buffer
+    # Megatron's models hold what their chunks received last, the student's with its gradient
+    inputs = (load.chunks - (load.stage == 0)) * students.stream
+    received = 2 * inputs + (len(teacher.stage_layers(parallel)[load.stage]) - (load.stage == 0)) * teachers.stream
+    resident = count * (width + FP32) + state + kept + gathered + received
+    windows = student.windows(load.stage, parallel)
+    waiting = int(load.in_flight * students.waiting(windows)) + load.outputs * students.stream
+    heads = Heads(students, teachers, config.training.scratch_bytes)
+    scoring, loss = (heads.scoring(), heads.loss(_active(config))) if load.is_last else (0, 0)
+    first = load.micro_batches > 1 and scores_whole_step(config)  # else the training pass scores
+    training = students.backward(windows), loss, 0 if first else scoring
+    hidden = heads.own * teacher.hidden * width
+    save = _saving(load, student)
+    engine = engine_bytes(config, student, load.length, gpu_bytes)
+    asked, scored = batch.step_bytes * load.micro_batches, SCORED * batch.responses * load.micro_batches * load.is_last
     added = {
-        "rollouts": _engine(config, student, gpu_bytes),
-        "teacher": teacher_count * width - kept + max(_forward(load, teacher, output), _hidden_rows(load, teacher)),
-        "student scores": max(
-            _forward(load, student, width * load.share * student.hidden) - received[0],
-            _scoring(load, student, teacher),
-        ),
-        "training pass": waiting + max(_layer_backward(load, student), _loss(load, student, teacher)),
-        "optimizer": shard * FP32,  # Adam over lists of tensors needs one more of each
+        "start": _start(load, student, teacher, teacher_count * width - kept) - moments,
+        "rollouts": max(engine, engine_at_start(config, gpu_bytes) - moments),
+        "teacher": asked + teacher_count * width - kept + _teacher_pass(load, teachers),
+        "student scores": asked + (scored + max(_student_pass(load, students), scoring)) * first,
+        "training pass": asked + scored + waiting + max(training) - inputs,  # which have no gradients yet
+        "optimizer": asked + scored + shard * FP32,  # Adam over lists of tensors needs one more of each
+        "saving": save.gpu,
     }
     return StageBytes(
         parameters=count,
@@ -138,168 +162,74 @@ def stage_bytes(load: Load, student: ModelShape, teacher: ModelShape, gpu_bytes:
         resident=resident,
         engine=added["rollouts"],
         phases={phase: resident + size for phase, size in added.items()},
-        teacher_weights_host=_pinned_weights(load, teacher) if config.teacher.offload else 0,
-        teacher_hidden_host=_pinned(_own_rows(load) * teacher.hidden * width) * load.micro_batches * load.is_last,
-        saving_host=count * FP32 * (3 if width == 2 else 2),
+        teacher_weights_host=_pinned_weights(load, teacher) if offload else 0,
+        teacher_hidden_host=(hidden if on_cpu else pinned(hidden)) * load.micro_batches * load.is_last,
+        saving_host=save.writer,
+        saving_host_of_others=save.others,
+        on_cpu=on_cpu,
     )
 
 
-# --- Activations ------------------------------------------------------------------------------------------------------
-
-
-def _layer(load: Load, shape: ModelShape, window: int | None) -> int:
-    """What a layer keeps for its backward pass when nothing is computed again.
-
-    Its input and the sum in the middle, and what its norms read or write beside them. Queries and keys before their
-    norms; rotated; the projection, which values are a view of, or keys and values once for each query; the attention's
-    output. Gate and up, and the product.
-    """
-    t, u, w, h = load.tokens, load.share, load.width, shape.hidden
-    q, k, f = shape.query_width // load.tp, shape.key_width // load.tp, shape.ffn // load.tp
-    normalized = w * (q + k) * t if shape.norms_queries else 0
-    repeated = q > k and (window is None or load.length <= window or w == FP32)
-    keys = 2 * w * q * t if repeated else w * (q + 2 * k) * t + w * k * t
-    attention = keys + 2 * w * q * t + FP32 * shape.heads // load.tp * t
-    return 4 * w * u * h + normalized + attention + 3 * w * f * t
-
-
-def _kept_for_backward(load: Load, shape: ModelShape) -> int:
-    """By the layers of a stage, of one micro-batch."""
-    windows = shape.windows(load.stage, load.config.parallel)
-    if load.config.training.recompute_granularity == "full":
-        return len(windows) * load.width * load.share * shape.hidden
-    return sum(_layer(load, shape, window) for window in windows) + _angles(load, shape)
-
-
-def _layer_backward(load: Load, shape: ModelShape) -> int:
-    """What the backward pass of one layer adds to what is kept: where the layer is computed again, all of it.
-
-    Most is there in the backward of the feed-forward's activation: four times its width.
-    """
-    added = 4 * load.width * shape.ffn // load.tp * load.tokens
-    if load.config.training.recompute_granularity != "full":
-        return added
-    windows = shape.windows(load.stage, load.config.parallel)
-    return max(_layer(load, shape, window) for window in windows) + added + _angles(load, shape)
-
-
-def _angles(load: Load, shape: ModelShape) -> int:
-    """Rotary angles in fp32: of both kinds of layer, where some have a window."""
-    kinds = len(set(getattr(shape.fields, "layer_types", None) or ())) and 2
-    return max(1, kinds) * FP32 * shape.head_dim * load.length
-
-
-def _forward(load: Load, shape: ModelShape, output: int) -> int:
-    """Most of what one layer has at once, in a pass that keeps nothing: in the feed-forward's activation, while queries
-    are rotated, before a projection's output is split over the sequence, or where norms meet the residual stream.
-
-    Args:
-        output: bytes of the micro-batch before, which the schedule holds until the next one is there.
-    """
-    t, w, stream = load.tokens, load.width, load.width * load.share * shape.hidden
-    q, k, f = shape.query_width // load.tp, shape.key_width // load.tp, shape.ffn // load.tp
-    whole = w * shape.hidden * t + stream if load.config.parallel.sequence_parallel else 0
-    most = max(  # besides the embeddings, which are there to the end
-        2 * stream + 4 * w * f * t,
-        stream + 3 * w * (q + k) * t + (3 * FP32 + w) * q // 2 * t,
-        stream + 3 * w * (q + k) * t + whole,
-        2 * stream + w * f * t + whole,
-        5 * stream,  # input, middle, both projections' sums, a norm's result
+def _saving(load: Load, student: ModelShape) -> Saving:
+    """Gradients of the first stage's first chunk are reduced piece by piece, which is how a save gathers them."""
+    parts = student.placed(load.stage, load.config.parallel)
+    chunks = [[p.weight.rank_elements(load.layout.tp) for p in parts if p.chunk == chunk] for chunk in _chunks(parts)]
+    return saving(
+        chunks,
+        load.layout.width,
+        load.replicas,
+        distributed=load.config.training.use_distributed_optimizer,
+        in_buckets=load.replicas > 1 and load.stage == 0 and load.config.device == "cuda",
     )
-    return _angles(load, shape) + output + stream + most
 
 
-# --- Heads ------------------------------------------------------------------------------------------------------------
+def _chunks(parts: list[PlacedWeight]) -> list[int]:
+    return sorted({part.chunk for part in parts})
 
 
-def _head(shape: ModelShape, load: Load) -> int:
-    return shape.padded_vocabulary // load.tp * shape.hidden
+def _forward(load: Load, layers: Layers, *, frozen: bool) -> int:
+    """A chunk's input is there to the end: what was received is counted already, and it is that of a single layer."""
+    single = set(layers.shape.stage_layers(load.config.parallel)[load.stage]) == {1}
+    received = load.stage > 0
+    return layers.forward(frozen=frozen) - (single or received) * layers.stream
 
 
-def _states(load: Load, student: ModelShape, teacher: ModelShape) -> int:
-    """Hidden states that the heads read: the teacher's, and spread over all positions of a part of the sequence;
-    without sequence parallelism the student's at response positions. And the final norm's input and output."""
-    rows = _own_rows(load) * teacher.hidden
-    if load.config.parallel.sequence_parallel:
-        rows += load.share * teacher.hidden
-    else:
-        rows += load.responses * student.hidden
-    return load.width * (rows + 2 * load.share * student.hidden)
-
-
-def _hidden_rows(load: Load, shape: ModelShape) -> int:
-    """Final hidden states: whole, and those of the response tokens."""
+def _teacher_pass(load: Load, layers: Layers) -> int:
+    """With the result of the micro-batch before, which the schedule holds until the next one is there; and on the last
+    stage the final hidden states, whole and those of the response tokens."""
+    forward = _forward(load, layers, frozen=True)
     if not load.is_last:
-        return 0
-    return load.width * shape.hidden * (load.tokens + load.responses)
+        return forward + layers.stream
+    row = layers.layout.width * layers.shape.hidden
+    rows = layers.whole * (2 if layers.copies else 1) + row * layers.batch.responses
+    return layers.whole + max(forward, rows)
 
 
-def _chunk(load: Load, student: ModelShape, teacher: ModelShape, buffers: int, tokens: int) -> tuple[int, int]:
-    """Rows of a chunk, as `distillation.heads` cuts them, and bytes of its logits and hidden states."""
-    columns = student.padded_vocabulary // load.tp
-    a_token = FP32 * (2 * buffers * columns + 4 * (student.hidden + teacher.hidden))
-    rows = max(1, min(load.config.training.scratch_bytes // a_token, tokens))
-    buffers = min(buffers, -(-tokens // rows))
-    states = 2 * load.width * (student.hidden + teacher.hidden)
-    return rows, buffers * rows * (2 * FP32 * columns + states)
+def _student_pass(load: Load, layers: Layers) -> int:
+    """As the teacher's; a part of the sequence of the final hidden states."""
+    return _forward(load, layers, frozen=False) + layers.stream * (load.stage == 0)  # received gradients are gone
 
 
-def _scoring(load: Load, student: ModelShape, teacher: ModelShape) -> int:
-    """Of the last stage: the response tokens' scores."""
-    if not load.is_last:
-        return 0
-    _, chunk = _chunk(load, student, teacher, 1, load.responses)
-    return _states(load, student, teacher) + chunk
+def _start(load: Load, student: ModelShape, teacher: ModelShape, teacher_weights: int) -> int:
+    """The check of both models on a text, one row; and on the first rank transformers' model, a layer at a time."""
+    multiple = length_multiple(load.config.parallel)
+    length = -(-student.probe_tokens // multiple) * multiple
+    batch = Batch(1, length, 1, student.probe_tokens - 1, packed=False)
+    students, teachers = (Layers(shape, load.layout, batch) for shape in (student, teacher))
+    scoring = Heads(students, teachers, load.config.training.scratch_bytes).scoring() if load.is_last else 0
+    reference = 0
+    if load.stage == 0:
+        reference = max(reference_bytes(shape, student.probe_tokens, load.layout.width) for shape in (student, teacher))
+    passes = teacher_weights + _teacher_pass(load, teachers), _student_pass(load, students) + scoring
+    return max(*passes, reference)
 
 
-def _loss(load: Load, student: ModelShape, teacher: ModelShape) -> int:
-    """Of the last stage: the loss of a micro-batch and its gradients in fp32, of the head and of the hidden states."""
-    if not load.is_last:
-        return 0
-    rows, chunk = _chunk(load, student, teacher, 2 if load.tp > 1 else 1, max(1, int(load.responses * _active(load))))
-    gradients = rows * (student.padded_vocabulary // load.tp * load.width + student.hidden * FP32)
-    positions = load.share if load.config.parallel.sequence_parallel else load.responses
-    gradients += FP32 * (_head(student, load) + positions * student.hidden)
-    return _states(load, student, teacher) + chunk + gradients
-
-
-def _active(load: Load) -> float:
+def _active(config: RunConfig) -> float:
     """Share of the response tokens that have a weight."""
-    config = load.config
     return sum(config.zones.shares[1:]) / 100 if config.policy.name == "sead" else 1.0
-
-
-# --- The engine, and the host -----------------------------------------------------------------------------------------
-
-
-def _engine(config: RunConfig, student: ModelShape, gpu_bytes: int) -> int:
-    """Weights and cache of the rollout engine while it writes."""
-    rollouts = config.rollouts
-    width = 2 if config.training.precision == "bf16" else FP32
-    if isinstance(rollouts, VllmRollouts):
-        if rollouts.kv_cache_memory_bytes is not None:
-            return student.parameters * width // rollouts.tensor_parallel_size + rollouts.kv_cache_memory_bytes
-        return int(rollouts.gpu_memory_utilization * gpu_bytes)
-    if isinstance(rollouts, TransformersRollouts):
-        length = rollouts.max_new_tokens + (config.prompts.max_prompt_tokens or 0)
-        cache = 2 * student.layers * student.key_width * width * length
-        return student.parameters * width + rollouts.batch_size * cache
-    return 0
-
-
-def _own_rows(load: Load) -> int:
-    """Response positions of a micro-batch whose states a rank keeps, at most: those of its part of the sequence."""
-    return min(load.responses, load.share)
-
-
-def _pinned(size: int) -> int:
-    """torch rounds pinned memory up to a power of two."""
-    return 1 << (size - 1).bit_length() if size else 0
 
 
 def _pinned_weights(load: Load, teacher: ModelShape) -> int:
     parts = teacher.placed(load.stage, load.config.parallel)
-    sizes = [
-        load.width * part.weight.rank_elements(load.tp) for part in parts if part.parameter != "output_layer.weight"
-    ]
-    return sum(_pinned(sum(aligned(sizes[i]) for i in slab)) for slab in slabs(sizes))
+    elements = [p.weight.rank_elements(load.layout.tp) for p in parts if p.parameter != "output_layer.weight"]
+    return pinned_slabs([load.layout.width * count for count in elements])

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_sead.config.checks import check_world_size, config_warnings
-from megatron_sead.config.micro_batches import check_token_budget, count_multiple
+from megatron_sead.config.micro_batches import check_token_budget, count_multiple, length_multiple
 from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import UserError, kept
 from megatron_sead.models.layout import check_layout
@@ -102,11 +102,14 @@ def size_of(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"
 
 
-def make_plan(config: RunConfig, world_size: int, gpu_bytes: int = GPU_BYTES) -> Plan:
+def make_plan(
+    config: RunConfig, world_size: int, gpu_bytes: int = GPU_BYTES, known: dict[str, ModelShape] | None = None
+) -> Plan:
     """Check the layout against both models and count bytes per rank.
 
     Args:
         gpu_bytes: of a GPU, of which vLLM takes a share.
+        known: the shapes of student and teacher, where they have been read.
 
     Raises:
         UserError: a line a mistake: unreadable or foreign config.json, sizes that the layout does not divide,
@@ -120,7 +123,7 @@ def make_plan(config: RunConfig, world_size: int, gpu_bytes: int = GPU_BYTES) ->
     shapes: dict[str, ModelShape] = {}
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         with kept(mistakes):
-            shapes[role] = read_shape(model, role)
+            shapes[role] = known[role] if known else read_shape(model, role)
             _check_layout(config, f"{role}.path={model.path}", shapes[role])
     with kept(mistakes):
         require_same_rows(config.student.path, config.teacher.path)
@@ -156,6 +159,12 @@ def together(config: RunConfig, length: int) -> int:
     if training.micro_batch_tokens is None:
         return training.micro_batch_size
     return max(1, training.micro_batch_tokens // length)
+
+
+def left_of_budget(config: RunConfig, length: int) -> int:
+    """Tokens of a packed micro-batch that so many rollouts of `length` leave."""
+    budget, multiple = config.training.micro_batch_tokens, length_multiple(config.parallel)
+    return 0 if budget is None else budget // multiple * multiple - together(config, length) * length
 
 
 def _most_micro_batches(config: RunConfig, data_parallel_size: int, length: int) -> int:

@@ -17,7 +17,7 @@ from megatron_sead.models.decoder import Decoder
 from megatron_sead.models.huggingface import iterate_huggingface_weights
 from megatron_sead.models.token_ids import stop_token_ids
 from megatron_sead.parallel.context import ParallelContext
-from megatron_sead.planning.plan import together
+from megatron_sead.planning.plan import left_of_budget, together
 from megatron_sead.prompts.packing import MicroBatch, pack
 from megatron_sead.reporting.timing import PhaseTimer
 from megatron_sead.tracing import shadows
@@ -41,19 +41,24 @@ TOKEN = 7  # of all prompts and responses
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Of one step: all alike."""
+    """Of one step: all alike, but that what they leave of a budget of tokens is filled by shorter ones."""
 
     micro_batches: int  # a data-parallel rank
     prompt_tokens: int
     response_tokens: int
 
-    def of_a_rank(self, config: RunConfig) -> int:
-        """How many a data-parallel rank has."""
-        return self.micro_batches * together(config, self.prompt_tokens + self.response_tokens)
+    def of_a_step(self, config: RunConfig, replicas: int) -> list[tuple[int, int]]:
+        """Tokens of prompts and of responses, of all replicas."""
+        length = self.prompt_tokens + self.response_tokens
+        count, left = together(config, length), left_of_budget(config, length)
+        prompt = max(1, left * self.prompt_tokens // length)
+        shorter = [(prompt, left - prompt)] if left > prompt else []
+        micro_batch = [(self.prompt_tokens, self.response_tokens)] * count + shorter
+        return micro_batch * (self.micro_batches * replicas)
 
     def tokens(self, config: RunConfig, replicas: int) -> int:
         """Of all replicas, prompts included."""
-        return replicas * self.of_a_rank(config) * (self.prompt_tokens + self.response_tokens)
+        return sum(map(sum, self.of_a_step(config, replicas)))
 
 
 @dataclass
@@ -185,20 +190,20 @@ def _hand_over(config: RunConfig, chunks: list[Decoder], learner: Learner, watch
 
 def synthetic_batches(config: RunConfig, parallel: ParallelContext, rollouts: Rollouts) -> list[MicroBatch]:
     """A step's rollouts, as a run packs them."""
-    count = rollouts.of_a_rank(config) * parallel.dp_size
-    prompt = (TOKEN,) * rollouts.prompt_tokens
+    sizes = rollouts.of_a_step(config, parallel.dp_size)
+    prompts = [(TOKEN,) * prompt for prompt, _ in sizes]
     return pack(
-        [prompt] * count,
-        [prompt] * count,
-        [(TOKEN,) * rollouts.response_tokens] * count,
-        [True] * count,
+        prompts,
+        prompts,
+        [(TOKEN,) * response for _, response in sizes],
+        [True] * len(sizes),
         micro_batch_size=config.training.micro_batch_size,
         data_parallel_rank=parallel.dp_rank,
         data_parallel_size=parallel.dp_size,
         length_multiple=length_multiple(config.parallel),
         pad_token_id=0,
         device=parallel.device,
-        log_probs=[(-1.0,) * rollouts.response_tokens] * count,
+        log_probs=[(-1.0,) * response for _, response in sizes],
         micro_batch_tokens=config.training.micro_batch_tokens,
         count_multiple=count_multiple(config.parallel),
         share=parallel.share,

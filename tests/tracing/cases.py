@@ -215,7 +215,7 @@ PLANS: dict[str, tuple[int, int, list[str]]] = {
     "planned: no recompute": (1, 0, [NONE]),
     "planned: tp2, sequence parallel": (2, 0, [TP2, SP, FULL]),
     "planned: pp2, last stage": (2, 1, [PP2, FULL]),
-    "planned: packed": (1, 0, [FULL, "training.micro_batch_tokens=4096"]),
+    "planned: packed, and filled by a shorter one": (1, 0, [NONE, "training.micro_batch_tokens=5000"]),
 }
 
 
@@ -233,7 +233,9 @@ def planned(folder: Path, name: str) -> dict[str, Any]:
     traced = trace_rank(config, rank, world, [Rollouts(1, 256, 1792), Rollouts(2, 256, 1792)], load_rates(), Told())
     phases = plan.stages[traced.stage].phases
     return {
-        "planned": {p: [size, traced.memory[p].peak["device"]] for p, size in phases.items() if p != "rollouts"},
+        "planned": {
+            p: [phases[p], traced.memory[p].peak["device"]] for p in traced.memory if p in phases and p != "rollouts"
+        },
         "waited": [
             str(key)
             for key, c in traced.steps[-1].copies.items()

@@ -100,3 +100,15 @@ def test_ranks_of_the_first_and_the_last_stage_are_traced_unless_told() -> None:
 def test_what_is_no_rank_is_told(text: str) -> None:
     with pytest.raises(UserError, match="ranks from 0 to 31"):
         _chosen_ranks(text, 32, planned("32b")[0])
+
+
+@pytest.mark.parametrize("budget", [16384, 18432, 18439])
+def test_what_the_longest_rollouts_leave_of_a_budget_is_filled(budget: int) -> None:
+    from megatron_sead.tracing.step import Rollouts
+
+    sizes = ["rollouts.max_new_tokens=3072", "prompts.max_prompt_tokens=1024", f"training.micro_batch_tokens={budget}"]
+    config, _ = planned("7b", *sizes)
+    found = Rollouts(3, 1024, 3072).of_a_step(config, 2)
+    assert sum(map(sum, found)) == 3 * 2 * (budget // 8 * 8)
+    assert found.count((1024, 3072)) == 3 * 2 * 4
+    assert all(prompt > 0 and response > 0 and prompt <= response for prompt, response in found)
