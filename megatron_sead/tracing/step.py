@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -161,8 +162,7 @@ def _hand_over(config: RunConfig, chunks: list[Decoder], learner: Learner, watch
     """What follows a step: the engine gets the weights, and both are compared on a text; the run is saved, and goes on
     from there."""
     with watch.during("weights to the engine"):
-        for _ in iterate_huggingface_weights(chunks, learner.parallel):
-            pass
+        deque(iterate_huggingface_weights(chunks, learner.parallel), maxlen=0)  # nothing keeps the last one
     probe = [TOKEN] * min(UPDATE_PROBE, rollouts.prompt_tokens + rollouts.response_tokens)
     with tempfile.TemporaryDirectory() as folder:
         store = store_of(Path(folder, "checkpoints"), learner.parallel)
