@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_sead.distillation.gather import all_gather_rows
 from megatron_sead.distillation.policy_interface import PolicyInput
+from megatron_sead.distillation.selection import greatest, token_key
 
 # Shapes: n response tokens of this rank
 
@@ -44,16 +44,13 @@ def top_share_by_soft_or(step: PolicyInput, share: float, groups: Sequence[Proce
     chosen = step.zones >= 0
     values = torch.stack([step.statistics.student_entropy[chosen], step.statistics.reverse_kl[chosen]], dim=-1)
     h, d = _scaled(values.clamp(min=0), groups).unbind(-1)
-    score = (h + d - h * d).double().view(torch.int64)  # bits of numbers >= 0 sort as integers
-    rows = torch.stack([score, step.rollout_index[chosen], step.position[chosen]], dim=-1)
-    everyone, place = all_gather_rows(rows, groups)
-    order = everyone[:, 2].argsort(stable=True)
-    order = order[everyone[order, 1].argsort(stable=True)]
-    order = order[everyone[order, 0].argsort(descending=True, stable=True)]
-    kept = torch.zeros(len(everyone), dtype=torch.bool, device=everyone.device)
-    kept[order[: round(share * len(everyone))]] = True
+    key = token_key(step.rollout_index[chosen], step.position[chosen])
+    count = torch.full((), len(key), device=key.device)
+    for group in groups:
+        dist.all_reduce(count, group=group)
+    among = torch.ones_like(key, dtype=torch.bool)
     result = torch.zeros_like(chosen)
-    result[chosen] = kept[place]
+    result[chosen] = greatest((h + d - h * d).double(), among, round(share * int(count)), key, groups)
     return result
 
 

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation.checks import places_of, require_tensors
 from megatron_sead.distillation.gather import all_gather_rows
+from megatron_sead.distillation.selection import greatest
 from megatron_sead.distillation.zone_shares import (
     DEFAULT_SHARES,
     NOT_VALID,
@@ -51,7 +53,8 @@ def assign_zones(
 ) -> torch.Tensor:
     """Zones [...] int8 by the exact quantiles of all valid tokens of all ranks.
 
-    Of N tokens round(share of C * N) are in C, round(share of B * N) in B. Entropies are gathered, 8 bytes a token.
+    Of N tokens round(share of C * N) are in C, round(share of B * N) in B. What ranks send each other does not grow
+    with N.
 
     Args:
         student_entropy: [...] nats, fp32.
@@ -67,8 +70,7 @@ def assign_zones(
         ValueError: shapes differ, shares are negative or do not sum to 100, or a valid token's entropy is not finite,
             on every rank, whichever holds it. What stands at other positions does not matter.
     """
-    zones, _, _ = _assigned(student_entropy, teacher_entropy, valid, shares, groups, token_index)
-    return zones
+    return _assigned(student_entropy, teacher_entropy, valid, shares, groups, token_index)
 
 
 def zones_and_thresholds(
@@ -82,15 +84,17 @@ def zones_and_thresholds(
 ) -> tuple[torch.Tensor, Thresholds]:
     """What `assign_zones` gives, and the thresholds that it amounts to: the least H_t of C and the greatest H_s of A.
 
-    Arguments and errors as there; the entropies are gathered once.
+    Arguments and errors as there.
     """
-    zones, entropies, every = _assigned(student_entropy, teacher_entropy, valid, shares, groups, token_index)
-    if not len(every):
-        return zones, Thresholds(math.inf, -math.inf)
-    student, teacher = entropies.unbind(-1)
-    in_c = torch.where(every == ZONE_C, teacher, torch.inf)
-    in_a = torch.where(every == ZONE_A, student, -torch.inf)
-    return zones, Thresholds(*torch.stack([in_c.min(), in_a.max()]).tolist())
+    zones = _assigned(student_entropy, teacher_entropy, valid, shares, groups, token_index)
+    in_a = torch.where(zones == ZONE_A, student_entropy, -torch.inf).flatten()
+    in_c = torch.where(zones == ZONE_C, -teacher_entropy, -torch.inf).flatten()
+    limits = torch.stack([in_c, in_a]).float()
+    limits = torch.cat([limits, limits.new_full((2, 1), -torch.inf)], dim=1).amax(1)
+    for group in groups:
+        dist.all_reduce(limits, dist.ReduceOp.MAX, group=group)
+    negated, student = limits.tolist()
+    return zones, Thresholds(-negated, student)
 
 
 def assign_zones_by_threshold(
@@ -125,7 +129,7 @@ def assign_zones_per_sequence(
     entropies = torch.stack([student_entropy.flatten()[chosen], teacher_entropy.flatten()[chosen]], dim=-1).float()
     _require_finite(entropies)
     _, sequence, sizes = rollout_index.flatten()[chosen].unique(return_inverse=True, return_counts=True)
-    return _in_place(_select(entropies, shares, sequence, sizes), chosen, valid)
+    return _in_place(_of_sequences(entropies, shares, sequence, sizes), chosen, valid)
 
 
 def rescue_confident_errors(zones: torch.Tensor, reverse_kl: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -180,13 +184,50 @@ def _assigned(
     shares: Shares,
     groups: Sequence[ProcessGroup],
     token_index: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Zones [...] of this rank's tokens; entropies [N, 2] and zones [N] of all ranks' valid ones."""
+) -> torch.Tensor:
+    """Zones [...] of this rank's tokens."""
     _check(student_entropy, teacher_entropy, valid, token_index=token_index)
     _check_shares(shares)
-    chosen = _places(valid)
-    entropies, every, place = _quantile_zones(student_entropy, teacher_entropy, chosen, shares, groups, token_index)
-    return _in_place(every[place], chosen, valid), entropies, every
+    student, teacher = student_entropy.flatten().float(), teacher_entropy.flatten().float()
+    chosen = valid.bool().flatten()
+    before, count = _count_finite(torch.stack([student, teacher], dim=-1), chosen, groups)
+    key = before + chosen.cumsum(0) if token_index is None else token_index.flatten().long()
+    in_c = round(shares[2] / 100 * count)
+    # where A has no share, rounding must not leave it a token
+    in_b = min(round(shares[1] / 100 * count), count - in_c) if shares[0] > 0 else count - in_c
+    is_c = greatest(teacher, chosen, in_c, key, groups)
+    is_b = greatest(student, chosen & ~is_c, in_b, key, groups)
+    zones = torch.full((len(student),), ZONE_A, dtype=torch.int8, device=student.device)
+    zones = zones.masked_fill_(is_b, ZONE_B).masked_fill_(is_c, ZONE_C).masked_fill_(~chosen, NOT_VALID)
+    return zones.view(valid.shape)
+
+
+def _count_finite(entropies: torch.Tensor, valid: torch.Tensor, groups: Sequence[ProcessGroup]) -> tuple[int, int]:
+    """How many valid tokens the ranks before this one have, and how many all have. Collective over the groups.
+
+    Args:
+        entropies: [n, 2] (student, teacher).
+        valid: [n] bool.
+
+    Raises:
+        ValueError: some rank's are not finite; on every rank.
+    """
+    bad = (~entropies.isfinite() & valid[:, None]).long()
+    nothing = bad.new_zeros(1)
+    first = torch.cat([bad.flatten(), nothing + 1]).argmax()  # 2 n where all are finite
+    place = torch.cat([valid.cumsum(0), nothing])[first // 2] - 1  # of the first one's token, among the valid
+    told = torch.stack([valid.sum(), *bad.sum(0), place, first % 2])
+    everyone, own = all_gather_rows(told[None], groups)
+    lines = everyone.tolist()
+    counts = [line[0] for line in lines]
+    for number, (_, *wrong, where, model) in enumerate(lines):
+        if any(wrong):
+            name = ("student_entropy", "teacher_entropy")[model]
+            raise ValueError(
+                f"{name} of {sum(line[1 + model] for line in lines)} valid tokens is not finite, the first is token "
+                f"{sum(counts[:number]) + where} of {sum(counts)}"
+            )
+    return sum(counts[: own.start]), sum(counts)
 
 
 def _places(valid: torch.Tensor) -> torch.Tensor:
@@ -201,47 +242,13 @@ def _in_place(zones: torch.Tensor, chosen: torch.Tensor, valid: torch.Tensor) ->
     return result.index_copy_(0, chosen, zones).view(valid.shape)
 
 
-def _quantile_zones(
-    student_entropy: torch.Tensor,
-    teacher_entropy: torch.Tensor,
-    chosen: torch.Tensor,
-    shares: Shares,
-    groups: Sequence[ProcessGroup],
-    token_index: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, slice]:
-    """Entropies [N, 2] (student, teacher) and zones [N] of all ranks' chosen tokens, and this rank's place.
-
-    Args:
-        chosen: [n] where they are among all, flattened.
-    """
-    # both fp32 numbers travel as the bits of one int64, so that entropies and index share a collective
-    entropies = torch.stack([student_entropy.flatten()[chosen], teacher_entropy.flatten()[chosen]], dim=-1).float()
-    parts = [entropies.view(torch.int64)]
-    if token_index is not None:
-        parts.append(token_index.flatten()[chosen].long()[:, None])
-    gathered, place = all_gather_rows(torch.cat(parts, dim=1), groups)
-    entropies = gathered[:, :1].contiguous().view(torch.float32)
-    _require_finite(entropies)
-    if token_index is None:
-        return entropies, _select(entropies, shares), place
-    order = gathered[:, 1].argsort(stable=True)
-    zones = torch.empty(len(order), dtype=torch.int8, device=order.device)
-    zones[order] = _select(entropies[order], shares)
-    return entropies, zones, place
-
-
-def _select(
-    entropies: torch.Tensor, shares: Shares, sequence: torch.Tensor | None = None, sizes: torch.Tensor | None = None
-) -> torch.Tensor:
+def _of_sequences(entropies: torch.Tensor, shares: Shares, sequence: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """[N] int8 from entropies [N, 2] (student, teacher); of equal entropies the earlier gets the higher zone.
 
     Args:
-        sequence: [N] which of the sequences, from 0, each has its shares of; with their sizes. None: all are one.
+        sequence: [N] which of the sequences, from 0, each has its shares of; with their sizes.
     """
     student, teacher = entropies.unbind(-1)
-    if sequence is None or sizes is None:
-        sequence = torch.zeros(len(student), dtype=torch.int64, device=student.device)
-        sizes = torch.full((1,), len(student), device=student.device)
     in_c = (shares[2] / 100 * sizes.double()).round()
     # where A has no share, rounding must not leave it a token
     in_b = (shares[1] / 100 * sizes.double()).round().minimum(sizes - in_c) if shares[0] > 0 else sizes - in_c

@@ -9,10 +9,11 @@ models are compared, not ways of drawing.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation import TokenScores
-from megatron_sead.distillation.gather import all_gather_rows
+from megatron_sead.distillation.selection import greatest, token_key
 from megatron_sead.prompts.packing import MicroBatch
 
 # Shapes: n response tokens of a micro-batch
@@ -33,18 +34,24 @@ def measure_mismatch(
 
     Nothing where no engine has said a log-probability. Collective over `group`, the data-parallel ranks.
     """
-    found = [torch.empty(0, device=micro_batches[0].targets.device)]
-    for score, micro_batch in zip(scores, micro_batches, strict=True):
-        if micro_batch.sampled_log_prob is not None:
-            difference = (score.student_log_prob.float() - micro_batch.sampled_log_prob).abs()
-            found.append(difference.masked_fill(~micro_batch.valid, torch.nan))
-    everywhere, _ = all_gather_rows(torch.cat(found)[:, None], () if group is None else (group,))
-    if not len(everywhere):
-        return {}
-    ordered = everywhere[:, 0].sort().values  # NaN, of which nothing is known, comes last
-    known = (~ordered.isnan()).sum()
-    last = (known - 1).clamp(min=0)
-    places = torch.stack([(0.99 * last.double()).long(), last])
-    mean = ordered.double().nansum() / known
-    count, *statistics = torch.cat([known.double()[None], mean[None], ordered[places].double()]).tolist()
-    return dict(zip(STATISTICS, statistics, strict=True)) if count else {}
+    device = micro_batches[0].targets.device
+    found, keys = [torch.empty(0, device=device)], [torch.empty(0, dtype=torch.int64, device=device)]
+    for score, batch in zip(scores, micro_batches, strict=True):
+        if batch.sampled_log_prob is not None:
+            difference = (score.student_log_prob.float() - batch.sampled_log_prob).abs()
+            found.append(difference.masked_fill(~batch.valid, torch.nan))
+            keys.append(token_key(batch.rollout_index, batch.position))
+    here, groups = torch.cat(found), () if group is None else (group,)
+    known = ~here.isnan()  # of the others nothing is known
+    sums = torch.stack([known.sum().double(), here.double().nansum()])
+    for each in groups:
+        dist.all_reduce(sums, group=each)
+    tokens = sums[0].long()
+    from_the_top = (tokens - (0.99 * (tokens - 1).double()).long()).minimum(tokens)
+    upper = greatest(here, known, from_the_top, torch.cat(keys), groups)
+    limits = torch.stack([torch.where(upper, -here, -torch.inf), torch.where(known, here, -torch.inf)])
+    limits = torch.cat([limits, limits.new_full((2, 1), -torch.inf)], dim=1).amax(1)
+    for each in groups:
+        dist.all_reduce(limits, dist.ReduceOp.MAX, group=each)
+    count, total, negated, largest = torch.cat([sums, limits.double()]).tolist()
+    return dict(zip(STATISTICS, (total / count, -negated, largest), strict=True)) if count else {}

@@ -32,6 +32,7 @@ from megatron_sead.distillation import (
 )
 from megatron_sead.distillation.policies import with_options
 from megatron_sead.distillation.policy_interface import WrongWeightsError
+from megatron_sead.distillation.selection import token_key
 from megatron_sead.errors import UserError
 from megatron_sead.prompts.packing import MicroBatch
 from megatron_sead.training.mismatch import importance_weights
@@ -63,7 +64,7 @@ class StepTokens:
     @property
     def token_index(self) -> torch.Tensor:
         """[n] a key of the token that no layout changes; breaks ties between equal entropies."""
-        return self.rollout_index * (1 << 32) + self.position
+        return token_key(self.rollout_index, self.position)
 
     @staticmethod
     def of(scores: list[TokenScores], micro_batches: list[MicroBatch]) -> StepTokens:

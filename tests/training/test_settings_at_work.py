@@ -131,20 +131,20 @@ def test_more_tokens_than_there_are_is_told(pools: RankPools, tmp_path: Path) ->
 
 
 def gatherings(overrides: list[str]) -> int:
-    """On a rank: how often a run brings all ranks' tokens together for their zones."""
+    """On a rank: how often a run takes quantiles of all ranks' tokens for their zones."""
     from megatron_sead.distillation import zones
 
-    calls, whole = [], zones._quantile_zones
+    calls, whole = [], zones._assigned
 
     def counted(*arguments: Any) -> Any:
         calls.append(1)
         return whole(*arguments)
 
-    zones._quantile_zones = counted
+    zones._assigned = counted
     try:
         drive(overrides, None)
     finally:
-        zones._quantile_zones = whole
+        zones._assigned = whole
     return len(calls)
 
 
