@@ -30,9 +30,12 @@ ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS | LEAVES} | {
     "training": PARTS | {"evaluation", "launch", "planning"},
     "tracing": PARTS | {"training", "planning"},
     "planning": {"models", "prompts"},
+    "scaling": {"models", "parallel", "prompts", "rollouts", "reporting", "launch", "training", "planning", "tracing"},
     "launch": set(),
     "reporting": {"distillation"},
-    "commands": PARTS - {"distillation"} | {"evaluation", "preparation", "training", "planning", "launch", "tracing"},
+    "commands": PARTS - {"distillation"}
+    | {"evaluation", "preparation", "training", "planning", "launch"}
+    | {"tracing", "scaling"},
     "train": {"commands"},
 }
 # Modules that start at once: neither they nor what they import at the top brings torch, Megatron or transformers

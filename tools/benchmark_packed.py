@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from benchmark_step import PAIR, ROOT, machine  # beside this file
+from benchmark_step import PAIR, ROOT  # beside this file
 from rich.console import Console
 
 from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.config.run import RunConfig, load_config
 from megatron_sead.files.outputs import require_free
+from megatron_sead.reporting.machine import machine
 
 SCALE = 16
 MOST = 16384 // SCALE  # tokens of a response

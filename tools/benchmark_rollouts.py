@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from benchmark_step import machine  # beside this file
 from rich.console import Console
 
 from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.errors import UserError
 from megatron_sead.files.outputs import require_free
+from megatron_sead.reporting.machine import machine
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny" / "student"

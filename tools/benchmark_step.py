@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from rich.table import Table
 from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.errors import UserError
 from megatron_sead.files.outputs import require_free
+from megatron_sead.reporting.machine import machine
 from megatron_sead.wording import counted
 
 ROOT = Path(__file__).parents[1]
@@ -181,19 +181,6 @@ def _rows(count: int) -> list[dict[str, Any]]:
     if count > len(lines):
         raise UserError(f"--prompts {count}: {PAIR / 'prompts.jsonl'} has {len(lines)}")
     return [json.loads(line) for line in lines[:count]]
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, and how many processes wanted them on average: measured on a busy machine, numbers are high."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": model or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "load_average_15_minutes": round(os.getloadavg()[2], 1),
-    }
 
 
 def command_line(arguments: list[str]) -> str:

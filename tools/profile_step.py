@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from benchmark_step import machine  # beside this file
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +25,7 @@ from megatron_sead.config.run import load_config
 from megatron_sead.errors import UserError
 from megatron_sead.files.outputs import require_free
 from megatron_sead.launch.rank_failures import ending_together
+from megatron_sead.reporting.machine import machine
 
 WARM_UP = 3  # first steps, not counted
 LOOP = "the rest: schedule, loop, progress"

@@ -46,7 +46,7 @@ class Collectives:
 
     def run(self, func: Any, args: Any, phase: str, line: str) -> Any:
         """Check and record a call of one of torch's c10d operators, and return what it returns."""
-        name, group = func._overloadpacket.__name__, _group(args)
+        name, group = func._overloadpacket.__name__, group_of(args)
         written, read = _written_and_read(name, group, args)
         tensors = [*written, *read]
         self._check_places(name, group, tensors, line)
@@ -70,7 +70,7 @@ class Collectives:
         self, name: str, group: Any, args: Any, written: list[Any], read: list[Any], op: str, phase: str, line: str
     ) -> Call:
         ranks = tuple(dist.get_process_group_ranks(group))
-        moved = written if name in GATHERS | {"scatter_"} else read or written
+        moved = _moved(name, written, read)
         sent, received = _exchanged(name, args, group.size()) if name in EXCHANGES else ((), ())
         return Call(
             name,
@@ -98,9 +98,19 @@ class Collectives:
                 raise WrongCollective(f"{line}: {name}: a tensor {list(tensor.shape)} that is not contiguous")
 
 
-def _group(args: Any) -> Any:
+def group_of(args: Any) -> Any:
+    """The process group among the arguments of one of torch's c10d operators."""
     boxes = (a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
     return dist.ProcessGroup.unbox(next(boxes))
+
+
+def moved_by(name: str, group: Any, args: Any) -> list[torch.Tensor]:
+    """What a collective moves: of a gather or scatter, what holds all ranks' parts."""
+    return _moved(name, *_written_and_read(name, group, args))
+
+
+def _moved(name: str, written: list[torch.Tensor], read: list[torch.Tensor]) -> list[torch.Tensor]:
+    return written if name in GATHERS | {"scatter_"} else read or written
 
 
 def _written_and_read(name: str, group: Any, args: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -10,7 +10,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from benchmark_packed import Form, markdown, ratio
-from benchmark_step import machine
+
+from megatron_sead.reporting.machine import machine
 
 
 def test_a_packed_form_has_the_budget_of_its_rows() -> None:

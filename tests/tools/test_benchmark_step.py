@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from megatron_sead.errors import UserError
+from megatron_sead.reporting.machine import machine
 
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark_step.py"
 sys.path.insert(0, str(TOOL.parent))
 
 import profile_step  # noqa: E402  (the tools are commands, not a package)
-from benchmark_step import OURS, TRL, Samples, command_line, machine, markdown, parse_metrics, table  # noqa: E402
+from benchmark_step import OURS, TRL, Samples, command_line, markdown, parse_metrics, table  # noqa: E402
 
 
 def result(*names: str) -> dict[str, Any]:

@@ -1,0 +1,112 @@
+"""Layouts beside each other: ``sead scaling run --study FILE --output DIR``, and ``sead scaling report DIR``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_sead.commands.cli import App, one_line_errors
+from megatron_sead.commands.machine import GPU_MEMORY, HOST_MEMORY, machine_of
+from megatron_sead.config.settings_file import load_settings
+from megatron_sead.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_sead.scaling.conducting import Place
+    from megatron_sead.scaling.study import Study
+
+app = App(no_args_is_help=True, help=__doc__)
+OWNER_FILE = "owner.lock"
+
+STUDY = typer.Option(help="YAML file: the run, the rollouts, and lists of layouts")
+OVERRIDES = typer.Argument(metavar="key=value ...", help="settings of the study that win, as steps=10")
+
+
+@app.command()
+def run(
+    study: Annotated[Path, STUDY],
+    output: Annotated[Path, typer.Option(help="directory for records, tables and plots; a study begun there goes on")],
+    overrides: Annotated[list[str] | None, OVERRIDES] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="start each run by srun, within an allocation")] = False,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="default: the GPUs here; on a CPU any number of processes")
+    ] = None,
+    most_ranks: Annotated[
+        int | None, typer.Option(min=1, help="leave runs of more ranks for another time; default: refuse them")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="measure again what has failed")] = False,
+    gpu_memory: Annotated[float, GPU_MEMORY] = 80.0,
+    host_memory: Annotated[float, HOST_MEMORY] = 2000.0,
+) -> None:
+    """Measure every layout on the same rollouts, one after another, and write tables and plots.
+
+    A layout that is done is not run again, one that fails is told and the rest goes on. On several nodes: --slurm, or
+    the same command on each with NNODES, NODE_RANK and MASTER_ADDR, and an output that all see.
+    """
+    with one_line_errors():
+        from megatron_sead.commands.scaling_launch import find_cluster
+        from megatron_sead.scaling.conducting import Place, conduct
+        from megatron_sead.scaling.study import Study, base_config
+
+        asked = load_settings(Study, study, overrides or [])
+        base, machine = base_config(asked), machine_of(gpu_memory, host_memory)
+        cluster = find_cluster(slurm, ranks_per_node, base.device)
+        place = Place(
+            output.absolute(), cluster.command, cluster.most_ranks, machine, cluster.node == 0, now=most_ranks
+        )
+        if place.writes:
+            _conduct_and_report(asked, place, retry)
+        else:
+            conduct(asked, place, retry=retry)
+
+
+def _conduct_and_report(study: Study, place: Place, retry: bool) -> None:
+    from megatron_sead.launch.ownership import sole_owner
+    from megatron_sead.scaling.conducting import conduct, settle
+    from megatron_sead.scaling.report import write_report
+
+    settle(study, place.output)
+    try:
+        with sole_owner(place.output / OWNER_FILE, f"--output {place.output}"):
+            conduct(study, place, retry=retry)
+            print(write_report(place.output))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with what is not measured yet", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def report(
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="of a study")],
+    plots: Annotated[bool, typer.Option(help="also draw the plots again")] = True,
+) -> None:
+    """Write the tables and plots again, from the records alone."""
+    with one_line_errors():
+        from megatron_sead.scaling.report import write_report
+
+        if not (output / "study.yaml").is_file():
+            raise UserError(f"{output}: holds no study (study.yaml)")
+        print(write_report(output, plots=plots))
+
+
+@app.command()
+def rollouts(
+    config: Annotated[Path, typer.Option(help="YAML file of the training run that will replay them")],
+    output: Annotated[Path, typer.Option(help="new directory, for rollouts.path of a run")],
+    lengths: Annotated[str, typer.Option(help="MEAN,P99 of a log-normal distribution, or a file of lengths")],
+    steps: Annotated[int, typer.Option(min=1, help="of the run")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="of lengths and tokens")] = 0,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value ...")] = None,
+) -> None:
+    """Write synthetic rollouts: random tokens of given lengths, in the format that rollouts.engine=replay reads."""
+    with one_line_errors():
+        from megatron_sead.config.run import load_config
+        from megatron_sead.scaling.lengths import drawing
+        from megatron_sead.scaling.rollouts import write_rollouts
+
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"--output {output}: exists already; choose another, or move it away")
+        write_rollouts(output, load_config(config, overrides or []), steps, drawing(lengths), seed)
+        print(f"{output}: rollouts of {steps} steps")

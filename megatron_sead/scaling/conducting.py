@@ -1,0 +1,303 @@
+"""One run after another, each in processes of its own. What is done is not run again; what fails is written down."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import megatron_sead
+from megatron_sead.config.run import RunConfig, dump_config
+from megatron_sead.config.settings_file import dump_settings, flatten, load_settings
+from megatron_sead.errors import UserError
+from megatron_sead.files.durable import replace_text
+from megatron_sead.planning.fit import Machine, require_fit
+from megatron_sead.planning.plan import make_plan
+from megatron_sead.reporting.machine import machine
+from megatron_sead.scaling import records
+from megatron_sead.scaling.lengths import drawing
+from megatron_sead.scaling.rank import FOLDER as RANKS
+from megatron_sead.scaling.study import WATCHED_STEPS, RunOfStudy, Study, base_config, parse_run
+
+Launch = Callable[[Path, int, int], list[str] | None]  # config, ranks, number of the run -> command; None: not here
+PATIENCE = 30.0  # seconds in which a run that is told to end does so
+
+
+@dataclass
+class Place:
+    """Where and on what a study is measured."""
+
+    output: Path
+    launch: Launch
+    most_ranks: int | None  # that the machines hold; None: as many processes as are asked for
+    now: int | None = field(default=None, kw_only=True)  # runs of more ranks are left for another time
+    machine: Machine
+    writes: bool = True  # False on all nodes but the first
+    say: Callable[[str], None] = print
+
+
+def asked_runs(study: Study) -> dict[str, RunOfStudy]:
+    """Runs of all experiments, by name, each once, in their order."""
+    runs = (parse_run(text) for texts in study.runs.lists().values() for text in texts)
+    return {run.name: run for run in runs}
+
+
+def settle(study: Study, output: Path) -> None:
+    """Take a new or empty directory, or that of the same study; runs may have come or gone.
+
+    Raises:
+        UserError: it holds another study, or something else.
+    """
+    recorded = output / "study.yaml"
+    if not recorded.exists():
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"{output}: is there already and holds no study (study.yaml); choose another output")
+        output.mkdir(parents=True, exist_ok=True)
+    else:
+        old = load_settings(Study, recorded, [])
+        there, here = (flatten(s.model_dump(mode="json")) for s in (old, study))
+        changed = [k for k in here | there if there.get(k) != here.get(k) and not k.startswith(Study.MAY_CHANGE)]
+        if changed:
+            told = ", ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in changed)
+            raise UserError(f"{output}: holds another study: {told}; choose another output")
+    replace_text(recorded, dump_settings(study))
+
+
+def conduct(study: Study, place: Place, *, retry: bool = False) -> None:
+    """Measure what is not measured yet.
+
+    Args:
+        retry: measure again what has failed.
+
+    Raises:
+        UserError: a mistake in the study, before anything runs; or a record is of other settings.
+    """
+    base, runs = base_config(study), asked_runs(study)
+    drawing(study.lengths)
+    for run in runs.values():
+        ranks = run.ranks(base)
+        if place.most_ranks is not None and place.most_ranks < ranks <= (place.now or ranks):
+            raise UserError(f"{run.text!r}: takes {ranks} ranks, and there are {place.most_ranks}")
+    done = records.read_records(place.output)
+    configs = {name: _config_of(run, base, study, place.output) for name, run in runs.items()}
+    for name in runs.keys() & done.keys():
+        _require_same(done[name], configs[name], place.output)
+    for number, (name, run) in enumerate(runs.items()):
+        head = f"[{number + 1}/{len(runs)}] {run.text}"
+        if place.now is not None and name not in done and run.ranks(base) > place.now:
+            place.say(f"{head}: takes {run.ranks(base)} ranks; left for a larger allocation")
+            continue
+        if name in done and (done[name].get("reason") is None or not retry):
+            place.say(f"{head}: {_told(done[name])} (measured before)")
+            continue
+        record = _measure(run, configs[name], study, place, number)
+        if record is not None:
+            path = place.output / records.FOLDER / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            replace_text(path, json.dumps(record, indent=1) + "\n")
+            place.say(f"{head}: {_told(record)}")
+
+
+def _told(record: dict[str, Any]) -> str:
+    if record.get("reason") is not None:
+        return f"failed: {record['reason']}"
+    own = records.numbers_of(record)
+    return f"{own.seconds:.3g} s a step, {own.tokens_per_second:,.0f} tokens a second"
+
+
+def _config_of(run: RunOfStudy, base: RunConfig, study: Study, output: Path) -> RunConfig:
+    """The run's settings, with all that the study sets."""
+    config = run.config(base)
+    values = {"output": output / "runs" / run.name}
+    folder = study.recorded or output / "rollouts" / _key_of_rollouts(config, run)
+    changed = config.model_copy(update=values)
+    changed.rollouts = config.rollouts.model_copy(update={"path": folder})
+    if run.models:
+        for role in ("student", "teacher"):
+            model = getattr(config, role)
+            setattr(changed, role, model.model_copy(update={"path": output / "models" / _key_of_model(role, run)}))
+    return changed
+
+
+def _key_of_rollouts(config: RunConfig, run: RunOfStudy) -> str:
+    length = "" if run.length is None else f"-length{run.length:g}"
+    return f"batch{config.training.global_batch_size}-most{config.rollouts.max_new_tokens}{length}"
+
+
+def _key_of_model(role: str, run: RunOfStudy) -> str:
+    return "-".join([role, *(f"{name}{size}" for name, size in sorted(run.models.items()))])
+
+
+def _require_same(record: dict[str, Any], config: RunConfig, output: Path) -> None:
+    there, here = record["settings"], _settings(config)
+    changed = [key for key in here | there if there.get(key) != here.get(key)]
+    if changed:
+        told = ", ".join(f"{key} {there.get(key)!r} there and {here.get(key)!r} here" for key in changed[:3])
+        raise UserError(
+            f"{output / records.FOLDER / record['name']}.json: was measured with other settings ({told}); choose "
+            "another output, or move the record away"
+        )
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Flat, as JSON; the folders within the study's own are not part of them."""
+    flat = flatten(config.model_dump(mode="json"))
+    return {key: value for key, value in flat.items() if key not in ("output", "rollouts.path")}
+
+
+def layout_of(run: RunOfStudy, config: RunConfig) -> dict[str, Any]:
+    """Its sizes, by their words."""
+    parallel = config.parallel
+    return {
+        "tp": parallel.tensor_model_parallel_size,
+        "pp": parallel.pipeline_model_parallel_size,
+        "vpp": parallel.virtual_pipeline_model_parallel_size,
+        "cp": parallel.context_parallel_size,
+        "dp": run.dp,
+        "sp": parallel.sequence_parallel,
+    }
+
+
+def _measure(run: RunOfStudy, config: RunConfig, study: Study, place: Place, number: int) -> dict[str, Any] | None:
+    """The record; None where this node has no part in it."""
+    ranks, layout = run.ranks(config), layout_of(run, config)
+    record: dict[str, Any] = {"name": run.name, "text": run.text, "kind": "measured", "ranks": ranks, "layout": layout}
+    record |= {"settings": _settings(config), "warm_up": study.warm_up, "watched": WATCHED_STEPS}
+    record |= {"date": date.today().isoformat(), "machine": machine(), "code": code_fingerprint()}
+    record |= {"versions": {name: version(name) for name in ("torch", "megatron-core")}}
+    try:
+        if place.writes:
+            _write_inputs(run, config, study)
+        plan = make_plan(config, ranks, place.machine.gpu_bytes)
+        require_fit(config, plan, place.machine)
+        phase, peak = max((stage.peak for stage in plan.stages), key=lambda p: p[1])
+        record["plan"] = {"phase": phase, "peak_bytes": peak}
+        record["student"] = {"vocabulary": plan.student.vocabulary, "layers": plan.student.layers}
+        command = place.launch(config.output / "study-config.yaml", ranks, number)
+        if command is None:
+            return None
+        record["load"] = [round(os.getloadavg()[0], 1)]
+        _run(command, config, place, study.timeout_minutes)
+        record["load"].append(round(os.getloadavg()[0], 1))
+        if place.writes:
+            record |= _collected(config, ranks, study)
+    except (UserError, _RunFailed) as error:
+        record["reason"] = "; ".join(str(error).splitlines())
+    return record if place.writes else None
+
+
+def _write_inputs(run: RunOfStudy, config: RunConfig, study: Study) -> None:
+    from megatron_sead.scaling.models import write_random_model
+    from megatron_sead.scaling.rollouts import tokens_of, write_rollouts
+
+    if run.models:
+        base = base_config(study)
+        for role, seed in (("student", 0), ("teacher", 1)):
+            write_random_model(getattr(base, role).path, getattr(config, role).path, run.models, study.seed + seed)
+    assert config.rollouts.recorded is not None
+    if study.recorded is None:
+        draw = drawing(study.lengths, run.length)
+        write_rollouts(config.rollouts.recorded, config, study.all_steps, draw, study.seed)
+    tokens_of(config.rollouts.recorded, study.all_steps - 1)
+    config.output.mkdir(parents=True, exist_ok=True)
+    replace_text(config.output / "study-config.yaml", dump_config(config))
+
+
+class _RunFailed(Exception):
+    """A run's processes ended badly; the message says how."""
+
+
+def _run(command: list[str], config: RunConfig, place: Place, minutes: float) -> None:
+    """Start a run's ranks and wait. What they print is in the run's folder.
+
+    Raises:
+        _RunFailed: they failed, or took longer than that.
+    """
+    log = config.output / ("study.log" if place.writes else f"study-{os.uname().nodename}.log")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(timeout=60 * minutes)
+        except subprocess.TimeoutExpired:
+            raise _RunFailed(f"took longer than timeout_minutes={minutes:g}") from None
+        finally:
+            _end(process)
+    if process.returncode:
+        raise _RunFailed(reason_in(log.read_text(encoding="utf-8", errors="replace"), process.returncode))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for wanted in (signal.SIGINT, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, wanted)
+            try:
+                process.wait(timeout=PATIENCE)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def reason_in(log: str, code: int) -> str:
+    """One line: what the run told of its failure; else its last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (told or named or lines or [f"ended with exit code {code}"])[-1 if not told else 0][:500]
+
+
+def _collected(config: RunConfig, ranks: int, study: Study) -> dict[str, Any]:
+    """What the run has left: metrics, ranks' files, and what its rollouts hold.
+
+    Raises:
+        _RunFailed: something is missing, or the run has counted other tokens than are in its rollouts.
+    """
+    from megatron_sead.scaling.rollouts import tokens_of
+
+    try:
+        text = (config.output / "metrics.jsonl").read_text(encoding="utf-8")
+        steps = [json.loads(line) for line in text.splitlines()]
+        files = [config.output / RANKS / f"rank-{rank:05}.json" for rank in range(ranks)]
+        processes = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    except (OSError, ValueError) as error:
+        raise _RunFailed(f"left no results: {error}") from None
+    if [step["step"] for step in steps] != list(range(study.all_steps)):
+        raise _RunFailed(f"metrics.jsonl holds {len(steps)} steps, not {study.all_steps}")
+    if {process["world_size"] for process in processes} != {ranks}:
+        raise _RunFailed(f"ran on {processes[0]['world_size']} ranks, not {ranks}")
+    assert config.rollouts.recorded is not None
+    recorded = []
+    for step in steps:
+        count, responses, everything = tokens_of(config.rollouts.recorded, step["step"])
+        recorded.append({"rollouts": count, "responses": responses, "all": everything})
+        if step["response_tokens"] != responses:
+            raise _RunFailed(f"step {step['step']}: counted {step['response_tokens']} response tokens of {responses}")
+    return {"steps": steps, "processes": processes, "recorded": recorded}
+
+
+def code_fingerprint() -> str:
+    """Of this package's source: numbers of other code are not mixed unseen."""
+    digest = hashlib.sha256()
+    for path in _sources():
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _sources() -> Iterator[Path]:
+    root = Path(str(megatron_sead.__file__)).parent
+    yield from sorted(path for path in root.rglob("*") if path.suffix in (".py", ".cpp"))

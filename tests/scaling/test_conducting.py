@@ -1,0 +1,172 @@
+"""Runs one after another: what is done stays done, what fails is told, and nothing of others is touched."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sead.config.settings_file import settings_from
+from megatron_sead.errors import UserError
+from megatron_sead.planning.fit import Machine
+from megatron_sead.rollouts.records import read_records
+from megatron_sead.scaling.conducting import Place, conduct, reason_in, settle
+from megatron_sead.scaling.records import numbers_of
+from megatron_sead.scaling.records import read_records as raw_records
+from megatron_sead.scaling.report import write_report
+from megatron_sead.scaling.study import Study
+
+ROOT = Path(__file__).parents[2]
+# Stands for a run's ranks: leaves what they would, or fails
+RANKS = """
+import json, sys, yaml
+from pathlib import Path
+config = yaml.safe_load(open(sys.argv[1]))
+ranks, output, recorded = int(sys.argv[2]), Path(config["output"]), Path(config["rollouts"]["path"], "rollouts")
+if config["parallel"]["pipeline_model_parallel_size"] > 1:
+    print("some line")
+    sys.exit("error: stages are out of order")
+lines = []
+for step in range(config["training"]["steps"]):
+    tokens = sum(len(json.loads(l)["response_token_ids"]) for l in open(recorded / f"step-{step}.jsonl"))
+    tokens *= 2 if config["training"]["lr"] == 7 else 1
+    lines.append({"step": step, "seconds": 5.0 + step, "response_tokens": tokens, "loss": 1.0, "grad_norm": 1.0})
+(output / "metrics.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in lines))
+(output / "ranks").mkdir(exist_ok=True)
+for rank in range(ranks):
+    told = {"rank": rank, "world_size": ranks, "micro_batches": [1] * 9, "padded_tokens": [999] * 9, "collectives": []}
+    told |= {"cpu_seconds": [1.0] * 9, "tensors_peak": {"host": 1}, "resident_peak": 2}
+    (output / "ranks" / f"rank-{rank:05}.json").write_text(json.dumps(told))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def study(*strong: str, **values: Any) -> Study:
+    settings = ["training.global_batch_size=8", "training.micro_batch_size=2", "rollouts.max_new_tokens=12"]
+    given: dict[str, Any] = {"config": "examples/configs/sead_tiny.yaml", "settings": settings, "lengths": "6,40"}
+    given |= {"warm_up": 1, "steps": 2, "runs": {"strong": list(strong)}}
+    return settings_from(Study, given | values, [])
+
+
+class Launches:
+    """Counts what is started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.program, self.started = folder / "ranks.py", list[int]()
+        self.program.write_text(RANKS)
+
+    def __call__(self, config: Path, ranks: int, number: int) -> list[str]:
+        self.started.append(number)
+        return [sys.executable, str(self.program), str(config), str(ranks)]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path / "study", Launches(tmp_path), None, Machine(), say=lambda line: None)
+
+
+def measure(asked: Study, place: Place, **options: bool) -> dict[str, dict[str, Any]]:
+    settle(asked, place.output)
+    conduct(asked, place, **options)
+    return raw_records(place.output)
+
+
+def test_a_run_that_fails_is_told_in_a_line_and_the_rest_goes_on(place: Place) -> None:
+    found = measure(study("pp=2", "tp=3", "dp=2", "dp=2 training.lr=7"), place)
+    assert found["pp2"]["reason"] == "stages are out of order"
+    assert found["tp3"]["reason"].startswith("parallel.tensor_model_parallel_size=3: does not divide")
+    (doubled,) = (r for name, r in found.items() if name.startswith("dp2-"))
+    assert "counted" in doubled["reason"] and "response tokens of" in doubled["reason"]
+    own = numbers_of(found["dp2"])
+    assert (own.reason, own.seconds, own.ranks) == (None, 1.0, 2)
+    assert "tp=3" in write_report(place.output) + (place.output / "scaling.md").read_text()
+    again = json.loads((place.output / "scaling.json").read_text())["experiments"]["strong"]
+    assert [line["name"] for line in again if line["reason"] is None] == ["dp2"]
+
+
+def test_what_is_done_is_not_run_again_and_what_failed_only_when_asked(place: Place) -> None:
+    measure(study("dp=1", "pp=2"), place)
+    before = (place.output / "records" / "dp1.json").read_bytes()
+    launches: Any = place.launch
+    assert launches.started == [0, 1]
+    measure(study("dp=2", "pp=2", "dp=1"), place)
+    assert launches.started == [0, 1, 0]
+    measure(study("dp=2", "pp=2", "dp=1"), place, retry=True)
+    assert launches.started == [0, 1, 0, 1]
+    assert (place.output / "records" / "dp1.json").read_bytes() == before
+
+
+def test_all_layouts_see_the_same_rollouts_and_a_larger_batch_begins_with_the_smaller(place: Place) -> None:
+    measure(study("dp=1", "dp=2", "batch=16"), place)
+    folders = sorted((place.output / "rollouts").iterdir())
+    assert [folder.name for folder in folders] == ["batch16-most12", "batch8-most12"]
+    large, small = (read_records(folder / "rollouts" / "step-1.jsonl") for folder in folders)
+    assert large[:8] == small
+    assert {len(r.response_token_ids) for r in large} > {12} and not all(r.finished for r in large)
+    assert all(r.finished == (r.response_token_ids[-1] == 0) for r in large)  # the pair's stop token
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"lengths": "7,12"}, "holds another study: lengths is '6,40' there and '7,12' here"),
+        ({"warm_up": 2}, "holds another study: warm_up is 1 there and 2 here"),
+    ],
+)
+def test_the_folder_of_another_study_is_refused(place: Place, change: dict[str, Any], told: str) -> None:
+    settle(study("dp=1"), place.output)
+    with pytest.raises(UserError, match=told):
+        settle(study("dp=1", **change), place.output)
+    settle(study("dp=2"), place.output)
+
+
+def test_a_folder_of_others_is_refused_and_left_as_it_is(place: Place) -> None:
+    place.output.mkdir()
+    (place.output / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is there already and holds no study"):
+        settle(study("dp=1"), place.output)
+    assert [path.name for path in place.output.iterdir()] == ["notes.txt"]
+
+
+def test_a_record_of_other_settings_is_not_passed_off_as_this_run(place: Place, tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text((ROOT / "examples/configs/sead_tiny.yaml").read_text())
+    asked = study("dp=1", config=str(base))
+    measure(asked, place)
+    base.write_text(base.read_text().replace("clip_grad: 1.0", "clip_grad: 2.0"))
+    with pytest.raises(UserError, match=r"dp1.json: was measured with other settings \(training.clip_grad 1.0 there"):
+        measure(asked, place)
+
+
+def test_more_ranks_than_there_are_are_refused_before_anything_runs(place: Place) -> None:
+    small = replace(place, most_ranks=2)
+    with pytest.raises(UserError, match="'dp=4': takes 4 ranks, and there are 2"):
+        measure(study("dp=1", "dp=4"), small)
+    assert not (place.output / "records").exists()
+
+
+def test_a_run_that_takes_too_long_is_ended_and_told(place: Place) -> None:
+    place.launch = lambda config, ranks, number: [sys.executable, "-c", "import time; time.sleep(60)"]
+    found = measure(study("dp=1", timeout_minutes=0.01), place)
+    assert found["dp1"]["reason"] == "took longer than timeout_minutes=0.01"
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("a\nerror: first\nerror: second\nmore", "first"),
+        ("Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: CUDA out of memory\nbye", None),
+        ("only words", "only words"),
+        ("", "ended with exit code 9"),
+    ],
+)
+def test_the_reason_is_what_the_run_told(log: str, reason: str | None) -> None:
+    assert reason_in(log, 9) == (reason or "torch.OutOfMemoryError: CUDA out of memory")
