@@ -167,7 +167,8 @@ def parse_run(text: str) -> RunOfStudy:
     return RunOfStudy(
         " ".join(f"{key}={kept[key]}" for key in words),
         dp,
-        {SIZES[k]: values.get(k, "1") for k in SIZES}
+        _without_parts(values)
+        | {SIZES[k]: values.get(k, "1") for k in SIZES}
         | {SHORT.get(k, k): v for k, v in values.items() if k in SHORT or "." in k},
         float(values["length"]) if "length" in values else None,
         {word: int(values[word]) for word in MODEL_WORDS if word in values},
@@ -175,6 +176,13 @@ def parse_run(text: str) -> RunOfStudy:
 
 
 RUN_KEYS = frozenset(dotted_keys(RunConfig))
+
+
+def _without_parts(values: dict[str, str]) -> dict[str, str]:
+    """A run without tensor parallelism splits no sequence, and one without stages has no virtual ones, whatever the
+    study's config says."""
+    alone = {"sp": ("tp", "false"), "vpp": ("pp", "null")}
+    return {SHORT[name]: value for name, (size, value) in alone.items() if values.get(size, "1") == "1"}
 
 
 def _unknown(key: str) -> str:

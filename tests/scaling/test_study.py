@@ -67,6 +67,15 @@ def test_a_mistake_in_a_run_names_the_run_and_what_would_be_valid(text: str, tol
     assert told in str(error.value) and "runs.weak" in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
+def test_a_run_does_without_what_its_layout_has_no_use_for() -> None:
+    """The 7B run is sequence parallel: on one tensor-parallel rank there is nothing to split."""
+    shapes = [f"{role}.path=examples/shapes/olmo3-32b" for role in ("student", "teacher")]
+    base = base_config(study(config="examples/configs/sead_7b.yaml", settings=shapes))
+    assert base.parallel.sequence_parallel
+    split = [parse_run(text).config(base).parallel.sequence_parallel for text in ("dp=8", "tp=2", "tp=2 sp=false")]
+    assert split == [False, True, False]
+
+
 def test_a_study_without_runs_is_refused() -> None:
     with pytest.raises(UserError, match=r"runs: none are asked for; name layouts under strong, weak"):
         study(runs={})
