@@ -68,6 +68,7 @@ class Layout:
     sequence_parallel: bool
     width: int  # bytes of a weight and of an activation
     recompute: str | None
+    cp: int = 1
 
     @property
     def flash(self) -> bool:
@@ -87,6 +88,7 @@ class Layers:
         self.query, self.key = w * t * shape.query_width // tp, w * t * shape.key_width // tp
         self.ffn = w * t * shape.ffn // tp
         self.projected = self.query + 2 * self.key
+        self.own_keys = 2 * self.key if layout.cp > 1 else 0  # and values, as they are sent to others
         kinds = 2 if shape.layer_types else 1  # of rotary angles
         self.all_angles = kinds * FP32 * shape.head_dim * (t if batch.packed else batch.length)
         self.copies = batch.rows > 1  # tensors of several rows are copied where a matrix is made of them
@@ -105,6 +107,8 @@ class Layers:
     def _attention_kept(self, window: int | None) -> int:
         normed, in_projection = self._norms_kept()
         selective = self.layout.recompute == "selective"
+        if self.layout.cp > 1 and not selective:
+            return normed + self.query + self.own_keys + self.query + self._log_sums
         copied = self.copies and self._rows_with_window(window)  # into packed sequences, and back
         one_by_one = self.batch.packed and not self.layout.flash
         context = self.query * (2 if copied or one_by_one else 1)
@@ -184,6 +188,7 @@ class Layers:
             before + self.projected + turned + key + (3 * wide + 1) * query // 2,  # queries are rotated
             before + self.projected + turned + key + query + (3 * wide + 1) * key // 2,
             before + self.projected + query + key + query + rows + gathered + stream,  # the output's product
+            before + self.projected + query + key + self._shared(),
             before + stream + own_gather + 2 * ffn,
             before + stream + 4 * ffn,  # SwiGLU
             before + stream + ffn + gathered + stream,
@@ -192,6 +197,11 @@ class Layers:
         embedded = self.whole * (2 if self.copies else 1) + (stream if self.layout.sequence_parallel else 0)
         return self.all_angles + max(embedded, stream + max(moments))
 
+    def _shared(self) -> int:
+        """Of attention to keys of other ranks: one's own, all of the group's, and those that each of two pieces sees,
+        which are half as many again as a rank holds, at most."""
+        return self.own_keys * (2 + 2 * self.layout.cp) if self.layout.cp > 1 else 0
+
     def backward(self, windows: list[int | None]) -> int:
         """What the backward pass of one layer adds to what waits: where the layer is computed again, all of it."""
         stream, ffn = self.stream, self.ffn
@@ -199,6 +209,7 @@ class Layers:
         weight = self.layout.width * self.shape.hidden * self.shape.ffn // self.layout.tp
         moments = (
             4 * ffn,  # SwiGLU
+            2 * self.query + self._shared() + self.own_keys * self.layout.cp,  # keys that are fetched anew, gradients
             max(gathered, stream) + ffn + weight,  # the second product's
             self.whole + (stream if self.layout.sequence_parallel else 0) - ffn + 2 * weight,  # the first one's
         )

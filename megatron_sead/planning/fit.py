@@ -163,7 +163,7 @@ def _smallest_micro_batch(config: RunConfig, plan: Plan) -> tuple[str, int]:
 
 def _nearest_layouts(config: RunConfig, plan: Plan, machine: Machine) -> Iterator[str]:
     """The fewest doublings away first."""
-    parallel, world = config.parallel, plan.world_size
+    parallel, world = config.parallel, plan.world_size // config.parallel.context_parallel_size
     sizes = [size for size in range(1, world + 1) if world % size == 0]
     here = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     others = [(tp, pp) for tp in sizes for pp in sizes if world % (tp * pp) == 0 and (tp, pp) != here]

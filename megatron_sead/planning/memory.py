@@ -28,19 +28,22 @@ class Load:
 
     config: RunConfig
     stage: int
-    replicas: int
+    replicas: int  # of its weights: data-parallel ranks, and those that share their sequences
     micro_batches: int  # a data-parallel rank and step
     length: int  # of the longest rollout
 
     @property
     def batch(self) -> Batch:
-        """A full micro-batch of the longest rollouts."""
+        """A full micro-batch of the longest rollouts; of sequences that ranks share, this rank's part."""
         training, multiple = self.config.training, length_multiple(self.config.parallel)
-        new = self.config.rollouts.max_new_tokens
+        new, ranks = self.config.rollouts.max_new_tokens, self.config.parallel.context_parallel_size
         prompt = self.length - new
         if training.micro_batch_tokens is not None:
-            return Batch(1, training.micro_batch_tokens // multiple * multiple, prompt, new, packed=True)
-        return Batch(training.micro_batch_size, -(-self.length // multiple) * multiple, prompt, new, packed=False)
+            return Batch(1, training.micro_batch_tokens // multiple * multiple // ranks, prompt, new, packed=True)
+        rows, length = training.micro_batch_size, -(-self.length // multiple) * multiple
+        if ranks > 1:
+            return Batch(1, rows * length // ranks, prompt, new, packed=True)
+        return Batch(rows, length, prompt, new, packed=False)
 
     @property
     def layout(self) -> Layout:
@@ -51,6 +54,7 @@ class Load:
             parallel.sequence_parallel,
             width,
             training.recompute_granularity,
+            parallel.context_parallel_size,
         )
 
     @property
@@ -213,8 +217,8 @@ def _student_pass(load: Load, layers: Layers) -> int:
 def _start(load: Load, student: ModelShape, teacher: ModelShape, teacher_weights: int) -> int:
     """The check of both models on a text, one row; and on the first rank transformers' model, a layer at a time."""
     multiple = length_multiple(load.config.parallel)
-    length = -(-student.probe_tokens // multiple) * multiple
-    batch = Batch(1, length, 1, student.probe_tokens - 1, packed=False)
+    length, ranks = -(-student.probe_tokens // multiple) * multiple, load.layout.cp
+    batch = Batch(1, length // ranks, 1, student.probe_tokens - 1, packed=ranks > 1)
     students, teachers = (Layers(shape, load.layout, batch) for shape in (student, teacher))
     scoring = Heads(students, teachers, load.config.training.scratch_bytes).scoring() if load.is_last else 0
     reference = 0

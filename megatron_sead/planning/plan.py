@@ -41,9 +41,10 @@ def print_plan(plan: Plan, config: RunConfig) -> None:
     """A table a model, a table of bytes per rank, and the notes, on stdout."""
     console = Console(width=None if Console().is_terminal else 120)
     parallel = config.parallel
+    context = f"context {parallel.context_parallel_size} x " if parallel.context_parallel_size > 1 else ""
     console.print(
         f"{counted(plan.world_size, 'rank')} = tensor {parallel.tensor_model_parallel_size} x pipeline "
-        f"{parallel.pipeline_model_parallel_size} x data {plan.data_parallel_size}; a step: "
+        f"{parallel.pipeline_model_parallel_size} x {context}data {plan.data_parallel_size}; a step: "
         f"{counted(config.training.global_batch_size, 'rollout')}, {_told_micro_batches(plan, config)} a data-parallel "
         f"rank, at most {plan.sequence_length:,} tokens a rollout",
         highlight=False,
@@ -135,8 +136,9 @@ def make_plan(
     if (missing := config.rollouts.missing()) is not None:
         notes.append(f"rollouts.engine={config.rollouts.engine}: {missing}; without it the run does not start")
     notes += [*config_warnings(config), *_told_uneven(config, shapes)]
+    replicas = data_parallel_size * config.parallel.context_parallel_size
     stages = [
-        stage_bytes(Load(config, stage, data_parallel_size, micro_batches, length), **shapes, gpu_bytes=gpu_bytes)
+        stage_bytes(Load(config, stage, replicas, micro_batches, length), **shapes, gpu_bytes=gpu_bytes)
         for stage in range(config.parallel.pipeline_model_parallel_size)
     ]
     return Plan(world_size, data_parallel_size, micro_batches, length, **shapes, stages=stages, notes=notes)

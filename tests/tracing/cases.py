@@ -213,6 +213,7 @@ WIDE = {
 LARGE = 2**18  # bytes of a copy that a GPU should not be idle for
 PLANS: dict[str, tuple[int, int, list[str]]] = {
     "planned: no recompute": (1, 0, [NONE]),
+    "planned: cp2, no recompute": (2, 0, [CP2, NONE]),
     "planned: tp2, sequence parallel": (2, 0, [TP2, SP, FULL]),
     "planned: pp2, last stage": (2, 1, [PP2, FULL]),
     "planned: packed, and filled by a shorter one": (1, 0, [NONE, "training.micro_batch_tokens=5000"]),

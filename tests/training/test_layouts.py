@@ -2,7 +2,8 @@
 
 fp32, ten steps with Adam. Losses and gradient norms differ by what summation order gives (measured: 4e-7 and 2e-6
 relative at worst); the bound is 1e-5. A sum over micro-batches or ranks taken as a mean of means, a wrong virtual stage
-or padded columns in a softmax are off by 1e-2 and more.
+or padded columns in a softmax are off by 1e-2 and more. Ranks that share sequences begin a step with the same gradient
+norm within 3e-7; over ten steps one of them, the most sensitive to the weights, came to differ by 1.1e-5.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def test_replayed_steps_are_the_same(layout: str, pools: RankPools, recorded: Pa
     expected, found = metrics_of(recorded), metrics_of(tmp_path / "run")
     assert len(found) == len(expected) == STEPS
     for step, (theirs, ours) in enumerate(zip(expected, found, strict=True)):
-        for key in ("loss", "grad_norm", "student_entropy", "teacher_entropy", "forward_kl", "reverse_kl"):
+        norm_bound = 2 * BOUND if "cp" in layout else BOUND
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=norm_bound), step
+        for key in ("loss", "student_entropy", "teacher_entropy", "forward_kl", "reverse_kl"):
             assert ours[key] == pytest.approx(theirs[key], rel=BOUND), (step, key)
         for key in ("response_tokens", "active_tokens", "eligible_prompts", "pass_rate", "alpha", "learning_rate"):
             assert ours[key] == theirs[key], (step, key)
