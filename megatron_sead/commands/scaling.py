@@ -37,8 +37,8 @@ def run(
         int | None, typer.Option(min=1, help="leave runs of more ranks for another time; default: refuse them")
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="measure again what has failed")] = False,
-    gpu_memory: Annotated[float, GPU_MEMORY] = 80.0,
-    host_memory: Annotated[float, HOST_MEMORY] = 2000.0,
+    gpu_memory: Annotated[str, GPU_MEMORY] = "80GB",
+    host_memory: Annotated[str, HOST_MEMORY] = "2000GB",
 ) -> None:
     """Measure every layout on the same rollouts, one after another, and write tables and plots.
 
