@@ -70,7 +70,7 @@ def apply_gradients(optimizer: Any) -> float:
         The norm before clipping, over all ranks, of each parameter once.
     """
     parts = optimizer_parts(optimizer)
-    counted = [gradient for part in parts for gradient in part.get_main_grads_for_grad_norm()]
+    counted = [gradient for part in parts for gradient in _counted_in_norm(part)]
     square = torch.nn.utils.get_total_norm(counted).square().to(torch.cuda.current_device())  # of none: on the CPU
     dist.all_reduce(square, group=parts[0].get_grad_stats_parallel_group())
     norm, most = square.item() ** 0.5, optimizer.config.clip_grad
@@ -78,6 +78,12 @@ def apply_gradients(optimizer: Any) -> float:
         torch.nn.utils.clip_grads_with_norm_([p for part in parts for p in part.get_parameters()], most, square.sqrt())
     optimizer.step_with_ready_grads()
     return norm
+
+
+def _counted_in_norm(part: Any) -> list[torch.Tensor]:
+    """Gradients of the parameters of which this rank counts; the method has another name since Megatron-Core 0.19."""
+    found = getattr(part, "get_main_grads_for_grad_norm", None) or part.get_grads_for_grad_norm
+    return list(found())
 
 
 def optimizer_parts(optimizer: Any) -> list[Any]:
