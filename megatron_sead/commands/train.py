@@ -54,7 +54,7 @@ def main(
         str | None, typer.Option(help="ranks to trace, as 0,16; default: the first of the first and last stage")
     ] = None,
     trace_rates: Annotated[
-        Path | None, typer.Option(help="YAML file with a machine's rates; default: megatron_sead/tracing/rates.yaml")
+        Path | None, typer.Option(help="YAML file with a machine's rates; default: megatron_sead/planning/rates.yaml")
     ] = None,
     world_size: Annotated[
         int | None,

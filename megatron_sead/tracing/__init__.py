@@ -11,7 +11,7 @@ tracing/collectives.py what ranks send each other: checked, recorded
 tracing/in_flight.py   what collectives still read and write: nobody may touch it before they are waited for
 tracing/calls.py       collectives of several ranks, compared
 tracing/errors.py      what a trace finds
-tracing/costs.py       floating-point operations, bytes, and what they take by `rates.yaml`
+tracing/costs.py       floating-point operations, bytes, and what they take by `planning/rates.yaml`
 tracing/watch.py       the mode that sees every operation and tells all of these
 tracing/checkpoint.py  saving and resuming, but for files
 tracing/repeats.py     operations that ran before, made again for less time

@@ -4,46 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch.utils.flop_counter import flop_registry
 
-from megatron_sead.config.settings import Settings
-from megatron_sead.config.settings_file import load_settings
+from megatron_sead.planning.rates import RATES as RATES
+from megatron_sead.planning.rates import Rates as Rates
+from megatron_sead.planning.rates import load_rates as load_rates
 from megatron_sead.tracing.collectives import GATHERS, SCATTERS, Call
 from megatron_sead.tracing.shadows import UNWRITTEN, is_cuda
-
-RATES = Path(__file__).with_name("rates.yaml")
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.baddbmm: (1, 2)}  # where the factors are
 NO_TRAFFIC = UNWRITTEN | {aten._unsafe_view.default, aten.detach.default}
-
-
-class Rates(Settings):
-    """What a machine does a second. Of a part that is used well: rates that runs reach, not those of a data sheet."""
-
-    bf16_tflops: float = Field(gt=0, description="of large bf16 matrix products and of attention")
-    fp32_tflops: float = Field(gt=0, description="of fp32 products")
-    memory_gb: float = Field(gt=0, description="GB/s of the GPU's memory, read and written together")
-    kernel_microseconds: float = Field(ge=0, description="that any operation on the GPU takes at least")
-    gpus_per_node: int = Field(ge=1, description="ranks that reach each other by the fast links")
-    node_link_gb: float = Field(gt=0, description="GB/s a GPU, one way, within a node")
-    network_gb: float = Field(gt=0, description="GB/s a GPU, one way, between nodes")
-    collective_microseconds: float = Field(ge=0, description="that any collective takes at least")
-    host_link_gb: float = Field(gt=0, description="GB/s between pinned host memory and the GPU")
-    pageable_host_link_gb: float = Field(gt=0, description="GB/s between other host memory and the GPU")
-
-
-def load_rates(path: Path = RATES) -> Rates:
-    """
-    Raises:
-        UserError: as settings do.
-    """
-    return load_settings(Rates, path, [])
 
 
 class Costs:
