@@ -202,6 +202,23 @@ def config_warnings(config: RunConfig) -> list[str]:
     return lines
 
 
+def needs_scores_of_whole_step(config: RunConfig) -> bool:
+    """Does every step but the first score all tokens with the student before it trains? With several micro-batches that
+    is a forward pass more."""
+    policy, zones = POLICIES.get(config.policy.name), config.zones
+    reads_zones = policy is None or policy.reads_zones  # one of the user's own is given zones
+    of_step = zones.scope == "global" and zones.thresholds == "global_step"
+    return (policy is not None and policy.needs_whole_step) or (reads_zones and of_step)
+
+
+def weighted_share(config: RunConfig) -> float:
+    """Share of the response tokens that a policy gives a weight, about: all of one that is not known."""
+    name = config.policy.name
+    if name in ("sead", "zones"):
+        return sum(config.zones.shares[1:]) / 100
+    return config.policy.keep_share if name.startswith("tip_") or name == "random_half" else 1.0
+
+
 OPENS_EARLIER = {
     "gated": "curriculum.c0=0.5 and curriculum.k=3 open at 26 % of the run",
     "competence_cdf": "by its definition it admits the last prompts as the run ends; a larger c0 admits more",

@@ -49,7 +49,7 @@ def require_fit(config: RunConfig, plan: Plan, machine: Machine) -> None:
         UserError: a phase needs more than a GPU has, or the ranks of a node more than its host; with settings that
             would help, and the nearest layouts that fit.
     """
-    mistakes = list(_too_large(config, plan, machine))
+    mistakes = shortages(config, plan, machine)
     if not mistakes:
         return
     helps, layouts = list(_helpful_settings(config, plan, machine)), list(_nearest_layouts(config, plan, machine))
@@ -60,6 +60,11 @@ def require_fit(config: RunConfig, plan: Plan, machine: Machine) -> None:
     if not helps and not layouts:
         mistakes.append("no other layout of as many ranks fits either; take more ranks, or shorter rollouts")
     raise UserError("\n".join(mistakes))
+
+
+def shortages(config: RunConfig, plan: Plan, machine: Machine) -> list[str]:
+    """What does not fit, a line each."""
+    return list(_too_large(config, plan, machine))
 
 
 def host_needed(config: RunConfig, plan: Plan) -> int:

@@ -6,6 +6,7 @@ GPU has as much is for `fit` to say.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -104,7 +105,7 @@ def size_of(count: float) -> str:
 
 
 def make_plan(
-    config: RunConfig, world_size: int, gpu_bytes: int = GPU_BYTES, known: dict[str, ModelShape] | None = None
+    config: RunConfig, world_size: int, gpu_bytes: int = GPU_BYTES, known: Mapping[str, ModelShape] | None = None
 ) -> Plan:
     """Check the layout against both models and count bytes per rank.
 
@@ -124,15 +125,16 @@ def make_plan(
     shapes: dict[str, ModelShape] = {}
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         with kept(mistakes):
-            shapes[role] = known[role] if known else read_shape(model, role)
+            shapes[role] = read_shape(model, role) if known is None else known[role]
             _check_layout(config, f"{role}.path={model.path}", shapes[role])
     with kept(mistakes):
-        require_same_rows(config.student.path, config.teacher.path)
-    length, notes = _sequence_length(config, shapes)
+        if known is None:
+            require_same_rows(config.student.path, config.teacher.path)
+    length, notes = sequence_length(config, shapes)
     mistakes += _too_long(config, shapes, length)
     if mistakes:
         raise UserError("\n".join(dict.fromkeys(mistakes)))
-    micro_batches = _most_micro_batches(config, data_parallel_size, length)
+    micro_batches = most_micro_batches(config, data_parallel_size, length)
     if (missing := config.rollouts.missing()) is not None:
         notes.append(f"rollouts.engine={config.rollouts.engine}: {missing}; without it the run does not start")
     notes += [*config_warnings(config), *_told_uneven(config, shapes)]
@@ -169,7 +171,7 @@ def left_of_budget(config: RunConfig, length: int) -> int:
     return 0 if budget is None else budget // multiple * multiple - together(config, length) * length
 
 
-def _most_micro_batches(config: RunConfig, data_parallel_size: int, length: int) -> int:
+def most_micro_batches(config: RunConfig, data_parallel_size: int, length: int) -> int:
     """Of a data-parallel rank and step: packed ones are so many when every rollout is as long as it may be."""
     multiple = count_multiple(config.parallel)
     count = -(-config.training.global_batch_size // (together(config, length) * data_parallel_size))
@@ -185,7 +187,7 @@ def _check_layout(config: RunConfig, source: str, shape: ModelShape) -> None:
     )
 
 
-def _sequence_length(config: RunConfig, shapes: dict[str, ModelShape]) -> tuple[int, list[str]]:
+def sequence_length(config: RunConfig, shapes: Mapping[str, ModelShape]) -> tuple[int, list[str]]:
     """Tokens of the longest rollout, prompt included; and a note where its prompt is assumed."""
     new, most = config.rollouts.max_new_tokens, config.prompts.max_prompt_tokens
     if most is not None:
