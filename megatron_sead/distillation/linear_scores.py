@@ -103,12 +103,9 @@ def linear_token_scores(
         shard = vocabulary_shard(len(student_head), group, vocab_size)
         sequence_group = shard.group if sequence_parallel else None
         check_per_token(whole_shape(student_hidden, sequence_group), student_hidden.device, targets=targets)
-        if targets.is_floating_point():
-            raise ValueError(f"targets are {targets.dtype}: must be token ids, integers")
         size = 1 if shard.group is None else shard.group.size()
         limit = len(student_head) * size if vocab_size is None else vocab_size
-        if outside := [token for token in (*stops[0], *stops[1]) if not 0 <= token < limit]:
-            raise ValueError(_outside(outside[0], limit))
+        _check_tokens(targets, (*stops[0], *stops[1]), limit)
     dtype = accumulation_dtype(torch.promote_types(student_head.dtype, teacher_head.dtype))
     chosen = choose(
         targets >= 0,
@@ -172,6 +169,13 @@ def _stop_sum(
         return torch.zeros_like(maximum)
     stops = torch.stack([logits[:, column] for column in columns], dim=-1)  # a list as index is copied to a GPU
     return (stops - maximum.masked_fill(maximum == -torch.inf, 0.0)[:, None]).exp().sum(-1)
+
+
+def _check_tokens(targets: torch.Tensor, stops: tuple[int, ...], limit: int) -> None:
+    if targets.is_floating_point():
+        raise ValueError(f"targets are {targets.dtype}: must be token ids, integers")
+    if outside := [token for token in stops if not 0 <= token < limit]:
+        raise ValueError(_outside(outside[0], limit))
 
 
 def _outside(token: int, limit: int) -> str:
