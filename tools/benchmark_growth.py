@@ -28,6 +28,7 @@ from rich.console import Console
 from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.config.run import ModelSettings
 from megatron_sead.distillation import Curriculum, zones
+from megatron_sead.distillation.selection import DIGIT, KEY_BITS
 from megatron_sead.files.outputs import require_free
 from megatron_sead.prompts.packing import pack
 from megatron_sead.prompts.tokenizer import load_tokenizer
@@ -42,12 +43,13 @@ A_RANK = ALL // 64  # and of each share, in weak scaling
 LENGTHS = "2000,16384"
 MOST, PROMPT = 16384, 128
 RANKS = (1, 4, 16, 64)
+HISTOGRAMS = -(-32 // DIGIT) + -(-KEY_BITS // DIGIT)  # of a selection by fp32 values
 PROMPT_SETS = (1_000, 10_000, 100_000, 1_000_000)
 PARTS = {  # what a rank does, and on how much of the step
     "rollouts from all ranks": "all; unpickling what the others wrote",
     "text of responses": "its share",
     "packing": "all lengths; tokens of its share",
-    "zones": "all",
+    "zones": "its share; histograms of all",
     "record": "all; the first rank alone",
 }
 
@@ -81,25 +83,24 @@ def measure(ranks: int, tokens: int, repeats: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(ModelSettings(path=PAIR / "student"), "student")
     shares = [pickle.dumps(dict(enumerate(rollouts[rank::ranks]))) for rank in range(ranks)]
     own = rollouts[::ranks]
-    gathered = entropies(total, ranks)
+    own_tokens = entropies(total // ranks)
     print(f"{ranks} ranks, {total:,} tokens", file=sys.stderr, flush=True)
     seconds = {
         "rollouts from all ranks": least(lambda: [pickle.loads(share) for share in shares], repeats),
         "text of responses": least(lambda: [tokenizer.decode(r.response_token_ids) for r in own], repeats),
         "packing": least(lambda: packed(rollouts, ranks), repeats),
-        "zones": least(lambda: zones_of(gathered), repeats),
+        "zones": least(lambda: zones_of(own_tokens), repeats),
     }
     with tempfile.TemporaryDirectory() as folder:
         extras = [{"response": "", "correct": True, "zones": "A" * len(r.response_token_ids)} for r in rollouts]
         seconds["record"] = least(lambda: write_records(Path(folder, "step-0.jsonl"), rollouts, extras), 1)
-    longest = max(sum(len(r.response_token_ids) for r in rollouts[rank::ranks]) for rank in range(ranks))
     return {
         "ranks": ranks,
         "tokens": total,
         "rollouts": len(rollouts),
         "seconds": seconds,
         "pickled_bytes": sum(map(len, shares)),
-        "zones_bytes": 16 * longest * ranks,  # every share is padded to the longest
+        "zones_bytes": 2 * HISTOGRAMS * 8 * 2**DIGIT,  # of C, then of B
     }
 
 
@@ -145,16 +146,15 @@ def packed(rollouts: list[Rollout], ranks: int) -> None:
     )
 
 
-def entropies(tokens: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of all ranks, as they lie there after the gather: student's, teacher's, and the key of each token."""
+def entropies(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The student's and the teacher's, and the key of each token."""
     torch.manual_seed(0)
-    order = torch.arange(tokens).reshape(-1)[torch.randperm(tokens)] if ranks > 1 else torch.arange(tokens)
-    return torch.rand(tokens) ** 4, torch.rand(tokens) ** 8, order
+    return torch.rand(tokens) ** 4, torch.rand(tokens) ** 8, torch.randperm(tokens)
 
 
-def zones_of(gathered: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    """What each rank computes once the entropies of all are there."""
-    student, teacher, index = gathered
+def zones_of(own: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    """What each rank computes between the all-reduces of its histograms."""
+    student, teacher, index = own
     zones.zones_and_thresholds(student, teacher, torch.ones_like(index, dtype=torch.bool), token_index=index)
 
 
@@ -190,7 +190,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """A line a number of ranks."""
-    head = ["ranks", "rollouts", "tokens", *PARTS, "rollouts, MB pickled", "zones, MB gathered"]
+    head = ["ranks", "rollouts", "tokens", *PARTS, "rollouts, MB pickled", "zones, MB all-reduced"]
     rows = [head, ["---"] * len(head)]
     for line in lines:
         sizes = [f"{line[name] / 1e6:.1f}" for name in ("pickled_bytes", "zones_bytes")]
