@@ -31,10 +31,11 @@ def conclusion(runs: Sequence[Numbers], cores: int | None) -> str:
         ratio = best.tokens_per_second / fewest.tokens_per_second
         said += f", {ratio:.2f} times that of {fewest.shape} on {best.ranks / fewest.ranks:g} times the ranks"
         said += f" (efficiency {efficiency(whole)[best.name]:.0%})"
-    limits = [text for name in DIMENSIONS if (text := _limit(name, whole, cores))]
-    if best.kind == "predicted" and (text := _limit_of_ranks(whole)):
-        limits.insert(0, text)
-    return "; ".join([said, *limits]) + "."
+    if best.kind == "predicted":
+        limits = [_limit_of_ranks(whole)]
+    else:
+        limits = [_limit(name, whole, cores) for name in DIMENSIONS]
+    return "; ".join([said, *filter(None, limits)]) + "."
 
 
 def _limit(name: str, runs: Sequence[Numbers], cores: int | None) -> str | None:

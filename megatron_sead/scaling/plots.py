@@ -28,8 +28,8 @@ def draw_all(experiments: dict[str, list[Numbers]], folder: Path) -> dict[str, s
         if whole:
             draw = _scaling if experiment in ("strong", "weak") else _growth
             found[experiment] = _save(draw(whole, experiment), folder / f"{experiment}.svg")
-    if every:
-        found["memory"] = _save(_memory(list(every.values())), folder / "memory.svg")
+    if held := [run for run in every.values() if run.memory]:
+        found["memory"] = _save(_memory(held), folder / "memory.svg")
     groups = same_workload(list(every.values()))
     if groups:
         found["parity"] = _save(_parity(max(groups, key=len)), folder / "parity.svg")

@@ -77,8 +77,8 @@ def markdown(experiments: dict[str, list[Numbers]], raw: dict[str, Any], said: s
         if experiment in drawn:
             parts.append(f"![{Experiments.TITLES[experiment]}]({drawn[experiment]})")
     whole = [run for run in every.values() if run.reason is None]
-    if whole:
-        parts += ["## Memory, by layout", table(MEMORY, whole)]
+    if any(run.memory for run in whole):
+        parts += ["## Memory, by layout", table(MEMORY, [run for run in whole if run.memory])]
         parts += [f"![Memory by layout, and the plan]({drawn['memory']})"] if "memory" in drawn else []
         if any(run.groups for run in whole):
             parts += ["## Collectives of a step, a rank", _collectives(whole)]
@@ -97,7 +97,9 @@ def table(columns: Sequence[Column], runs: Sequence[Numbers]) -> str:
 
 
 def _columns(experiment: str, runs: Sequence[Numbers]) -> list[Column]:
-    columns: list[Column] = [("run", lambda r: r.text), ("ranks", lambda r: f"{r.ranks:,}")]
+    predicted = any(run.kind == "predicted" for run in runs)
+    first: Column = ("predicted layout", lambda r: r.shape) if predicted else ("run", lambda r: r.text)
+    columns: list[Column] = [first, ("ranks", lambda r: f"{r.ranks:,}")]
     if experiment in ("vocabulary", "layers"):
         columns.append((experiment, lambda r: f"{getattr(r, experiment):,}"))
     columns += [("tokens a step", lambda r: f"{r.tokens:,.0f}"), ("seconds a step", seconds)]
@@ -114,7 +116,9 @@ def _columns(experiment: str, runs: Sequence[Numbers]) -> list[Column]:
     if any(run.padding > 0.005 for run in runs):
         columns.append(("padding", lambda r: f"{r.padding:.0%}"))
     if any(run.binds for run in runs):
-        columns.append(("what binds", lambda r: r.binds or ""))
+        columns.append(("most goes to", lambda r: r.binds or ""))
+    if predicted:
+        columns += [("planned GiB", lambda r: f"{r.planned_memory / 2**30:.1f}"), ("run", lambda r: f"`{r.text}`")]
     return columns
 
 
@@ -169,7 +173,7 @@ def _circumstances(records: Sequence[dict[str, Any]]) -> str:
     lines = []
     if len(measured) < len(records):
         lines.append(
-            "**Predictions, not measurements**, where a run's kind says so: "
+            "**These are predictions, not measurements**: "
             + first_of(list(dict.fromkeys(r.get("source", "") for r in records if r["kind"] == "predicted")))
         )
     if measured:
