@@ -35,7 +35,7 @@ from megatron_sead.prompts.tokenizer import load_tokenizer
 from megatron_sead.reporting.machine import machine
 from megatron_sead.rollouts.engine import Rollout
 from megatron_sead.rollouts.records import write_records
-from megatron_sead.scaling.lengths import drawing
+from megatron_sead.scaling.rollouts import drawing
 
 PAIR = Path(__file__).parents[1] / "examples" / "tiny"
 ALL = 1_500_000  # response tokens of a step, in strong scaling
@@ -116,7 +116,7 @@ def least(call: Callable[[], Any], repeats: int) -> float:
 
 def made_rollouts(tokens: int, ranks: int) -> list[Rollout]:
     """Of at least so many response tokens, a multiple of the ranks in number."""
-    chance, draw = random.Random(0), drawing(LENGTHS)
+    chance, draw = random.Random(0), drawing(LENGTHS, MOST)
     made: list[Rollout] = []
     left = tokens
     while left > 0 or len(made) % ranks:

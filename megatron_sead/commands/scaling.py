@@ -1,4 +1,5 @@
-"""Layouts beside each other: ``sead scaling run --study FILE --output DIR``, and ``sead scaling report DIR``."""
+"""Layouts beside each other: ``sead scaling run --study FILE --output DIR``; ``predict`` instead of ``run`` needs no
+machine; ``report DIR`` makes tables and plots again."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from megatron_sead.config.settings_file import load_settings
 from megatron_sead.errors import UserError
 
 if TYPE_CHECKING:
+    from megatron_sead.config.run import RunConfig
+    from megatron_sead.planning.fit import Machine
     from megatron_sead.scaling.conducting import Place
     from megatron_sead.scaling.study import Study
 
@@ -52,6 +55,7 @@ def run(
 
         asked = load_settings(Study, study, overrides or [])
         base, machine = base_config(asked), machine_of(gpu_memory, host_memory)
+        asked = _with_chosen_layouts(asked, base, machine)
         cluster = find_cluster(slurm, ranks_per_node, base.device)
         place = Place(
             output.absolute(), cluster.command, cluster.most_ranks, machine, cluster.node == 0, now=most_ranks
@@ -75,6 +79,57 @@ def _conduct_and_report(study: Study, place: Place, retry: bool) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command goes on with what is not measured yet", file=sys.stderr)
         sys.exit(130)
+
+
+def _with_chosen_layouts(study: Study, base: RunConfig, machine: Machine, rates: Path | None = None) -> Study:
+    """The study with its wishes ("ranks=8 best=10") replaced by layouts that the plan chooses."""
+    from megatron_sead.scaling.study import parse_wish
+
+    if not any(parse_wish(text) for texts in study.runs.lists().values() for text in texts):
+        return study
+    from megatron_sead.planning.candidates import Cluster, read_pair
+    from megatron_sead.planning.rates import CPU_RATES, RATES, load_rates
+    from megatron_sead.scaling.choosing import chosen
+
+    pair = read_pair(base, study.lengths)
+    known = load_rates(rates or (RATES if base.device == "cuda" else CPU_RATES))
+    return chosen(study, base, pair, Cluster(1, machine, known))
+
+
+@app.command()
+def predict(
+    study: Annotated[Path, STUDY],
+    output: Annotated[Path, typer.Option(help="new directory for records, tables and plots")],
+    overrides: Annotated[list[str] | None, OVERRIDES] = None,
+    rates: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with a machine's rates; default: planning/rates.yaml"),
+    ] = None,
+    gpu_memory: Annotated[float, GPU_MEMORY] = 80.0,
+    host_memory: Annotated[float, HOST_MEMORY] = 2000.0,
+) -> None:
+    """Predict instead of measuring: seconds and memory of every layout by the plan's formulas, as tables and plots.
+
+    Steps are whole, with rollouts by the config's own engine. Nothing is run, and all is labelled as predicted.
+    """
+    with one_line_errors():
+        from megatron_sead.planning.candidates import Cluster, read_pair
+        from megatron_sead.planning.rates import CPU_RATES, RATES, load_rates
+        from megatron_sead.scaling.conducting import settle
+        from megatron_sead.scaling.predicting import predict_study
+        from megatron_sead.scaling.report import write_report
+        from megatron_sead.scaling.study import Study, whole_config
+
+        asked = load_settings(Study, study, overrides or [])
+        base, machine = whole_config(asked), machine_of(gpu_memory, host_memory)
+        asked = _with_chosen_layouts(asked, base, machine, rates)
+        known = load_rates(rates or (RATES if base.device == "cuda" else CPU_RATES))
+        pair = read_pair(base, asked.lengths)
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"--output {output}: exists already; choose another, or move it away")
+        settle(asked, output)
+        predict_study(asked, pair, Cluster(1, machine, known), output)
+        print(write_report(output))
 
 
 @app.command()
@@ -103,10 +158,10 @@ def rollouts(
     """Write synthetic rollouts: random tokens of given lengths, in the format that rollouts.engine=replay reads."""
     with one_line_errors():
         from megatron_sead.config.run import load_config
-        from megatron_sead.scaling.lengths import drawing
-        from megatron_sead.scaling.rollouts import write_rollouts
+        from megatron_sead.scaling.rollouts import drawing, write_rollouts
 
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"--output {output}: exists already; choose another, or move it away")
-        write_rollouts(output, load_config(config, overrides or []), steps, drawing(lengths), seed)
+        asked = load_config(config, overrides or [])
+        write_rollouts(output, asked, steps, drawing(lengths, asked.rollouts.max_new_tokens), seed)
         print(f"{output}: rollouts of {steps} steps")

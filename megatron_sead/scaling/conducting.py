@@ -21,10 +21,10 @@ from megatron_sead.config.settings_file import dump_settings, flatten, load_sett
 from megatron_sead.errors import UserError
 from megatron_sead.files.durable import replace_text
 from megatron_sead.planning.fit import Machine, require_fit
+from megatron_sead.planning.lengths import read_lengths
 from megatron_sead.planning.plan import make_plan
 from megatron_sead.reporting.machine import machine
 from megatron_sead.scaling import records
-from megatron_sead.scaling.lengths import drawing
 from megatron_sead.scaling.rank import FOLDER as RANKS
 from megatron_sead.scaling.study import WATCHED_STEPS, RunOfStudy, Study, base_config, parse_run
 
@@ -82,7 +82,7 @@ def conduct(study: Study, place: Place, *, retry: bool = False) -> None:
         UserError: a mistake in the study, before anything runs; or a record is of other settings.
     """
     base, runs = base_config(study), asked_runs(study)
-    drawing(study.lengths)
+    read_lengths(study.lengths, base.rollouts.max_new_tokens, None)
     for run in runs.values():
         ranks = run.ranks(base)
         if place.most_ranks is not None and place.most_ranks < ranks <= (place.now or ranks):
@@ -197,7 +197,7 @@ def _measure(run: RunOfStudy, config: RunConfig, study: Study, place: Place, num
 
 def _write_inputs(run: RunOfStudy, config: RunConfig, study: Study) -> None:
     from megatron_sead.scaling.models import write_random_model
-    from megatron_sead.scaling.rollouts import tokens_of, write_rollouts
+    from megatron_sead.scaling.rollouts import drawing, tokens_of, write_rollouts
 
     if run.models:
         base = base_config(study)
@@ -205,7 +205,7 @@ def _write_inputs(run: RunOfStudy, config: RunConfig, study: Study) -> None:
             write_random_model(getattr(base, role).path, getattr(config, role).path, run.models, study.seed + seed)
     assert config.rollouts.recorded is not None
     if study.recorded is None:
-        draw = drawing(study.lengths, run.length)
+        draw = drawing(study.lengths, config.rollouts.max_new_tokens, run.length)
         write_rollouts(config.rollouts.recorded, config, study.all_steps, draw, study.seed)
     tokens_of(config.rollouts.recorded, study.all_steps - 1)
     config.output.mkdir(parents=True, exist_ok=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import UserError
+from megatron_sead.planning.lengths import read_lengths
 from megatron_sead.prompts.dataset import Prompt, stream_prompts
 from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
 from megatron_sead.rollouts.engine import Rollout
 from megatron_sead.rollouts.records import read_records, record_path, write_records
-from megatron_sead.scaling.lengths import Draw
 
+Draw = Callable[[random.Random], int]  # tokens of a response
 STRIDE = 7919  # prompts, from those of one step to those of the next
 
 
@@ -59,6 +61,22 @@ def _rollout(prompt: Prompt, wanted: int, most: int, plain: list[int], stop: int
     finished = wanted <= most
     tokens = chance.choices(plain, k=wanted - 1 if finished else most) + ([stop] if finished else [])
     return Rollout(prompt.id, 0, prompt.student_token_ids, tuple(tokens), finished, None)
+
+
+def drawing(told: str, longest: int, mean: float | None = None) -> Draw:
+    """How to draw a length.
+
+    Args:
+        told: MEAN,P99 of a log-normal distribution, a run's directory, or a file with a number of tokens a line.
+        longest: what would be longer is one token longer, so that the limit cuts it.
+        mean: instead of what is told; the lengths change in proportion.
+
+    Raises:
+        UserError: none of these.
+    """
+    lengths = read_lengths(told, 2**31, None)
+    scale = 1.0 if mean is None else mean / lengths.mean
+    return lambda chance: max(1, min(longest + 1, round(scale * chance.choice(lengths.values))))
 
 
 def plain_tokens(tokenizer: ModelTokenizer) -> list[int]:

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -70,8 +70,8 @@ class Study(Settings):
     seed: int = Field(0, ge=0, description="of lengths and tokens of synthetic rollouts")
     lengths: str = Field(
         "2000,16384",
-        description="tokens of responses: MEAN,P99 of a log-normal distribution, or a file with a number a line; "
-        "rollouts.max_new_tokens cuts",
+        description="tokens of responses: MEAN,P99 of a log-normal distribution, a run's directory, or a file with a "
+        "number a line; rollouts.max_new_tokens cuts",
     )
     recorded: LocalPath | None = Field(
         None, description="run directory whose rollouts are replayed; null: synthetic ones, of `lengths`"
@@ -94,7 +94,8 @@ class Study(Settings):
         for name, runs in self.runs.lists().items():
             for text in runs:
                 try:
-                    parse_run(text)
+                    wish = parse_wish(text)
+                    parse_run(text if wish is None else wish.rest)
                 except UserError as error:
                     yield f"runs.{name}: {error}"
 
@@ -176,6 +177,31 @@ def parse_run(text: str) -> RunOfStudy:
 
 
 RUN_KEYS = frozenset(dotted_keys(RunConfig))
+
+
+class Wish(NamedTuple):
+    """Runs whose layout the plan chooses."""
+
+    ranks: int
+    best: int  # how many of those that it ranks highest
+    rest: str  # what else the run says
+
+
+def parse_wish(text: str) -> Wish | None:
+    """None: the text names a layout itself.
+
+    Raises:
+        UserError: it does both, or its numbers are none.
+    """
+    values = {key: value for key, _, value in (word.partition("=") for word in text.split())}
+    if "ranks" not in values:
+        return None
+    for key in ("ranks", "best"):
+        _require_whole(text, key, values.get(key, "1"))
+    if both := sorted({*SIZES, "dp", "vpp"} & values.keys()):
+        raise UserError(f"{text!r}: {both[0]}: cannot be given beside ranks, with which the plan chooses the layout")
+    rest = [word for word in text.split() if word.partition("=")[0] not in ("ranks", "best")]
+    return Wish(int(values["ranks"]), int(values.get("best", "1")), " ".join(rest))
 
 
 def _without_parts(values: dict[str, str]) -> dict[str, str]:
