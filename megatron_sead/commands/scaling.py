@@ -105,8 +105,8 @@ def predict(
         Path | None,
         typer.Option(help="YAML file with a machine's rates; default: planning/rates.yaml"),
     ] = None,
-    gpu_memory: Annotated[float, GPU_MEMORY] = 80.0,
-    host_memory: Annotated[float, HOST_MEMORY] = 2000.0,
+    gpu_memory: Annotated[str, GPU_MEMORY] = "80GB",
+    host_memory: Annotated[str, HOST_MEMORY] = "2000GB",
 ) -> None:
     """Predict instead of measuring: seconds and memory of every layout by the plan's formulas, as tables and plots.
 
