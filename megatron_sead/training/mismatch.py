@@ -18,8 +18,11 @@ from megatron_sead.prompts.packing import MicroBatch
 
 # Shapes: n response tokens of a micro-batch
 
-DIFFERENCE = "sampling_log_prob_difference"
-STATISTICS = (DIFFERENCE, f"{DIFFERENCE}_p99", f"{DIFFERENCE}_max")
+STATISTICS = (
+    "sampling_log_prob_difference",
+    "sampling_log_prob_difference_p99",
+    "sampling_log_prob_difference_max",
+)
 
 
 def importance_weights(student_log_prob: torch.Tensor, sampled_log_prob: torch.Tensor, cap: float) -> torch.Tensor:
