@@ -168,7 +168,7 @@ def sabotage(folder: Path, name: str) -> dict[str, Any]:
         with SABOTAGES[name]():
             for rank in (0, 1):
                 calls[rank] = trace_rank(config, rank, 2, [Rollouts(2, 4, 28)], load_rates()).calls
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return {"error": str(error)}
     return {"error": None, "disagreements": disagreements(calls)}
 
@@ -253,7 +253,7 @@ def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     from megatron_sead.tracing import shadows
 
-    shadows.SMALL = 2**10  # small models' activations are to be as unknown as large ones'
+    shadows.SMALL = 2**11  # a histogram is known; small models' activations are to be as unknown as large ones'
     kinds = ((program, PROGRAMS), (trace, MATRIX), (sabotage, SABOTAGES), (extension, ["extension"]), (planned, PLANS))
     for kind, cases in kinds:
         for name in cases:

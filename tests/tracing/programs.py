@@ -251,7 +251,7 @@ ALONE: dict[str, tuple[Body, str]] = {
     "counted on two devices": (counted_on_two_devices, "different devices"),
     "lists on two devices": (lists_on_two_devices, "device"),
     "moments on the host": (moments_on_the_host, "device"),
-    "index on the device": (index_on_the_device, "ndices"),
+    "index on the device": (index_on_the_device, "different devices"),
     "freed and used": (freed_and_used, "after its memory was freed"),
 }
 

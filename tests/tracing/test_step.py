@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="a fake CUDA device n
 UNKNOWN = {  # operations that a CPU has no kernel for
     "torch_attn._varlen_attn.default",
     "torch_attn._varlen_attn_backward.default",
+    "aten._fused_rms_norm_backward.default",
     "aten._scaled_dot_product_flash_attention.default",
     "aten._scaled_dot_product_flash_attention_backward.default",
 }
