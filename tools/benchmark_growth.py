@@ -46,7 +46,7 @@ RANKS = (1, 4, 16, 64)
 HISTOGRAMS = -(-32 // DIGIT) + -(-KEY_BITS // DIGIT)  # of a selection by fp32 values
 PROMPT_SETS = (1_000, 10_000, 100_000, 1_000_000)
 PARTS = {  # what a rank does, and on how much of the step
-    "rollouts from all ranks": "all; unpickling what the others wrote",
+    "rollouts of all ranks": "all; pickled, as they travel",
     "text of responses": "its share",
     "packing": "all lengths; tokens of its share",
     "zones": "its share; histograms of all",
@@ -86,7 +86,7 @@ def measure(ranks: int, tokens: int, repeats: int) -> dict[str, Any]:
     own_tokens = entropies(total // ranks)
     print(f"{ranks} ranks, {total:,} tokens", file=sys.stderr, flush=True)
     seconds = {
-        "rollouts from all ranks": least(lambda: [pickle.loads(share) for share in shares], repeats),
+        "rollouts of all ranks": least(lambda: pickle.dumps(dict(enumerate(rollouts))), repeats),
         "text of responses": least(lambda: [tokenizer.decode(r.response_token_ids) for r in own], repeats),
         "packing": least(lambda: packed(rollouts, ranks), repeats),
         "zones": least(lambda: zones_of(own_tokens), repeats),

@@ -80,7 +80,7 @@ class EarlyScores:
         learner = self._run.learner
         hidden = learner.teacher.hidden_states(micro_batches, self._run.parallel, learner.heads.whole_rows)
         scored: dict[int, torch.Tensor] = {}
-        for batch, states in zip(micro_batches, hidden, strict=True):
+        for batch, states in zip(micro_batches, hidden, strict=False):  # none before the last stage
             places, counts = torch.unique_consecutive(batch.rollout_index, return_counts=True)
             scored |= zip((numbers[i] for i in places.tolist()), states.split(counts.tolist()), strict=True)
         return scored
