@@ -50,7 +50,10 @@ LAYOUTS = {
     "tp2 x pp2 sequence parallel": (4, [*TP2, *PP2, *SP]),
     "tp2 x dp2": (4, TP2),
     "cp2 x dp2": (4, CP2),
-    "packed, cp2 x tp2 sequence parallel, full recompute": (4, [*PACKED, *CP2, *TP2, *SP, *FULL]),
+    "packed, cp2 x tp2 sequence parallel, full recompute": (
+        4,
+        [*PACKED, *CP2, *TP2, *SP, *FULL, "training.micro_batch_tokens=800"],
+    ),
 }
 
 
