@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 # Shapes: n tokens of this rank
 
-DIGIT = 11  # bits that a histogram tells apart: 16 KB a collective
+DIGIT = 10  # bits that a histogram tells apart: 8 KB a collective
 KEY_BITS = 63
 
 

@@ -253,7 +253,7 @@ def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     from megatron_sead.tracing import shadows
 
-    shadows.SMALL = 2**11  # a histogram is known; small models' activations are to be as unknown as large ones'
+    shadows.SMALL = 2**10  # a histogram is known; small models' activations are to be as unknown as large ones'
     kinds = ((program, PROGRAMS), (trace, MATRIX), (sabotage, SABOTAGES), (extension, ["extension"]), (planned, PLANS))
     for kind, cases in kinds:
         for name in cases:

@@ -91,8 +91,9 @@ def test_a_collective_that_one_rank_leaves_out_is_told(results: dict[str, dict[s
 def test_numbers_of_all_layers_follow_from_a_few(results: dict[str, dict[str, Any]]) -> None:
     result = results["extension"]
     assert "failed" not in result, result["failed"]
-    exact = ("parameters", "calls", "sent", "copies", "copied", "reads")
-    for kind, bound in (*((kind, 0) for kind in exact), ("flops", 0.01), ("peak", 0.01)):
+    exact = ("parameters", "calls", "copies", "copied", "reads")
+    # How many tokens teach is rounded for each micro-batch
+    for kind, bound in (*((kind, 0) for kind in exact), ("sent", 0.01), ("flops", 0.01), ("peak", 0.01)):
         for key, extended, whole in result[kind]:
             assert extended == pytest.approx(whole, rel=bound, abs=2**10 if bound else 0), (kind, key)
     assert len(result["peak"]) > 5
