@@ -138,7 +138,7 @@ def _key_of_model(role: str, run: RunOfStudy) -> str:
 
 
 def _require_same(record: dict[str, Any], config: RunConfig, output: Path) -> None:
-    there, here = record["settings"], _settings(config)
+    there, here = record["settings"], _settings(config, output)
     changed = [key for key in here | there if there.get(key) != here.get(key)]
     if changed:
         told = ", ".join(f"{key} {there.get(key)!r} there and {here.get(key)!r} here" for key in changed[:3])
@@ -148,9 +148,13 @@ def _require_same(record: dict[str, Any], config: RunConfig, output: Path) -> No
         )
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """Flat, as JSON; the folders within the study's own are not part of them."""
+def _settings(config: RunConfig, output: Path) -> dict[str, Any]:
+    """Flat, as JSON; the run's own folders are not part of them, and models that the study makes are named from its
+    folder on, which may be moved."""
     flat = flatten(config.model_dump(mode="json"))
+    for key in ("student.path", "teacher.path"):
+        if Path(flat[key]).is_relative_to(output):
+            flat[key] = Path(flat[key]).relative_to(output).as_posix()
     return {key: value for key, value in flat.items() if key not in ("output", "rollouts.path")}
 
 
@@ -171,7 +175,7 @@ def _measure(run: RunOfStudy, config: RunConfig, study: Study, place: Place, num
     """The record; None where this node has no part in it."""
     ranks, layout = run.ranks(config), layout_of(run, config)
     record: dict[str, Any] = {"name": run.name, "text": run.text, "kind": "measured", "ranks": ranks, "layout": layout}
-    record |= {"settings": _settings(config), "warm_up": study.warm_up, "watched": WATCHED_STEPS}
+    record |= {"settings": _settings(config, place.output), "warm_up": study.warm_up, "watched": WATCHED_STEPS}
     record |= {"date": date.today().isoformat(), "machine": machine(), "code": code_fingerprint()}
     record |= {"versions": {name: version(name) for name in ("torch", "megatron-core")}}
     try:

@@ -146,6 +146,16 @@ def test_a_record_of_other_settings_is_not_passed_off_as_this_run(place: Place, 
         measure(asked, place)
 
 
+def test_a_study_that_is_moved_goes_on(place: Place, tmp_path: Path) -> None:
+    """Its own models are named from its folder on, and no record names a place of the machine."""
+    asked = study("tp=1 layers=8")
+    (record,) = measure(asked, place).values()
+    assert record["settings"]["student.path"] == "models/student-layers8"
+    moved = replace(place, output=tmp_path / "moved", launch=lambda *_: pytest.fail("it is measured already"))
+    place.output.rename(moved.output)
+    measure(asked, moved)
+
+
 def test_more_ranks_than_there_are_are_refused_before_anything_runs(place: Place) -> None:
     small = replace(place, most_ranks=2)
     with pytest.raises(UserError, match="'dp=4': takes 4 ranks, and there are 2"):
