@@ -77,7 +77,7 @@ def config_of(case: Case) -> RunConfig:
 
 def compare(case: Case) -> dict[str, tuple[int, int]]:
     """By phase: what is planned, and what a step of the traced rank has, both in bytes."""
-    from megatron_sead.tracing.costs import load_rates
+    from megatron_sead.planning.rates import load_rates
     from megatron_sead.tracing.extend import few_micro_batches, trace_ranks
 
     config = config_of(case)

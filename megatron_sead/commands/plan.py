@@ -79,10 +79,10 @@ def _known(
     """Models and machine. Rates that runs show are printed."""
     from megatron_sead.planning.calibration import calibrate, read_run
     from megatron_sead.planning.candidates import Cluster, read_pair
-    from megatron_sead.planning.rates import CPU_RATES, RATES, load_rates
+    from megatron_sead.planning.rates import load_rates
     from megatron_sead.planning.search_report import print_calibration
 
-    found = load_rates(rates or (RATES if config.device == "cuda" else CPU_RATES), changes)
+    found = load_rates(rates, changes, device=config.device)
     if runs:
         calibrated = calibrate(found, [read_run(run) for run in runs])
         print_calibration(calibrated)

@@ -16,6 +16,7 @@ from megatron_sead.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_sead.config.run import RunConfig
+    from megatron_sead.planning.candidates import Cluster, Pair
     from megatron_sead.planning.fit import Machine
     from megatron_sead.scaling.conducting import Place
     from megatron_sead.scaling.study import Study
@@ -50,12 +51,14 @@ def run(
     """
     with one_line_errors():
         from megatron_sead.commands.scaling_launch import find_cluster
+        from megatron_sead.scaling.choosing import chosen, has_wishes
         from megatron_sead.scaling.conducting import Place, conduct
         from megatron_sead.scaling.study import Study, base_config
 
         asked = load_settings(Study, study, overrides or [])
         base, machine = base_config(asked), machine_of(gpu_memory, host_memory)
-        asked = _with_chosen_layouts(asked, base, machine)
+        if has_wishes(asked):
+            asked = chosen(asked, base, *_known(asked, base, machine))
         cluster = find_cluster(slurm, ranks_per_node, base.device)
         place = Place(
             output.absolute(), cluster.command, cluster.most_ranks, machine, cluster.node == 0, now=most_ranks
@@ -81,19 +84,17 @@ def _conduct_and_report(study: Study, place: Place, retry: bool) -> None:
         sys.exit(130)
 
 
-def _with_chosen_layouts(study: Study, base: RunConfig, machine: Machine, rates: Path | None = None) -> Study:
-    """The study with its wishes ("ranks=8 best=10") replaced by layouts that the plan chooses."""
-    from megatron_sead.scaling.study import parse_wish
-
-    if not any(parse_wish(text) for texts in study.runs.lists().values() for text in texts):
-        return study
+def _known(study: Study, base: RunConfig, machine: Machine, rates: Path | None = None) -> tuple[Pair, Cluster]:
+    """Models, and a machine of which each run says how many ranks it takes."""
     from megatron_sead.planning.candidates import Cluster, read_pair
-    from megatron_sead.planning.rates import CPU_RATES, RATES, load_rates
-    from megatron_sead.scaling.choosing import chosen
+    from megatron_sead.planning.rates import load_rates
 
-    pair = read_pair(base, study.lengths)
-    known = load_rates(rates or (RATES if base.device == "cuda" else CPU_RATES))
-    return chosen(study, base, pair, Cluster(1, machine, known))
+    return read_pair(base, study.lengths), Cluster(1, machine, load_rates(rates, device=base.device))
+
+
+def _require_new(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output}: exists already; choose another, or move it away")
 
 
 @app.command()
@@ -113,8 +114,7 @@ def predict(
     Steps are whole, with rollouts by the config's own engine. Nothing is run, and all is labelled as predicted.
     """
     with one_line_errors():
-        from megatron_sead.planning.candidates import Cluster, read_pair
-        from megatron_sead.planning.rates import CPU_RATES, RATES, load_rates
+        from megatron_sead.scaling.choosing import chosen
         from megatron_sead.scaling.conducting import settle
         from megatron_sead.scaling.predicting import predict_study
         from megatron_sead.scaling.report import write_report
@@ -122,13 +122,11 @@ def predict(
 
         asked = load_settings(Study, study, overrides or [])
         base, machine = whole_config(asked), machine_of(gpu_memory, host_memory)
-        asked = _with_chosen_layouts(asked, base, machine, rates)
-        known = load_rates(rates or (RATES if base.device == "cuda" else CPU_RATES))
-        pair = read_pair(base, asked.lengths)
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UserError(f"--output {output}: exists already; choose another, or move it away")
+        pair, cluster = _known(asked, base, machine, rates)
+        asked = chosen(asked, base, pair, cluster)
+        _require_new(output)
         settle(asked, output)
-        predict_study(asked, pair, Cluster(1, machine, known), output)
+        predict_study(asked, pair, cluster, output)
         print(write_report(output))
 
 
@@ -160,8 +158,7 @@ def rollouts(
         from megatron_sead.config.run import load_config
         from megatron_sead.scaling.rollouts import drawing, write_rollouts
 
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UserError(f"--output {output}: exists already; choose another, or move it away")
+        _require_new(output)
         asked = load_config(config, overrides or [])
         write_rollouts(output, asked, steps, drawing(lengths, asked.rollouts.max_new_tokens), seed)
         print(f"{output}: rollouts of {steps} steps")

@@ -149,11 +149,11 @@ def _trace(config: RunConfig, ranks: list[int], rates: Path | None, plan: Plan) 
     warnings.filterwarnings("ignore")
     _configure_logging(config.device)
     logging.getLogger("megatron_sead").setLevel(logging.ERROR)  # of numbers that are made up
-    from megatron_sead.tracing.costs import RATES, load_rates
+    from megatron_sead.planning.rates import load_rates
     from megatron_sead.tracing.extend import trace_run
     from megatron_sead.tracing.report import print_trace
 
-    traced = trace_run(config, plan, ranks, load_rates(rates or RATES))
+    traced = trace_run(config, plan, ranks, load_rates(rates))
     print_trace(traced, plan)
     if traced.disagreements:
         raise RuntimeError("ranks would not meet: see DISAGREE above")

@@ -13,7 +13,7 @@ PIECE, HEAD_TOKENS, HEAD_ROWS = 1024, 512, 16384  # of `models.streamed`
 def engine_bytes(config: RunConfig, student: ModelShape, length: int, gpu_bytes: int) -> int:
     """Weights, cache and activations while it writes rollouts of `length` tokens, prompts included; or its weights, and
     a tensor that comes for them."""
-    rollouts, weights = config.rollouts, _weights(config, student)
+    rollouts, weights = config.rollouts, engine_weights(config, student)
     if isinstance(rollouts, VllmRollouts):
         return max(_given(rollouts, weights, gpu_bytes), weights + _arriving(config, student))
     if isinstance(rollouts, TransformersRollouts):
@@ -46,7 +46,7 @@ def too_little_for_engine(
     rollouts = config.rollouts
     if not isinstance(rollouts, VllmRollouts):
         return None
-    weights = _weights(config, student)
+    weights = engine_weights(config, student)
     least = weights + _cache(student, length, _width(config), rollouts.tensor_parallel_size)
     given = _given(rollouts, weights, gpu_bytes)
     return (given, least) if given < least else None
@@ -62,7 +62,8 @@ def _width(config: RunConfig) -> int:
     return 2 if config.training.precision == "bf16" else FP32
 
 
-def _weights(config: RunConfig, student: ModelShape) -> int:
+def engine_weights(config: RunConfig, student: ModelShape) -> int:
+    """On one rank of a copy."""
     shared = config.rollouts.tensor_parallel_size if isinstance(config.rollouts, VllmRollouts) else 1
     return student.parameters * _width(config) // shared
 

@@ -37,12 +37,13 @@ class Rates(Settings):
         return "node_link_gb" if within else "network_gb"
 
 
-def load_rates(path: Path = RATES, overrides: list[str] | None = None) -> Rates:
+def load_rates(path: Path | None = None, overrides: list[str] | None = None, *, device: str = "cuda") -> Rates:
     """
     Args:
+        path: None: those that are shipped for the device.
         overrides: such as ``network_gb=25``.
 
     Raises:
         UserError: as settings do.
     """
-    return load_settings(Rates, path, overrides or [])
+    return load_settings(Rates, path or (RATES if device == "cuda" else CPU_RATES), overrides or [])

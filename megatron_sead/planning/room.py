@@ -11,6 +11,7 @@ from megatron_sead.config.rollouts import VllmRollouts
 from megatron_sead.config.run import RunConfig
 from megatron_sead.planning.candidates import Changes, Cluster, Pair, with_changes
 from megatron_sead.planning.decoding import cache_bytes_a_token
+from megatron_sead.planning.engines import engine_weights
 from megatron_sead.planning.fit import FRAGMENTATION, LIBRARIES, needed, shortages
 from megatron_sead.planning.memory import Load, StageBytes, stage_bytes
 from megatron_sead.planning.plan import Plan, make_plan, most_micro_batches, size_of
@@ -55,13 +56,7 @@ def cache_of(where: Setting, pair: Pair, cluster: Cluster) -> float:
         return float(rollouts.kv_cache_memory_bytes)
     given = rollouts.gpu_memory_utilization * cluster.machine.gpu_bytes
     least = pair.length * cache_bytes_a_token(where, pair.student)
-    return max(least, given - _engine_weights(where, pair) - ENGINE_KEEPS)
-
-
-def _engine_weights(where: Setting, pair: Pair) -> float:
-    rollouts = where.config.rollouts
-    shared = rollouts.tensor_parallel_size if isinstance(rollouts, VllmRollouts) else 1
-    return where.width * pair.student.parameters / shared
+    return max(least, given - engine_weights(where.config, pair.student) - ENGINE_KEEPS)
 
 
 def what_does_not_fit(config: RunConfig, pair: Pair, cluster: Cluster) -> str | None:
@@ -70,7 +65,8 @@ def what_does_not_fit(config: RunConfig, pair: Pair, cluster: Cluster) -> str | 
     rollouts = config.rollouts
     if isinstance(rollouts, VllmRollouts):
         where = setting_of(config, cluster.world, cluster.rates)
-        least = _engine_weights(where, pair) + ENGINE_KEEPS + pair.length * cache_bytes_a_token(where, pair.student)
+        weights, cache = engine_weights(config, pair.student), pair.length * cache_bytes_a_token(where, pair.student)
+        least = weights + ENGINE_KEEPS + cache
         given = rollouts.gpu_memory_utilization * size
         if rollouts.kv_cache_memory_bytes is None and given < least:
             return f"vLLM has {size_of(given)} of a GPU and needs {size_of(least)} at least"

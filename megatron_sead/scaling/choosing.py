@@ -13,6 +13,11 @@ from megatron_sead.scaling.study import SHORT, Study, parse_run, parse_wish
 WORD = {key: word for word, key in SHORT.items()}
 
 
+def has_wishes(study: Study) -> bool:
+    """Does it name runs whose layout the plan chooses?"""
+    return any(parse_wish(text) for texts in study.runs.lists().values() for text in texts)
+
+
 def chosen(study: Study, base: RunConfig, pair: Pair, cluster: Cluster) -> Study:
     """The study with every wish replaced by runs that the plan ranks highest.
 

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from megatron_sead.planning.rates import RATES as RATES
-from megatron_sead.planning.rates import Rates as Rates
-from megatron_sead.planning.rates import load_rates as load_rates
+from megatron_sead.planning.rates import Rates
 from megatron_sead.tracing.collectives import GATHERS, SCATTERS, Call
 from megatron_sead.tracing.shadows import UNWRITTEN, is_cuda
 

@@ -19,8 +19,8 @@ from megatron_sead.config.micro_batches import count_multiple
 from megatron_sead.config.run import RunConfig
 from megatron_sead.models.slabs import aligned, slabs
 from megatron_sead.planning.plan import Plan
+from megatron_sead.planning.rates import Rates
 from megatron_sead.tracing.calls import disagreements, shared
-from megatron_sead.tracing.costs import Rates
 from megatron_sead.tracing.memory import DEVICE, PINNED, rounded
 from megatron_sead.tracing.step import RankTrace, Rollouts, trace_rank
 from megatron_sead.tracing.watch import Record

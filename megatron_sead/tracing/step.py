@@ -19,12 +19,12 @@ from megatron_sead.models.huggingface import iterate_huggingface_weights
 from megatron_sead.models.token_ids import stop_token_ids
 from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.planning.plan import left_of_budget, together
+from megatron_sead.planning.rates import Rates
 from megatron_sead.prompts.packing import MicroBatch, pack
 from megatron_sead.reporting.timing import PhaseTimer
 from megatron_sead.tracing import shadows
 from megatron_sead.tracing.calls import Call
 from megatron_sead.tracing.checkpoint import STEP, nothing_written, store_of
-from megatron_sead.tracing.costs import Rates
 from megatron_sead.tracing.device import install_device
 from megatron_sead.tracing.kernels import install_kernels, restart_sums
 from megatron_sead.tracing.memory import PhaseMemory

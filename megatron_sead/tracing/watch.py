@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_sead.planning.rates import Rates
 from megatron_sead.tracing import repeats, shadows
 from megatron_sead.tracing.calls import Call
 from megatron_sead.tracing.collectives import Collectives
-from megatron_sead.tracing.costs import NO_TRAFFIC, Costs, Rates
+from megatron_sead.tracing.costs import NO_TRAFFIC, Costs
 from megatron_sead.tracing.errors import WrongDevice
 from megatron_sead.tracing.memory import Memory, PhaseMemory
 

@@ -78,21 +78,20 @@ def _compare(report: Report, layout: str) -> None:
 
 def error_on_one_rank(report: Report) -> None:
     """It is a user's error, in the midst of a step in which the other rank waits for a collective."""
-    seconds, done = _failing(report, "mistaken")
-    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    report.add(seconds_to_end=seconds, exit_code=done.returncode, told=errors)
-    report.expect("exit code", done.returncode == 2, "2, a user's error")
-    report.expect("told", len(errors) == 1 and "forced" in errors[0], "one line, the first rank's")
-    report.expect("ends", seconds <= AT_ONCE, f"all within {AT_ONCE:.0f} s of the failure")
+    _fails_at_once(report, "mistaken", 2, "forced")
 
 
 def killed_rank(report: Report) -> None:
     """It is killed from outside, and cannot say so."""
-    seconds, done = _failing(report, "killed")
+    _fails_at_once(report, "killed", 1, "SIGKILL")
+
+
+def _fails_at_once(report: Report, policy: str, code: int, word: str) -> None:
+    seconds, done = _failing(report, policy)
     errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     report.add(seconds_to_end=seconds, exit_code=done.returncode, told=errors)
-    report.expect("exit code", done.returncode == 1, "1")
-    report.expect("told", len(errors) == 1 and "SIGKILL" in errors[0], "one line, that a rank was killed")
+    report.expect("exit code", done.returncode == code, str(code))
+    report.expect("told", len(errors) == 1 and word in errors[0], f"one line, with {word!r}")
     report.expect("ends", seconds <= AT_ONCE, f"all within {AT_ONCE:.0f} s of the failure")
 
 

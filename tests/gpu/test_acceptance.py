@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,16 +17,21 @@ from tests.gpu.runner import Check
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_script_reports_every_check_at_once_and_in_a_table(tmp_path: Path) -> None:
+def results_of(script: str, output: Path, *checks: str) -> tuple[list[dict[str, Any]], str]:
+    """What a script of checks leaves, run on a CPU to its good end, and what it prints."""
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        ["bash", "tests/gpu/acceptance.sh", str(tmp_path), "6", "9"],
+        ["bash", f"tests/gpu/{script}", str(output), *checks],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()], done.stdout
+
+
+def test_the_script_reports_every_check_at_once_and_in_a_table(tmp_path: Path) -> None:
+    results, printed = results_of("acceptance.sh", tmp_path, "6", "9")
     assert [(result["check"], result["ok"]) for result in results] == [("6", True), ("9", True)]
-    assert [json.loads(line) for line in done.stdout.splitlines()[:2]] == results
+    assert [json.loads(line) for line in printed.splitlines()[:2]] == results
     assert results[0]["numbers"]["worst_ratio"] < 1.5
 
 

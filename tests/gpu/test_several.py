@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.gpu.layouts import LAYOUTS
 from tests.gpu.several import CHECKS
+from tests.gpu.test_acceptance import results_of
 from tests.tracing.cases import MATRIX
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_layout_is_compared_with_one_device_and_a_failing_rank_ends_all(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        ["bash", "tests/gpu/several.sh", str(tmp_path), "vpp2", "error"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    error, layout = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines())
+    (error, layout), _ = results_of("several.sh", tmp_path, "vpp2", "error")
     assert (error["check"], layout["check"]) == ("error", "vpp2")
     assert error["numbers"]["told"] == ["error: forced on the last rank"]
     assert set(layout["expected"]) == {"loss", "grad_norm", "weights"}

@@ -46,8 +46,8 @@ KINDS = ["sliding_attention", "full_attention"]
 
 def trace(folder: Path, name: str) -> dict[str, Any]:
     from megatron_sead.planning.plan import make_plan
+    from megatron_sead.planning.rates import load_rates
     from megatron_sead.tracing.calls import disagreements
-    from megatron_sead.tracing.costs import load_rates
     from megatron_sead.tracing.step import Rollouts, trace_rank
     from megatron_sead.tracing.world import Told
 
@@ -159,8 +159,8 @@ SABOTAGES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def sabotage(folder: Path, name: str) -> dict[str, Any]:
+    from megatron_sead.planning.rates import load_rates
     from megatron_sead.tracing.calls import disagreements
-    from megatron_sead.tracing.costs import load_rates
     from megatron_sead.tracing.step import Rollouts, trace_rank
 
     config, calls = run_of(folder, TP2, SP, layers=1), {}
@@ -183,8 +183,8 @@ def program(folder: Path, name: str) -> dict[str, Any]:
 def extension(folder: Path, name: str) -> dict[str, Any]:
     """Of 3 layers and 4 micro-batches: all numbers as they follow from fewer, and as they are."""
     from megatron_sead.planning.plan import make_plan
+    from megatron_sead.planning.rates import load_rates
     from megatron_sead.tracing import extend
-    from megatron_sead.tracing.costs import load_rates
 
     small = ["rollouts.max_new_tokens=48", "prompts.max_prompt_tokens=16", "training.global_batch_size=4"]
     config = run_of(folder / "extension", TP2, SP, *small, layers=3, layer_types=KINDS[1:])
@@ -223,7 +223,7 @@ PLANS: dict[str, tuple[int, int, list[str]]] = {
 def planned(folder: Path, name: str) -> dict[str, Any]:
     """By phase: bytes that are planned for two layers, and those of a traced step."""
     from megatron_sead.planning.plan import make_plan
-    from megatron_sead.tracing.costs import load_rates
+    from megatron_sead.planning.rates import load_rates
     from megatron_sead.tracing.step import Rollouts, trace_rank
     from megatron_sead.tracing.world import Told
 

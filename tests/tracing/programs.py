@@ -301,8 +301,8 @@ def copied(rank: int, parallel: ParallelContext) -> None:
 
 def found(body: Body, ranks: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
     """What a trace of a program tells."""
+    from megatron_sead.planning.rates import load_rates
     from megatron_sead.tracing.calls import disagreements
-    from megatron_sead.tracing.costs import load_rates
     from megatron_sead.tracing.device import install_device
     from megatron_sead.tracing.watch import Record, Watch
     from megatron_sead.tracing.world import Told, world_of
