@@ -71,6 +71,7 @@ class Watch(TorchDispatchMode):
         """Make every tensor of the body a fake, and watch."""
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(torch.cuda, "synchronize", self._synchronized))
+            stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda fake: self._listed(fake)))
             stack.enter_context(self.fakes)
             stack.enter_context(self)
             yield
@@ -193,6 +194,12 @@ class Watch(TorchDispatchMode):
     def _read(self, *tensors: torch.Tensor) -> None:
         if any(map(shadows.is_cuda, tensors)):
             self.record.reads[self.phase, self.line()] += 1
+
+    def _listed(self, fake: torch.Tensor) -> Any:
+        """``tolist``, which a fake does by one read an element, and a tensor by one in all."""
+        self._read(fake)
+        with unset_fake_temporarily():
+            return shadows.shadow_of(fake).tolist()
 
     def _synchronized(self, device: Any = None) -> None:
         self.record.reads[self.phase, f"{self.line()} (synchronize)"] += 1
