@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
+from megatron_sead.tracing.shadows import tensors_of
+
 aten = torch.ops.aten
 # Whose results are not what their schemas and arguments say
 NEVER = {aten.resize_.default, aten.set_.source_Storage, aten.lift_fresh.default, aten.lift_fresh_copy.default}
@@ -66,11 +68,17 @@ def _described(func: Any, args: Any, result: Any) -> Any:
     if isinstance(result, list | tuple):
         kinds = [_described(func, args, part) for part in result]
         return None if None in kinds or any(isinstance(kind, list) for kind in kinds) else kinds
-    if not isinstance(result, FakeTensor) or any(part is result for part in args):
+    if not isinstance(result, FakeTensor) or _lies_in(result, args):  # as _unsafe_view, whose schema does not tell
         return None
     size = sum((n - 1) * s for n, s in zip(result.shape, result.stride(), strict=True)) + 1 if result.numel() else 0
     whole = result.storage_offset() == 0 and result.untyped_storage().nbytes() == size * result.element_size()
     return Kind.of(result) if whole and result.layout is torch.strided else None
+
+
+def _lies_in(result: FakeTensor, args: Any) -> bool:
+    """Is a result's memory that of an argument?"""
+    memory = result.untyped_storage()._cdata
+    return any(tensor.untyped_storage()._cdata == memory for tensor in tensors_of(args))
 
 
 def _made(mode: FakeTensorMode, kind: Any) -> Any:

@@ -247,6 +247,7 @@ def planned(folder: Path, name: str) -> dict[str, Any]:
 
 PROGRAMS = {name: body for name, (body, _) in (programs.APART | programs.ALONE).items()}
 PROGRAMS |= {"right": programs.right, "looked at": programs.looked_at, "copied": programs.copied}
+PROGRAMS |= {"multiplied twice": programs.multiplied_twice}
 
 
 def main(folder: Path) -> None:

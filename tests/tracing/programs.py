@@ -291,6 +291,13 @@ def looked_at(rank: int, parallel: ParallelContext) -> None:
     torch.cuda.synchronize()
 
 
+def multiplied_twice(rank: int, parallel: ParallelContext) -> None:
+    """The product of a batch with a matrix is a matrix, and a view of it: one piece of memory."""
+    for _ in range(2):
+        product = torch.ones(512, 2, 4, device="cuda") @ torch.ones(4, 512, device="cuda")
+        del product
+
+
 def copied(rank: int, parallel: ParallelContext) -> None:
     x = numbers()
     x.cpu()
@@ -324,4 +331,5 @@ def found(body: Body, ranks: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
         "disagreements": disagreements({rank: record.calls for rank, record in records.items()}),
         "reads": sum(records[0].reads.values()),
         "copies": sorted(copies),
+        "peak": max(memory.peak["device"] for memory in records[0].memory.values()),
     }

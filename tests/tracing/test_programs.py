@@ -34,3 +34,7 @@ def test_a_right_program_passes(results: Results) -> None:
 def test_what_the_host_waits_for_is_counted(results: Results) -> None:
     assert results["looked at"]["reads"] == 7  # tolist() is one
     assert results["copied"]["copies"] == [["to device", 2, 2], ["to host", 2, 1]]
+
+
+def test_an_operation_that_ran_before_takes_no_more_memory_than_the_first_time(results: Results) -> None:
+    assert results["multiplied twice"]["peak"] == 4 * (512 * 2 * 4 + 4 * 512 + 512 * 2 * 512)
