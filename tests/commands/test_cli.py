@@ -24,7 +24,7 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[b
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_that_lacks_characters_is_given_escapes(encoding: str, tmp_path: Path) -> None:
     narrow = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-    done = run([*CHECK, f"prompts.path={tmp_path}/训练-\u2603.jsonl"], **narrow)
+    done = run([*CHECK, f"output={tmp_path / 'run'}", f"prompts.path={tmp_path}/训练-\u2603.jsonl"], **narrow)
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1
     assert b"\\u8bad\\u7ec3-\\u2603.jsonl: no such file" in done.stderr
