@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._pytree import tree_map
 
 SMALL = 2**16  # elements
-NUMBERS_A_TOKEN = 8  # of tensors with a row for each token of a step, which are small however long the step is
+NUMBERS_A_TOKEN = 16  # of tensors with a row for each token of a step, which are small however long the step is
 
 aten = torch.ops.aten
 UNWRITTEN = {
