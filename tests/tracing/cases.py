@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -149,7 +149,6 @@ def left_out(rank: int) -> Iterator[None]:
 
 
 SABOTAGES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "none": nullcontext,
     "not moved": not_moved,
     "wrong gather": wrong_gather,
     "freed early": freed_early,
