@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from megatron_sead.config.micro_batches import length_multiple
@@ -25,6 +26,8 @@ ROWS = (1, 2, 4, 8, 16, 32)
 VIRTUAL = (2, 4, 8)
 RECOMPUTE = (None, "full")  # selective keeps what None keeps, and computes more: attention's kernels keep no scores
 ENGINES = (1, 2, 4, 8)  # ranks of a copy
+CONTEXTS = (1, 2, 4, 8)  # ranks that share sequences
+LEAST_SHARE = 8192  # tokens of the longest rollout, for each of them: with fewer they wait for each other's keys
 
 Changes = dict[str, Any]  # settings by dotted name
 
@@ -64,13 +67,15 @@ def read_pair(config: RunConfig, lengths: str | None) -> Pair:
 
 
 def layouts(config: RunConfig, pair: Pair, cluster: Cluster) -> Iterator[Changes]:
-    """Tensor parallelism within a node, stages and virtual stages that both models have layers for. How many layers
-    each stage has is left to time."""
+    """Tensor parallelism within a node, stages and virtual stages that both models have layers for, and ranks that
+    share long sequences. How many layers each stage has is left to time."""
     models = pair.student, pair.teacher
     sizes = set.intersection(*(set(tensor_parallel_sizes(vars(shape.fields))) for shape in models))
     own = [name for name in OF_STAGES if getattr(config.parallel, name) is not None]
-    for tp in sorted(sizes):
-        ranks, left = divmod(cluster.world, tp * config.parallel.context_parallel_size)
+    contexts = {n for n in CONTEXTS if n == 1 or n * LEAST_SHARE <= pair.length}
+    contexts |= {config.parallel.context_parallel_size}
+    for tp, cp in product(sorted(sizes), sorted(contexts)):
+        ranks, left = divmod(cluster.world, tp * cp)
         if tp > cluster.rates.gpus_per_node or left:
             continue
         for pp in (n for n in range(1, pair.student.layers + 1) if ranks % n == 0):
@@ -79,6 +84,7 @@ def layouts(config: RunConfig, pair: Pair, cluster: Cluster) -> Iterator[Changes
                     "parallel.tensor_model_parallel_size": tp,
                     "parallel.pipeline_model_parallel_size": pp,
                     "parallel.virtual_pipeline_model_parallel_size": virtual,
+                    "parallel.context_parallel_size": cp,
                 }
                 layout |= {f"parallel.{name}": None for name in own if f"parallel.{name}" not in layout}
                 if all(_has_layers(shape, with_changes(config, layout).parallel) for shape in models):

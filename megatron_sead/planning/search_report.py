@@ -36,9 +36,11 @@ def print_found(found: Found, pair: Pair, cluster: Cluster, rows: int) -> None:
         parallel, told = candidate.config.parallel, candidate.prediction
         virtual = parallel.virtual_pipeline_model_parallel_size
         stages = f"{parallel.pipeline_model_parallel_size}" + (f"({virtual})" if virtual else "")
+        context = parallel.context_parallel_size
+        shared = [f"CP {context}"] if context > 1 else []
         table.add_row(
             str(number),
-            f"{parallel.tensor_model_parallel_size} x {stages} x {candidate.replicas}",
+            " x ".join([str(parallel.tensor_model_parallel_size), stages, *shared, str(candidate.replicas)]),
             f"{told.seconds:,.2f}",
             *(f"{told.of_phase(phase):,.2f}" for phase in phases),
             f"{told.bubble:.0%}",

@@ -75,8 +75,16 @@ def test_the_fastest_is_first_and_every_layout_is_there_once() -> None:
     found = found_for("7b", 8)
     told = [candidate.prediction.seconds for candidate in found.candidates]
     assert told == sorted(told)
-    names = [tuple(sorted(s for s in c.settings if "model_parallel" in s)) for c in found.candidates]
+    names = [tuple(sorted(s for s in c.settings if "_parallel_size" in s)) for c in found.candidates]
     assert len(set(names)) == len(names)
+
+
+def test_ranks_share_sequences_where_these_are_long() -> None:
+    found = {s for c in found_for("32b", 32).candidates for s in c.settings if "context_parallel_size" in s}
+    assert found == {"parallel.context_parallel_size=1", "parallel.context_parallel_size=2"}
+    short = config_of("32b", "rollouts.max_new_tokens=8192", "prompts.max_prompt_tokens=2048")
+    pair = read_pair(short, "1000,6000")
+    assert {x["parallel.context_parallel_size"] for x in layouts(short, pair, cluster_of(32))} == {1}
 
 
 def test_no_candidate_that_fits_is_faster() -> None:
@@ -105,7 +113,7 @@ def test_thousands_of_gpus_take_seconds() -> None:
     pair = read_pair(config_of("32b"), None)
     found = search(config_of("32b", "training.global_batch_size=3072"), pair, cluster_of(4096))
     assert len(found.candidates) > 20
-    assert time.process_time() - started < 30  # about 3 on a core of its own
+    assert time.process_time() - started < 30  # 12 on a busy core
 
 
 def test_more_memory_more_bandwidth_and_more_gpus_are_never_slower() -> None:
