@@ -17,11 +17,19 @@ from megatron_sead.errors import UserError
 from megatron_sead.planning.plan import make_plan
 from tests.training.launching import ROOT, SHORT, TINY
 
-RANKS = (1, 2, 2, 3, 4, 4, 4)
+RANKS = (1, 2, 2, 2, 3, 4, 4, 4, 4)
 PACKED = (112, 160, 320, 900)  # tokens; the first holds little more than the longest rollout, the last most of a step
 
 
-FIRST, LAST = ("first_stage_layers",), ("last_stage_layers",)
+# How the 4 layers of a model may lie
+WHOLE: dict[str, object] = {}
+INTERLEAVED: dict[str, object] = {"virtual_pipeline_model_parallel_size": 2}
+STAGES = (
+    WHOLE,
+    *[INTERLEAVED] * 5,
+    *({name: layers} for name in ("first_stage_layers", "last_stage_layers") for layers in (1, 2, 3)),
+    *({"first_stage_layers": first, "last_stage_layers": last} for first, last in ((1, 3), (3, 1), (2, 1))),
+)
 
 
 @dataclass(frozen=True)
@@ -106,9 +114,9 @@ def _parallel(random: Random, ranks: int) -> list[str]:
     if settings["tensor_model_parallel_size"] != 1:
         settings["sequence_parallel"] = random.choice(("true", "false"))
     if settings["pipeline_model_parallel_size"] != 1:
-        for model in ("", "teacher_"):
-            kinds = random.choice(((), ("virtual_pipeline_model_parallel_size",), FIRST, LAST, FIRST + LAST))
-            settings |= {f"{model}{kind}": random.choice((1, 2, 3)) for kind in kinds}
+        student = random.choice(STAGES)
+        teacher = random.choice((WHOLE, INTERLEAVED) if student == INTERLEAVED else STAGES)
+        settings |= student | {f"teacher_{name}": value for name, value in teacher.items()}
     return _as_settings({f"parallel.{name}": value for name, value in settings.items()})
 
 
