@@ -27,14 +27,15 @@ ALLOWED: dict[str, set[str]] = {part: set() for part in PARTS | LEAVES} | {
     "prompts": {"models"},
     "evaluation": {"rollouts", "grading", "prompts", "parallel", "checkpoints", "models"},
     "preparation": {"grading", "prompts"},
-    "training": PARTS | {"evaluation", "launch", "planning"},
+    "training": PARTS | {"evaluation", "launch", "planning", "html_report"},
     "tracing": PARTS | {"training", "planning"},
     "planning": {"models", "prompts"},
     "scaling": {"models", "parallel", "prompts", "rollouts", "reporting", "launch", "training", "planning", "tracing"},
     "launch": set(),
     "reporting": {"distillation"},
+    "html_report": {"reporting", "distillation", "evaluation"},
     "commands": PARTS - {"distillation"}
-    | {"evaluation", "preparation", "training", "planning", "launch"}
+    | {"evaluation", "preparation", "training", "planning", "launch", "html_report"}
     | {"tracing", "scaling"},
     "train": {"commands"},
 }
@@ -53,6 +54,7 @@ INSTANT = (
     "models.layout",
     "models.slabs",
     "models.weight_files",
+    "html_report",
     "prompts.rows",
     "prompts.token_tables",
     "launch.ownership",

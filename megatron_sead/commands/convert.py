@@ -6,7 +6,6 @@ Tensors stream from one format to the other: less than a gigabyte of memory does
 from __future__ import annotations
 
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from megatron_sead.commands.model_checks import checks
 from megatron_sead.errors import ArgumentError
 from megatron_sead.files.names import no_directory
 from megatron_sead.files.outputs import require_apart
+from megatron_sead.reporting.machine import peak_resident
 from megatron_sead.wording import counted, first_of
 
 if TYPE_CHECKING:
@@ -158,8 +158,7 @@ def tell(done: Conversion, output: Path, seconds: float) -> None:
         print(f"left out {counted(len(done.ignored), 'tensor')} that no model needs: {first_of(done.ignored)}")
     for name in done.all_zero:
         print(f"warning: {name} is all zeros in {done.source}", file=sys.stderr)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
     print(
         f"{output}: {done.tensors} tensors, {done.parameters:,} parameters in {done.dtype}, {done.bytes / 1e9:.2f} GB, "
-        f"{seconds:.1f} s, at most {memory / 1e9:.2f} GB of memory"
+        f"{seconds:.1f} s, at most {peak_resident() / 1e9:.2f} GB of memory"
     )

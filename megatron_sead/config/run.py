@@ -294,6 +294,13 @@ class ReportingSettings(Settings):
 
     tensorboard: bool = Field(True, description="also write the metrics as event files, under tensorboard/")
     rollouts_interval: int = Field(1, ge=0, description="steps between rollouts/step-N.jsonl files; 0: none")
+    token_steps: int = Field(
+        20, ge=0, description="steps, evenly spread, whose tokens/step-N.json says what tokens taught; 0: none"
+    )
+    token_rollouts: int = Field(8, ge=1, description="rollouts of such a step that are recorded token by token")
+    token_megabytes: float = Field(
+        32, gt=0, description="that these files may take together; of long responses fewer, or the beginning, are kept"
+    )
 
 
 class RunConfig(Settings):

@@ -5,6 +5,7 @@ from megatron_sead.distillation.baselines.linear_token_loss import linear_token_
 from megatron_sead.distillation.checks import NotFiniteError
 from megatron_sead.distillation.curriculum import Curriculum
 from megatron_sead.distillation.divergence import weighted_divergence
+from megatron_sead.distillation.likeliest_tokens import LikeliestTokens, linear_likeliest_tokens
 from megatron_sead.distillation.linear_divergence import linear_weighted_divergence
 from megatron_sead.distillation.linear_scores import TokenScores, linear_token_scores
 from megatron_sead.distillation.policies import POLICIES, find_policy, make_policy
@@ -36,6 +37,7 @@ __all__ = [
     "POLICIES",
     "CompetenceTracker",
     "Curriculum",
+    "LikeliestTokens",
     "LossInput",
     "NotFiniteError",
     "Policy",
@@ -53,6 +55,7 @@ __all__ = [
     "assign_zones_by_threshold",
     "assign_zones_per_sequence",
     "find_policy",
+    "linear_likeliest_tokens",
     "linear_token_loss",
     "linear_token_scores",
     "linear_weighted_divergence",

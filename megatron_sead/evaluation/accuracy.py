@@ -36,6 +36,9 @@ class EvaluationResult:
     sampled: Accuracy | None
     greedy_by_level: dict[str, Accuracy]
     sampled_by_level: dict[str, Accuracy]
+    # A share of right answers each, in the order of the prompts: two models are compared prompt by prompt
+    greedy_by_prompt: list[float]
+    sampled_by_prompt: list[float]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -79,6 +82,8 @@ def evaluate(
         sampled=_accuracy(sampled_by_prompt) if samples else None,
         greedy_by_level=_by_level(prompts, greedy_by_prompt),
         sampled_by_level=_by_level(prompts, sampled_by_prompt) if samples else {},
+        greedy_by_prompt=[right for right, _ in greedy_by_prompt],
+        sampled_by_prompt=[right for right, _ in sampled_by_prompt] if samples else [],
     )
 
 

@@ -19,8 +19,11 @@ def _of_zones() -> list[Metric]:
         z, zone = letter.lower(), f"zone {letter}"
         found += [
             Metric(f"zone_{z}_share", "share", f"response tokens that are in {zone}", where),
-            Metric(
-                f"zone_{z}_student_entropy", "nats", f"mean entropy of the student over the tokens of {zone}", where
+            *(
+                Metric(
+                    f"zone_{z}_{model}_entropy", "nats", f"mean entropy of the {model} over the tokens of {zone}", where
+                )
+                for model in ("student", "teacher")
             ),
             Metric(f"zone_{z}_forward_kl_share", "share", f"of the step's summed forward KL: what {zone} holds", where),
             Metric(f"zone_{z}_reverse_kl_share", "share", f"of the step's summed reverse KL: what {zone} holds", where),
@@ -112,6 +115,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("step_seconds", "seconds", "the whole step: the four before, and packing", "training.loop"),
     Metric("seconds", "seconds", "since the run began, over all its starts", "training.record"),
     Metric("tokens_per_second", "tokens / s", "response_tokens / step_seconds", "training.record"),
+    Metric(
+        "peak_memory",
+        "GiB",
+        "the most that any rank has held so far: of a GPU what torch gave out, on a CPU the process",
+        "training.record",
+    ),
 )
 NAMES = frozenset(metric.name for metric in METRICS)
 

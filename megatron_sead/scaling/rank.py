@@ -7,7 +7,6 @@ directory: what the steps' micro-batches held, and what the last step, which is 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from typing import Any
 from megatron_sead.config.run import RunConfig
 from megatron_sead.files.durable import replace_text
 from megatron_sead.launch.rank_failures import ending_together
+from megatron_sead.reporting.machine import peak_resident
 
 FOLDER = "ranks"
 
@@ -56,7 +56,7 @@ def measure(config: RunConfig) -> None:
 def resident(*, peak: bool = False) -> int:
     """Bytes of this process in memory, now or at the most."""
     if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
+        return peak_resident()
     import psutil
 
     return int(psutil.Process().memory_info().rss)

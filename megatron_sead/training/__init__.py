@@ -15,7 +15,7 @@ training/supervision.py                    which tokens teach: distillation/zone
 distillation/linear_divergence.py          the loss of these tokens, and its gradient
 training/measure.py                        the step's metrics
 training/engines.py                        the new weights in the engine, and the proof that it has them
-training/record.py                         what the step leaves on disk
+training/record.py                         what the step leaves on disk; token_record.py: of some of its tokens
 =========================================  ===========================================================================
 
 training/setup.py comes before the first step, and training/conclude.py after the last one.

@@ -35,6 +35,7 @@ def conclude(run: Run) -> None:
         teacher = evaluate_directory(run, run.config.teacher.path, load_tokenizer(run.config.teacher, "teacher"))
     if run.parallel.rank == 0:
         results = {"before": before, "after": after, "teacher": teacher}
+        _write_heldout(run, results)
         _write_summary(run, results)
         _print_results(run, results)
     dist.barrier(run.parallel.control)
@@ -54,6 +55,17 @@ def _write_student(run: Run, directory: Path) -> None:
         log.info("%s: %s", directory.name, line)
 
 
+def _write_heldout(run: Run, results: dict[str, dict[str, Any] | None]) -> None:
+    """``heldout.json``: each prompt's share of right answers, for comparing runs prompt by prompt."""
+    if not run.heldout:
+        return
+    told: dict[str, Any] = {"prompts": [prompt.id for prompt in run.heldout]}
+    for name, result in results.items():
+        if result is not None and "greedy_by_prompt" in result:
+            told[name] = {kind: result[f"{kind}_by_prompt"] for kind in ("greedy", "sampled")}
+    replace_text(run.config.output / "heldout.json", json.dumps(told) + "\n")
+
+
 def _write_summary(run: Run, results: dict[str, dict[str, Any] | None]) -> None:
     """Greedy accuracies by name, and everything measured beside them."""
     summary: dict[str, Any] = {
@@ -64,7 +76,11 @@ def _write_summary(run: Run, results: dict[str, dict[str, Any] | None]) -> None:
         for name, result in results.items()
         if result is not None and result["sampled"] is not None
     }
-    summary |= {"steps": run.state.step, "seconds": run.seconds(), "evaluation": results}
+    measured = {
+        name: None if result is None else {k: v for k, v in result.items() if not k.endswith("_by_prompt")}
+        for name, result in results.items()
+    }
+    summary |= {"steps": run.state.step, "seconds": run.seconds(), "evaluation": measured}
     summary |= {"skipped_steps": run.state.skipped_steps, "changed_inputs": run.state.changed_inputs}
     replace_text(run.config.output / "summary.json", json.dumps(summary, indent=2) + "\n")
 

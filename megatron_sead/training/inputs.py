@@ -147,8 +147,8 @@ def fingerprint(
         "tokenizer": {role: _tokenizer(tokenizer) for role, tokenizer in _roles(student, teacher)},
         "templates": {role: _templates(tokenizer, with_templates) for role, tokenizer in _roles(student, teacher)},
         "prompts": _table(prompts, ("answers", "difficulty", "student_token_ids", "teacher_token_ids")),
-        "grader": {"grader": GRADER_VERSION} | _versions(*GRADING_PACKAGES),
-        "software": _versions("torch", "megatron-core", "tokenizers"),
+        "grader": {"grader": GRADER_VERSION} | versions(*GRADING_PACKAGES),
+        "software": versions("torch", "megatron-core", "tokenizers"),
     }
     rollouts = config.rollouts
     packages = packages_of(rollouts)
@@ -158,7 +158,7 @@ def fingerprint(
             "settings": config.evaluation.model_dump(mode="json", exclude={"teacher"}),
             "prompts": _table(heldout, ("answers", "level", "student_token_ids", "teacher_token_ids")),
         }
-    found["engine"] = _versions(*packages)
+    found["engine"] = versions(*packages)
     if rollouts.recorded is not None:
         found["rollouts"] = _records(rollouts.recorded, config.training.steps)
     return found
@@ -225,7 +225,8 @@ def _records(path: Path, steps: int) -> dict[str, str]:
     return {file.name: f"{CHECKSUM}{checksum(file)[1]:08x}" for file in files if file.is_file()}
 
 
-def _versions(*packages: str) -> dict[str, str]:
+def versions(*packages: str) -> dict[str, str]:
+    """Of installed packages."""
     found = {}
     for package in packages:
         try:

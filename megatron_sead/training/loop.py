@@ -16,6 +16,7 @@ from megatron_sead.training.run import Run
 from megatron_sead.training.setup import prepare
 from megatron_sead.training.skipping import ended_while_writing, keep_skipped
 from megatron_sead.training.step import train_step
+from megatron_sead.training.token_record import watched
 from megatron_sead.wording import counted
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def distill(run: Run) -> bool:
                     alpha = run.observe(rollouts, correct, step)
                 micro_batches = run.pack(rollouts)
                 teacher_hidden = None if early is None else early.teacher_hidden(micro_batches)
-                result = train_step(run.learner, micro_batches, alpha, step, teacher_hidden)
+                watch = watched(run.config, step, rollouts)
+                result = train_step(run.learner, micro_batches, alpha, step, teacher_hidden, watch)
                 with timer.phase("sync"):
                     failure = _renew(run)
 

@@ -87,7 +87,8 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
     for zone in ZONES.values():
         count = sums[f"zone_{zone}_tokens"]
         metrics[f"zone_{zone}_share"] = count / tokens
-        metrics[f"zone_{zone}_student_entropy"] = sums[f"zone_{zone}_student_entropy"] / max(1.0, count)
+        for model in ("student", "teacher"):
+            metrics[f"zone_{zone}_{model}_entropy"] = sums[f"zone_{zone}_{model}_entropy"] / max(1.0, count)
         for field in ("forward_kl", "reverse_kl"):
             metrics[f"zone_{zone}_{field}_share"] = sums[f"zone_{zone}_{field}"] / max(1e-12, totals[field])
     for q in range(1, QUARTERS + 1):

@@ -6,10 +6,12 @@ import logging
 import time
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_sead.distillation.zone_shares import LETTERS
 from megatron_sead.errors import NotFiniteNumbers, UserError
+from megatron_sead.reporting.machine import peak_resident
 from megatron_sead.rollouts.engine import Rollout
 from megatron_sead.rollouts.records import record_path, write_records
 from megatron_sead.training.not_finite import weights_are_finite
@@ -17,6 +19,7 @@ from megatron_sead.training.parity import student_log_probs
 from megatron_sead.training.run import Run
 from megatron_sead.training.skipping import remedy
 from megatron_sead.training.step import StepResult
+from megatron_sead.training.token_record import record_tokens
 from megatron_sead.wording import counted
 
 log = logging.getLogger(__name__)
@@ -48,16 +51,26 @@ def record_step(
     metrics |= {
         "tokens_per_second": metrics["response_tokens"] / seconds["step_seconds"],
         "seconds": run.seconds(),
+        "peak_memory": _peak_memory(run),
     }
     if not skipped:
         run.state.skipped_in_a_row = 0
         _warn_of_mismatch(run, step, metrics.get("sampling_log_prob_difference", 0.0))
+    record_tokens(run, step, rollouts, correct, alpha, result.tokens)
     interval = run.config.reporting.rollouts_interval
     if interval and step % interval == 0:
         _record_rollouts(run, step, rollouts, correct, result)
     if run.writer is not None:
         run.writer.write(metrics)
     return metrics
+
+
+def _peak_memory(run: Run) -> float:
+    """GiB, the most of any rank. Collective."""
+    on_gpu = run.parallel.device.type == "cuda"
+    most = torch.tensor(torch.cuda.max_memory_allocated() if on_gpu else peak_resident(), dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=run.parallel.control)
+    return most.item() / 2**30
 
 
 def _warn_of_mismatch(run: Run, step: int, difference: float) -> None:
@@ -107,9 +120,10 @@ def save(run: Run) -> None:
 def _record_rollouts(run: Run, step: int, rollouts: list[Rollout], correct: list[bool], result: StepResult) -> None:
     """Write rollouts/step-N.jsonl on the first rank, with the zones from the ranks that saw the tokens."""
     mine: dict[int, str] = {}
-    if run.parallel.tp_rank == run.parallel.cp_rank == 0:
-        letters = [LETTERS[zone] for zone in result.zones.tolist()]
-        for index, letter in zip(result.rollout_index.tolist(), letters, strict=True):
+    seen = result.tokens
+    if seen is not None and run.parallel.tp_rank == run.parallel.cp_rank == 0:
+        letters = [LETTERS[zone] for zone in seen.zones.tolist()]
+        for index, letter in zip(seen.rollout_index.tolist(), letters, strict=True):
             mine[index] = mine.get(index, "") + letter
     parts: list[dict[int, str]] | None = [{}] * run.parallel.world_size if run.parallel.rank == 0 else None
     dist.gather_object(mine, parts, dst=0, group=run.parallel.control)

@@ -9,10 +9,12 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_sead.distillation import (
+    LikeliestTokens,
     NotFiniteError,
     TokenLoss,
     TokenScores,
     TokenWeights,
+    linear_likeliest_tokens,
     linear_token_loss,
     linear_token_scores,
     linear_weighted_divergence,
@@ -99,6 +101,34 @@ class Heads:
             sequence_parallel=self.sequence_parallel,
         )
         return scores if positions is None else scores.select(positions.index_on(targets.device))
+
+    def likeliest(
+        self,
+        student_hidden: torch.Tensor,
+        teacher_hidden: torch.Tensor,
+        micro_batch: MicroBatch,
+        wanted: torch.Tensor,
+        k: int,
+    ) -> LikeliestTokens:
+        """Both models' k likeliest tokens where `wanted` [n] is true; arguments and collectives as in `score`."""
+        assert self.student is not None and self.teacher is not None
+        positions, (wanted,) = self._positions(micro_batch), _own(micro_batch, wanted)
+        if positions is not None:
+            wanted, teacher_hidden = positions.scatter(wanted, 0), positions.spread(teacher_hidden)
+        rows = linear_likeliest_tokens(
+            (student_hidden.detach(), self.student.detach()),
+            (teacher_hidden, self.teacher.detach()),
+            wanted,
+            min(k, self.vocab_size),
+            group=self.group,
+            vocab_size=self.vocab_size,
+            scratch_bytes=self.scratch_bytes,
+            sequence_parallel=self.sequence_parallel,
+        ).rows()
+        if positions is not None:
+            rows = rows[positions.index_on(rows.device)]
+        own, count = micro_batch.student.own, len(micro_batch.targets)
+        return LikeliestTokens.of_rows(_joined(rows, own, count, self.context))
 
     def loss(
         self,

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -41,11 +42,12 @@ from megatron_sead.prompts.problems import seen_in_training
 from megatron_sead.prompts.table import PromptTable
 from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
 from megatron_sead.reporting.metrics import MetricsWriter
+from megatron_sead.reporting.starts import append_start
 from megatron_sead.rollouts.engine import EngineContext
-from megatron_sead.rollouts.registry import make_engine, require_available
+from megatron_sead.rollouts.registry import make_engine, packages_of, require_available
 from megatron_sead.training.engines import start_engine
 from megatron_sead.training.heldout import evaluate_directory, evaluate_student
-from megatron_sead.training.inputs import Inputs, settle_inputs
+from megatron_sead.training.inputs import Inputs, settle_inputs, versions
 from megatron_sead.training.interrupt import InterruptFlag
 from megatron_sead.training.optimizer import build_optimizer
 from megatron_sead.training.parity import check_models, probe_tokens
@@ -318,6 +320,22 @@ def _begin_or_resume(run: Run, stack: ExitStack) -> None:
     if run.parallel.rank == 0:
         run.config.output.mkdir(parents=True, exist_ok=True)
         replace_text(run.config.output / "config.yaml", dump_config(run.config))
+        append_start(run.config.output, _start(run))
     if restored is None:
         run.state.accuracy_before = evaluate_student(run, run.config.student.path)
     torch.distributed.barrier(run.parallel.control)
+
+
+def _start(run: Run) -> dict[str, Any]:
+    """What somebody will want to know of this start of the run, and what the plan expects of its memory."""
+    stages = make_plan(run.config, run.parallel.world_size).stages
+    phase, peak = max((stage.peak for stage in stages), key=lambda found: found[1])
+    packages = ("megatron-sead", "torch", "megatron-core", "transformers", *packages_of(run.config.rollouts))
+    return {
+        "step": run.state.step,
+        "ranks": run.parallel.world_size,
+        "prompts": len(run.prompts),
+        "versions": versions(*packages),
+        "gpu": torch.cuda.get_device_name() if run.parallel.device.type == "cuda" else None,
+        "plan": {"phase": phase, "peak_bytes": peak},
+    }

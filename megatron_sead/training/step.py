@@ -18,6 +18,7 @@ from megatron_sead.training.not_finite import Report, gather_reports, own_grad_n
 from megatron_sead.training.optimizer import apply_gradients
 from megatron_sead.training.pipeline import OnHidden, run_schedule
 from megatron_sead.training.scoring import Heads, score_student
+from megatron_sead.training.seen_tokens import NOBODY, Outcome, SeenTokens, Watch
 from megatron_sead.training.supervision import StepTokens, Supervision, Supervisor
 from megatron_sead.training.teacher import Teacher
 
@@ -42,8 +43,7 @@ class StepResult:
     """What a step did. The tokens' fields are filled on the last pipeline stage alone."""
 
     metrics: dict[str, float] = field(default_factory=dict)  # of the whole step, on every rank
-    zones: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int8))  # [n] of this rank's tokens
-    rollout_index: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [n]
+    tokens: SeenTokens | None = None  # of this rank; None of a skipped step, too
     reports: list[Report] | None = None  # of a step that was skipped: every rank's, on every rank
 
 
@@ -53,6 +53,7 @@ def train_step(
     alpha: float,
     step: int,
     teacher_hidden: list[torch.Tensor] | None = None,
+    watch: Watch = NOBODY,
     timer: PhaseTimer | None = None,
 ) -> StepResult:
     """Update the student once on this rank's share of a step's rollouts. Collective over all ranks.
@@ -63,6 +64,7 @@ def train_step(
 
     Args:
         teacher_hidden: the teacher's states of the micro-batches, `Heads.own_rows`, where they are known already.
+        watch: of which rollouts the likeliest tokens are wanted. The loss knows nothing of it.
         timer: is told which part of the step runs.
     """
     timer, problems = timer or PhaseTimer(), list[str]()
@@ -85,14 +87,12 @@ def train_step(
                 score, supervision = _decide(learner, hidden, from_teacher, micro_batch, alpha, step)
             tokens = (hidden, from_teacher, supervision.weights, micro_batch)
             loss = heads.loss(*tokens, learner.supervisor.token_loss, score.student_log_prob)
+            likeliest = watch.likeliest(heads, hidden, from_teacher, micro_batch)
         except NotFiniteError as error:  # told after the pass: the other stages and replicas are waiting in it
             problems.append(str(error))
-            assert heads.student is not None
-            # Every parameter gets a gradient, as Megatron expects, which no optimizer will see
-            nothing = 0 * (hidden.float().sum() + heads.student.float().sum())
-            return nothing, torch.zeros((), dtype=torch.int, device=hidden.device), None
+            return _without_loss(hidden, heads)
         counted = supervision.count.int() * (learner.parallel.cp_rank == 0)  # all of them count the same tokens
-        return loss, counted, (loss.detach(), score, supervision)
+        return loss, counted, Outcome(loss.detach(), score, supervision, likeliest)
 
     with timer.phase("train"):
         with timer.part("training pass"):
@@ -152,6 +152,14 @@ def _forward_backward(learner: Learner, micro_batches: list[MicroBatch], distill
     return outcomes
 
 
+def _without_loss(hidden: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """Of a micro-batch that cannot be trained on: every parameter gets a gradient, as Megatron expects, which no
+    optimizer will see."""
+    assert heads.student is not None
+    nothing = 0 * (hidden.float().sum() + heads.student.float().sum())
+    return nothing, torch.zeros((), dtype=torch.int, device=hidden.device), None
+
+
 def _first(problems: list[str]) -> str | None:
     return problems[0] if problems else None
 
@@ -206,9 +214,9 @@ def _from_last_stage(found: Any, parallel: ParallelContext) -> Any:
 def _global_loss(outcomes: list[Any], parallel: ParallelContext) -> tuple[float, int]:
     """The step's loss and what it was divided by, on every rank."""
     totals = torch.zeros(2, dtype=torch.float64, device=parallel.device)
-    for loss, _, supervision in filter(None, outcomes):
+    for outcome in filter(None, outcomes):
         # Ranks that share sequences have each their part of the loss, and all of the count
-        totals += torch.stack([loss.double(), supervision.count.double() / parallel.cp_size])
+        totals += torch.stack([outcome.loss.double(), outcome.supervision.count.double() / parallel.cp_size])
     torch.distributed.all_reduce(totals, group=parallel.dp_with_cp)
     torch.distributed.broadcast(totals, group_src=parallel.pp_size - 1, group=parallel.pp)
     total, count = totals.tolist()
@@ -227,16 +235,18 @@ def _update(learner: Learner, count: int, step: int) -> dict[str, float]:
     return {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
 
-def _measure(learner: Learner, micro_batches: list[MicroBatch], outcomes: list[Any]) -> tuple[StepResult, Thresholds]:
+def _measure(
+    learner: Learner, micro_batches: list[MicroBatch], outcomes: list[Outcome]
+) -> tuple[StepResult, Thresholds]:
     """Metrics of the tokens that were just trained on, and where the step's quantile zones begin."""
-    scores = [score for _, score, _ in outcomes]
+    scores = [outcome.score for outcome in outcomes]
     tokens = StepTokens.of(scores, micro_batches)
-    zones = torch.cat([supervision.zones for _, _, supervision in outcomes])
-    thresholds = outcomes[0][2].thresholds
+    zones = torch.cat([outcome.supervision.zones for outcome in outcomes])
+    thresholds = outcomes[0].supervision.thresholds
     if thresholds is None:
         by_quantiles, thresholds = learner.supervisor.quantile_zones(tokens)
         zones = zones if learner.supervisor.reads_zones else by_quantiles
     metrics = measure_tokens(tokens, zones, scores, micro_batches, learner.parallel.dp)
     metrics |= measure_mismatch(scores, micro_batches, learner.parallel.dp)
     metrics |= {"tau_teacher": thresholds.teacher, "tau_student": thresholds.student}
-    return StepResult(metrics, zones, tokens.rollout_index), thresholds
+    return StepResult(metrics, SeenTokens.of(tokens, zones, outcomes)), thresholds

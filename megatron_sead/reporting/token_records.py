@@ -1,0 +1,91 @@
+"""What a step taught, token by token: ``tokens/step-N.json``, of a few steps and rollouts. Written and read here alone.
+
+A file holds, under `all_tokens`, the statistics of tokens spread over the whole step, a list each; and under `rollouts`
+some of them with everything that is known of each response token. `token_texts` are those of ids that stand nowhere
+else. Nats have four digits, probabilities three.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_sead.errors import UserError
+from megatron_sead.files.durable import replace_text
+
+FOLDER = "tokens"
+STATISTICS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl")  # nats
+# Of each response token of a rollout, beside zones and texts
+COLUMNS = (*STATISTICS, "student_log_prob", "teacher_log_prob", "engine_log_prob", "forward_weight", "reverse_weight")
+LIKELIEST = ("student_likeliest", "teacher_likeliest")  # a token: [id, probability by the student, by the teacher] each
+MOST_POINTS = 2000  # of all_tokens
+BYTES_A_TOKEN = 360  # of a rollout, at most but for long texts
+BYTES_A_STEP = 120_000  # of all_tokens and what else stands there once
+
+
+def token_record_path(run_directory: Path, step: int) -> Path:
+    """Where a step's tokens are, in a run directory."""
+    return run_directory / FOLDER / f"step-{step}.json"
+
+
+def recorded_steps(run_directory: Path) -> list[int]:
+    """The steps that have a file, in order."""
+    names = [path.stem.removeprefix("step-") for path in (run_directory / FOLDER).glob("step-*.json")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def write_token_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a step's tokens, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # What a model wrote may hold half of a character, which UTF-8 has not: then its escape stands in the string
+    replace_text(path, text + "\n", errors="backslashreplace")
+
+
+def read_token_record(path: Path) -> dict[str, Any]:
+    """A step's tokens.
+
+    Raises:
+        UserError: it cannot be read, or is not what `write_token_record` wrote.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged: {error}") from None
+    if problem := _problem(record):
+        raise UserError(f"{path}: is no record of tokens: {problem}")
+    assert isinstance(record, dict)
+    return record
+
+
+def _problem(record: Any) -> str | None:
+    """What is wrong with it; None: nothing that a reader would stumble on."""
+    if not isinstance(record, dict) or not isinstance(record.get("token_texts"), dict):
+        return "has no token_texts"
+    points, rollouts = record.get("all_tokens"), record.get("rollouts")
+    if not isinstance(points, dict) or not isinstance(rollouts, list):
+        return "has no all_tokens or rollouts"
+    if not _alike([points.get("zones"), *(points.get(name) for name in STATISTICS)]):
+        return "all_tokens are not as many each"
+    for number, rollout in enumerate(rollouts, 1):
+        if not isinstance(rollout, dict):
+            return f"rollout {number} is no object"
+        columns = [rollout.get(name) for name in ("texts", "token_ids", "zones", *COLUMNS, *LIKELIEST)]
+        if not _alike([column for column in columns if column is not None]) or columns[0] is None:
+            return f"rollout {number} has not as many of each"
+    return None
+
+
+def _alike(columns: Iterable[Any]) -> bool:
+    columns = list(columns)
+    return all(isinstance(c, list | str) for c in columns) and len({len(c) for c in columns}) == 1
+
+
+def rounded(value: float, digits: int = 4) -> float | None:
+    """With so many significant digits; None: not finite."""
+    short = float(f"{value:.{digits}g}")
+    return short if short - short == 0 else None
