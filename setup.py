@@ -10,7 +10,15 @@ setup(
     python_requires=">=3.11,<3.14",
     entry_points={"console_scripts": ["sead = megatron_sead.commands.sead:main"]},
     packages=find_packages(include=["megatron_sead", "megatron_sead.*"]),
-    package_data={"megatron_sead": ["py.typed", "distillation/kernels/rows.cpp", "tracing/*.cpp", "planning/*.yaml"]},
+    package_data={
+        "megatron_sead": [
+            "py.typed",
+            "distillation/kernels/rows.cpp",
+            "tracing/*.cpp",
+            "planning/*.yaml",
+            "html_report/assets/*",
+        ]
+    },
     install_requires=[
         "torch>=2.8",  # bf16 products into fp32 on a GPU
         "megatron-core>=0.16.1,<0.20",

@@ -18,6 +18,7 @@ COMMANDS = {  # module of megatron_sead.commands: what it does
     "prepare": "a training file of a released set: no duplicates, no benchmark problems, no row without an answer",
     "difficulty": "how hard each prompt is for a model, for the curriculum",
     "evaluate": "how often models are right: MATH-500, Minerva, OlympiadBench, AMC, AIME, GSM8K",
+    "report": "a run, or several beside each other, as one HTML file: curves, rollouts token by token",
     "scaling": "layouts beside each other on the same rollouts: speed, memory, traffic; tables and plots",
     "convert": "checkpoints from and to Hugging Face; verify, roundtrip, inspect, truncate",
 }

@@ -17,8 +17,8 @@ from megatron_sead.wording import counted
 
 OWNER_FILE = "owner.lock"  # in the run directory, while a run writes there
 # What else a run writes there, beside config.yaml
-WRITTEN = ("metrics.jsonl", "summary.json", "checkpoints", "rollouts", "not-finite", "tensorboard", "student-hf")
-WRITTEN += ("tokens", "starts.jsonl", "heldout.json", "report.html")
+WRITTEN: tuple[str, ...] = ("metrics.jsonl", "summary.json", "checkpoints", "rollouts", "not-finite", "tensorboard")
+WRITTEN += ("student-hf", "tokens", "starts.jsonl", "heldout.json", "report.html")
 
 # What may change when a run is resumed in its own directory: how it computes and what it writes, not what it computes.
 MAY_CHANGE_ON_RESUME = (

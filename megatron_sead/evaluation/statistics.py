@@ -72,6 +72,34 @@ class Difference:
     high: float
 
 
+def difference_of_groups(runs: np.ndarray, others: np.ndarray | None = None, seed: int = 0) -> Difference:
+    """The difference of two methods' mean pass rates, each over several runs that differ in their seed.
+
+    Prompts are drawn anew with replacement, the same for both, and so are each method's runs: the interval holds what
+    another set of prompts and what other seeds would change. With a single run it knows nothing of seeds.
+
+    Args:
+        runs: [seeds, prompts] shares of right answers.
+        others: [seeds, prompts] of the method that is compared with; None: nothing is, and the mean is its own.
+    """
+    generator, count = np.random.default_rng(seed), runs.shape[1]
+    at_once, means = max(1, MOST_AT_ONCE // count), list[np.ndarray]()
+    for start in range(0, RESAMPLES, at_once):
+        size = min(at_once, RESAMPLES - start)
+        prompts = generator.multinomial(count, np.full(count, 1 / count), size=size) / count
+        drawn = _drawn_runs(runs @ prompts.T, generator)
+        means.append(drawn if others is None else drawn - _drawn_runs(others @ prompts.T, generator))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return Difference(float(runs.mean() - (0.0 if others is None else others.mean())), float(low), float(high))
+
+
+def _drawn_runs(means: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """[b] the mean over runs drawn anew, of means [seeds, b]."""
+    seeds, size = means.shape
+    weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=size) / seeds
+    return np.asarray((means * weights.T).sum(axis=0))
+
+
 def paired_bootstrap(rates: Sequence[float], others: Sequence[float], seed: int = 0) -> Difference:
     """The difference of two models' pass rates on the same prompts, which are drawn anew with replacement.
 

@@ -69,15 +69,30 @@ def _problem(record: Any) -> str | None:
     points, rollouts = record.get("all_tokens"), record.get("rollouts")
     if not isinstance(points, dict) or not isinstance(rollouts, list):
         return "has no all_tokens or rollouts"
-    if not _alike([points.get("zones"), *(points.get(name) for name in STATISTICS)]):
-        return "all_tokens are not as many each"
+    statistics = [points.get(name) for name in STATISTICS]
+    if not _alike([points.get("zones"), *statistics]) or not all(map(_numbers, statistics)):
+        return "all_tokens are not numbers, or not as many each"
     for number, rollout in enumerate(rollouts, 1):
         if not isinstance(rollout, dict):
             return f"rollout {number} is no object"
         columns = [rollout.get(name) for name in ("texts", "token_ids", "zones", *COLUMNS, *LIKELIEST)]
         if not _alike([column for column in columns if column is not None]) or columns[0] is None:
             return f"rollout {number} has not as many of each"
+        if not all(map(_numbers, (rollout[name] for name in COLUMNS if name in rollout))):
+            return f"rollout {number} has what is no number"
+        if not all(_entries(token) for name in LIKELIEST for token in rollout.get(name, ())):
+            return f"rollout {number} has alternatives that are none"
     return None
+
+
+def _numbers(values: Any) -> bool:
+    """Each a number, or None."""
+    return isinstance(values, list) and all(v is None or isinstance(v, int | float) for v in values)
+
+
+def _entries(token: Any) -> bool:
+    """[id, probability, probability] each."""
+    return isinstance(token, list) and all(_numbers(entry) and len(entry) == 3 for entry in token)
 
 
 def _alike(columns: Iterable[Any]) -> bool:

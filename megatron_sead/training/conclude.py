@@ -12,6 +12,7 @@ from rich.table import Table
 
 from megatron_sead.checkpoints.huggingface import verify_huggingface_directory, write_huggingface_directory
 from megatron_sead.files.durable import replace_text
+from megatron_sead.html_report.write import write_at_the_end
 from megatron_sead.prompts.export import export_tokenizer
 from megatron_sead.prompts.tokenizer import load_tokenizer
 from megatron_sead.training.heldout import evaluate_directory, evaluate_student
@@ -37,7 +38,7 @@ def conclude(run: Run) -> None:
         results = {"before": before, "after": after, "teacher": teacher}
         _write_heldout(run, results)
         _write_summary(run, results)
-        _print_results(run, results)
+        _print_results(run, results, write_at_the_end(run.config.output))
     dist.barrier(run.parallel.control)
 
 
@@ -85,7 +86,7 @@ def _write_summary(run: Run, results: dict[str, dict[str, Any] | None]) -> None:
     replace_text(run.config.output / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def _print_results(run: Run, results: dict[str, dict[str, Any] | None]) -> None:
+def _print_results(run: Run, results: dict[str, dict[str, Any] | None], report: Path | None) -> None:
     measured = {name: result for name, result in results.items() if result is not None}
     if measured:
         table = Table(title="accuracy on held-out prompts, +- standard error", title_justify="left")
@@ -102,3 +103,5 @@ def _print_results(run: Run, results: dict[str, dict[str, Any] | None]) -> None:
                 table.add_row(f"  level {level}", *cells)
         run.console.print(table)
     run.console.print(f"run directory: {run.config.output}", soft_wrap=True, highlight=False, markup=False)
+    if report is not None:
+        run.console.print(f"report: {report}", soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,250 @@
+"""Several runs: grouped by their settings, curves as bands over seeds, final accuracies and differences with intervals,
+and the same budget of steps, tokens and seconds for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_sead.config.checks import MAY_CHANGE_ON_RESUME
+from megatron_sead.evaluation.statistics import Difference, difference_of_groups
+from megatron_sead.html_report.figure import Figure, Trace, told
+from megatron_sead.html_report.run_directory import Run
+from megatron_sead.html_report.series import short, smoothed
+from megatron_sead.html_report.summary import rates
+from megatron_sead.html_report.tables import Table, value_told
+
+Groups = dict[str, list[Run]]
+COLOURS = ("#0f7fc4", "#d95f02", "#129b72", "#c45c98", "#8a6d00", "#7a5fd0", "#5b6470", "#b3261e")
+DASHES = ("solid", "dash", "dot", "dashdot")
+SAME_METHOD = ("seed", *(key for key in MAY_CHANGE_ON_RESUME if not key.startswith("evaluation")))
+GRID = 200  # points of a curve
+BUDGETS = ("steps", "response tokens", "seconds")
+CURVES = (
+    ("pass_rate", "Pass rate of a step's rollouts", "Smoothed over a twentieth of the run.", "share right"),
+    ("reverse_kl", "Reverse KL", "KL(student || teacher) of a response token.", "nats"),
+    ("forward_kl", "Forward KL", "KL(teacher || student) of a response token.", "nats"),
+    ("student_entropy", "Student's entropy", "Of the next token.", "nats"),
+    ("teacher_entropy", "Teacher's entropy", "Of the same tokens.", "nats"),
+    ("response_length", "Length of a response", "Mean tokens.", "tokens"),
+)
+
+
+@dataclass
+class Comparison:
+    """What the page shows of several runs."""
+
+    groups: Groups
+    figures: list[Figure]
+    table: Table  # of the methods, for a paper
+    tables: list[Table]
+    text: str
+    remarks: list[str]
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+    """Groups in the order in which they were given; the first is what the others are compared with."""
+    groups, remarks = grouped(runs), list[str]()
+    table = methods(groups, remarks)
+    figures = [_curve(groups, *curve) for curve in CURVES]
+    first = next(iter(groups))
+    text = (
+        "Runs that differ in their seed alone are one group. Intervals of 95 % come from drawing prompts and seeds "
+        f"anew; differences are to {first}, prompt by prompt. Within noise: the interval of the difference holds zero."
+    )
+    return Comparison(groups, figures, table, [at_the_same_budget(groups), every_run(groups)], text, remarks)
+
+
+def grouped(runs: Sequence[Run]) -> Groups:
+    """Runs with the same settings but for what makes no other method, named by what sets the groups apart."""
+    found: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        # A run whose settings are not known is no other's seed
+        key = tuple(sorted((k, value_told(v)) for k, v in run.settings.items() if not k.startswith(SAME_METHOD)))
+        found.setdefault(key or (run.name,), []).append(run)
+    apart = [key for key in _keys(found) if len({value_told(group[0].setting(key)) for group in found.values()}) > 1]
+    named: Groups = {}
+    for group in found.values():
+        parts = [f"{key.rpartition('.')[2]} {value_told(group[0].setting(key))}" for key in apart]
+        if [key for key in apart if key != "policy.name"] == [] and apart:
+            parts = [value_told(group[0].setting("policy.name"))]
+        name = ", ".join(parts) if 0 < len(parts) <= 3 else group[0].name
+        named[name if name not in named else f"{name} ({group[0].name})"] = group
+    return named
+
+
+def _keys(found: dict[tuple[Any, ...], list[Run]]) -> list[str]:
+    keys = dict.fromkeys(key for group in found.values() for key in group[0].settings)
+    return [key for key in keys if not key.startswith(SAME_METHOD)]
+
+
+def methods(groups: Groups, remarks: list[str]) -> Table:
+    """Final accuracy of each group, and its difference to the first."""
+    first, *_ = groups
+    ids = {tuple(map(str, run.heldout.get("prompts") or ())) for group in groups.values() for run in group}
+    paired = len(ids) == 1 and ids != {()}
+    if not paired:
+        remarks.append(
+            "The runs have not all recorded their answers to the same held-out prompts, so differences are not taken "
+            "prompt by prompt and have no intervals."
+        )
+    rows = []
+    for name, group in groups.items():
+        row = [name, str(len(group))]
+        for kind in ("greedy", "sampled"):
+            row.append(_accuracy(group, kind, paired))
+        for kind in ("greedy", "sampled"):
+            difference = None if name == first else _difference(group, groups[first], kind, paired)
+            row.append("" if difference is None else _signed(difference))
+        greedy = None if name == first else _difference(group, groups[first], "greedy", paired)
+        rows.append([*row, _verdict(greedy)])
+    head = ["method", "seeds", "greedy", "sampled", "greedy, difference", "sampled, difference", "greedy is"]
+    single = [name for name, group in groups.items() if len(group) == 1]
+    if single:
+        remarks.append(f"One seed alone ({', '.join(single)}): what other seeds would change is in no interval there.")
+    return Table("Held-out accuracy after training", head, rows, numeric=(1, 2, 3, 4, 5))
+
+
+def _matrix(group: list[Run], kind: str) -> np.ndarray | None:
+    """[seeds, prompts] shares of right answers after training."""
+    found = [rates(run, "after", kind) for run in group]
+    known = [values for values in found if values is not None]
+    return np.array(known) if len(known) == len(group) and len({len(v) for v in known}) == 1 else None
+
+
+def _accuracy(group: list[Run], kind: str, paired: bool) -> str:
+    matrix = _matrix(group, kind) if paired else None
+    if matrix is not None:
+        found = difference_of_groups(matrix)
+        return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    means = [a["mean"] for run in group if (a := run.accuracy("after", kind)) is not None]
+    if not means:
+        return ""
+    return f"{sum(means) / len(means):.3f}" + (f" ({min(means):.3f} to {max(means):.3f})" if len(means) > 1 else "")
+
+
+def _difference(group: list[Run], first: list[Run], kind: str, paired: bool) -> Difference | None:
+    ours, theirs = _matrix(group, kind), _matrix(first, kind)
+    if not paired or ours is None or theirs is None or ours.shape[1] != theirs.shape[1]:
+        return None
+    return difference_of_groups(ours, theirs)
+
+
+def _signed(difference: Difference) -> str:
+    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+
+
+def _verdict(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    if difference.low <= 0 <= difference.high:
+        return "within noise"
+    return "higher" if difference.low > 0 else "lower"
+
+
+def every_run(groups: Groups) -> Table:
+    """What each single run came to."""
+    rows = []
+    for name, group in groups.items():
+        for run in group:
+            shown = [(run.accuracy(when, kind) or {}).get("mean") for when, kind in WHERE]
+            rows.append(
+                [run.name, name, value_told(run.setting("seed")), *("" if v is None else f"{v:.3f}" for v in shown)]
+            )
+    head = ["run", "method", "seed", "before, greedy", "after, greedy", "after, sampled", "teacher, greedy"]
+    return Table("Every run", head, rows, numeric=(3, 4, 5, 6))
+
+
+WHERE = (("before", "greedy"), ("after", "greedy"), ("after", "sampled"), ("teacher", "greedy"))
+
+
+def at_the_same_budget(groups: Groups) -> Table:
+    """Training pass rate where the run that has least of it ends: of steps, of tokens, of seconds."""
+    runs = [run for group in groups.values() for run in group]
+    limits = [min((axis[-1] for run in runs if len(axis := _axis(run, budget))), default=0.0) for budget in BUDGETS]
+    rows = []
+    for name, group in groups.items():
+        cells = []
+        for budget, limit in zip(BUDGETS, limits, strict=True):
+            found = [value for run in group if (value := _at(run, budget, limit)) is not None]
+            spread = f" ({min(found):.3f} to {max(found):.3f})" if len(found) > 1 else ""
+            cells.append(f"{sum(found) / len(found):.3f}{spread}" if found else "")
+        rows.append([name, *cells])
+    head = ["method", *(f"at {told(limit)} {budget}" for budget, limit in zip(BUDGETS, limits, strict=True))]
+    caption = "Mean pass rate of the tenth of the run before that point, and its lowest and highest seed."
+    return Table("Pass rate in training at the same budget", head, rows, caption, numeric=(1, 2, 3))
+
+
+def _at(run: Run, budget: str, limit: float) -> float | None:
+    axis, values = _axis(run, budget), run.column("pass_rate")
+    inside = [v for x, v in zip(axis, values, strict=False) if x <= limit and v is not None]
+    last = inside[-max(1, len(inside) // 10) :]
+    return sum(last) / len(last) if last else None
+
+
+def _axis(run: Run, budget: str) -> list[float]:
+    """How much of the budget the run had used after each step; empty where that is not known."""
+    if budget == "steps":
+        return [step + 1.0 for step in run.steps]
+    column = run.column("response_tokens" if budget == "response tokens" else "seconds")
+    values = [0.0 if v is None else v for v in column]
+    if not any(values):
+        return []
+    return list(np.cumsum(values)) if budget == "response tokens" else list(np.maximum.accumulate(values))
+
+
+def _curve(groups: Groups, column: str, title: str, caption: str, unit: str) -> Figure:
+    """A line a group, the mean of its runs, within the lowest and highest of them."""
+    figure = Figure(f"compare-{column}", title, caption + " Bands: from the lowest to the highest seed.")
+    figure.layout = {"yaxis": {"title": {"text": unit}}}
+    for budget in BUDGETS:
+        traces: list[Trace] = []
+        for number, (name, group) in enumerate(groups.items()):
+            curves = [c for run in group if (c := _known(run, column, budget)) is not None]
+            if curves:
+                traces += _band(name, curves, number)
+        if traces:
+            figure.choices.append((f"against {budget}", traces))
+    figure.choices = figure.choices[::-1]  # the page shows the last one first
+    return figure
+
+
+def _known(run: Run, column: str, budget: str) -> tuple[np.ndarray, np.ndarray] | None:
+    axis, values = _axis(run, budget), run.column(column)
+    if not axis:
+        return None
+    if column == "pass_rate":
+        values = smoothed(values, max(3, len(values) // 20))
+    pairs = [(x, v) for x, v in zip(axis, values, strict=True) if v is not None]
+    return (np.array([x for x, _ in pairs]), np.array([v for _, v in pairs])) if pairs else None
+
+
+def _band(name: str, curves: list[tuple[np.ndarray, np.ndarray]], number: int) -> list[Trace]:
+    """On points that all of the group's runs have reached."""
+    low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    grid = np.linspace(low, max(low, high), GRID if high > low else 1)
+    values = np.array([np.interp(grid, x, y) for x, y in curves])
+    colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+    xs = [short(float(x), 6) for x in grid]
+    shape = {"type": "scatter", "mode": "lines", "x": xs}
+    traces: list[Trace] = []
+    if len(curves) > 1:
+        edge = shape | {"line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", "legendgroup": name}
+        traces.append(edge | {"y": _short(values.min(0))})
+        traces.append(edge | {"y": _short(values.max(0)), "fill": "tonexty", "fillcolor": _pale(colour)})
+    mode = "lines" if len(grid) > 1 else "markers"
+    line = {"color": colour, "dash": dash, "width": 2}
+    traces.append(shape | {"mode": mode, "y": _short(values.mean(0)), "name": name, "legendgroup": name, "line": line})
+    return traces
+
+
+def _short(values: np.ndarray) -> list[Any]:
+    return [short(float(value), 4) for value in values]
+
+
+def _pale(colour: str) -> str:
+    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    return f"rgba({red},{green},{blue},.18)"

@@ -1,0 +1,70 @@
+"""Writing a report: in place of an earlier report, and of nothing else."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_sead.errors import UserError
+from megatron_sead.files.durable import refused_by_the_disk, replace_text
+from megatron_sead.html_report.page import MARKER, report
+from megatron_sead.html_report.run_directory import read_run
+
+NAME = "report.html"
+HEAD = 4096  # bytes in which the marker stands
+
+log = logging.getLogger(__name__)
+
+
+def write_report(directories: Sequence[Path], output: Path) -> None:
+    """The report of one run or several.
+
+    Raises:
+        UserError: a directory is no run's, the output is a file that was not written here, or the disk refuses.
+    """
+    require_ours(output)
+    runs = [read_run(directory) for directory in directories]
+    for number, run in enumerate(runs):  # names tell runs apart
+        if sum(run.name == other.name for other in runs) > 1:
+            run.name = f"{run.directory.resolve().parent.name}/{run.name}"
+        if any(run.name == other.name for other in runs[:number]):
+            run.name += f" ({number + 1})"
+    text = report(runs)
+    with refused_by_the_disk(lambda told: UserError(f"{output}: {told}")):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # Half of a character that a model wrote becomes its number, which browsers show as a replacement
+        replace_text(output, text, errors="xmlcharrefreplace")
+
+
+def write_at_the_end(directory: Path) -> Path | None:
+    """The report of a run that has just ended, in its directory. None, with a warning, where that fails: the run is
+    done, and the command makes the report again."""
+    output = directory / NAME
+    try:
+        write_report([directory], output)
+    except Exception as error:
+        log.warning("%s is not written: %s", output, " ".join(str(error).split()) or type(error).__name__)
+        return None
+    return output
+
+
+def require_ours(output: Path) -> None:
+    """Refuse to write over what is no report.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if output.is_dir():
+        raise UserError(f"{output}: is a directory; name a file")
+    if not os.path.lexists(output):
+        return
+    marked = f'content="{MARKER}"'.encode()
+    try:
+        with open(output, "rb") as file:
+            ours = not output.is_symlink() and marked in file.read(HEAD)
+    except OSError:
+        ours = False
+    if not ours:
+        raise UserError(f"{output}: exists and is no report of this tool; choose another output, or move it away")
