@@ -120,7 +120,7 @@ def _accuracy(group: list[Run], kind: str, paired: bool) -> str:
     if matrix is not None:
         found = difference_of_groups(matrix)
         return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
-    means = [a["mean"] for run in group if (a := run.accuracy("after", kind)) is not None]
+    means = [a.mean for run in group if (a := run.accuracy("after", kind)) is not None]
     if not means:
         return ""
     return f"{sum(means) / len(means):.3f}" + (f" ({min(means):.3f} to {max(means):.3f})" if len(means) > 1 else "")
@@ -150,9 +150,14 @@ def every_run(groups: Groups) -> Table:
     rows = []
     for name, group in groups.items():
         for run in group:
-            shown = [(run.accuracy(when, kind) or {}).get("mean") for when, kind in WHERE]
+            shown = [run.accuracy(when, kind) for when, kind in WHERE]
             rows.append(
-                [run.name, name, value_told(run.setting("seed")), *("" if v is None else f"{v:.3f}" for v in shown)]
+                [
+                    run.name,
+                    name,
+                    value_told(run.setting("seed")),
+                    *("" if a is None else f"{a.mean:.3f}" for a in shown),
+                ]
             )
     head = ["run", "method", "seed", "before, greedy", "after, greedy", "after, sampled", "teacher, greedy"]
     return Table("Every run", head, rows, numeric=(3, 4, 5, 6))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from megatron_sead.html_report.figure import (
     FORWARD,
@@ -16,7 +17,7 @@ from megatron_sead.html_report.figure import (
     line,
     numbers_of,
 )
-from megatron_sead.html_report.run_directory import Number, Run
+from megatron_sead.html_report.run_directory import Number, Run, number
 from megatron_sead.html_report.series import short, smoothed
 
 PAPER_MASS = {"A": 9.7, "B": 58.4, "C": 31.9}  # percent of the forward KL, SEAD's section on zones
@@ -67,9 +68,13 @@ def learning(run: Run) -> Figure:
     most = max((v for v in opened if v is not None), default=0)
     if most:
         shares = [None if v is None else v / most for v in opened]
-        fill = {"fill": "tozeroy", "fillcolor": "rgba(138,143,152,.16)", "line": {"width": 0, "shape": "hv"}}
+        fill: dict[str, Any] = {
+            "fill": "tozeroy",
+            "fillcolor": "rgba(138,143,152,.16)",
+            "line": {"width": 0, "shape": "hv"},
+        }
         figure.traces += line("prompts open, of those ever open", run.steps, shares, QUIET, **fill)
-    dots = {"mode": "markers", "marker": {"color": STUDENT, "size": 4, "opacity": 0.35}}
+    dots: dict[str, Any] = {"mode": "markers", "marker": {"color": STUDENT, "size": 4, "opacity": 0.35}}
     figure.traces += line("pass rate of a step", run.steps, rates, STUDENT, **dots)
     figure.traces += line(f"mean over {window} steps", run.steps, smoothed(rates, window), STUDENT)
     figure.traces += _heldout(run)
@@ -87,14 +92,14 @@ def _heldout(run: Run) -> list[dict[str, object]]:
     points = [(x, a) for x, a in ((0, run.accuracy("before")), (last, run.accuracy("after"))) if a is not None]
     traces: list[dict[str, object]] = []
     if points:
-        errors = [short(1.96 * (a.get("standard_error") or 0), 3) for _, a in points]
+        errors = [short(1.96 * a.error, 3) for _, a in points]
         traces.append(
             {
                 "type": "scatter",
                 "mode": "markers",
                 "name": "held-out, greedy",
                 "x": [x for x, _ in points],
-                "y": [short(a["mean"]) for _, a in points],
+                "y": [short(a.mean) for _, a in points],
                 "error_y": {"type": "data", "array": errors, "color": TEACHER},
                 "marker": {"color": TEACHER, "size": 10, "symbol": "diamond"},
                 "cliponaxis": False,
@@ -102,7 +107,7 @@ def _heldout(run: Run) -> list[dict[str, object]]:
         )
     teacher = run.accuracy("teacher")
     if teacher is not None and last:
-        traces += line("held-out, the teacher", [0, last], [teacher["mean"]] * 2, TEACHER, dash="dash", mode="lines")
+        traces += line("held-out, the teacher", [0, last], [teacher.mean] * 2, TEACHER, dash="dash", mode="lines")
     return traces
 
 
@@ -324,9 +329,8 @@ def memory(run: Run) -> Figure:
         "and the peak that the plan expected of tensors.",
     )
     _curves(run, figure, [("peak_memory", "measured", STUDENT, "solid")], y="GiB")
-    plan = run.starts[-1].get("plan") if run.starts else None
-    peak = plan.get("peak_bytes") if isinstance(plan, dict) else None
-    if figure.traces and isinstance(peak, int | float):
+    peak = number(run.of_last_start("plan", "peak_bytes"))
+    if figure.traces and peak is not None:
         ends = [run.steps[0], run.steps[-1]]
         figure.traces += line("planned", ends, [peak / 2**30] * 2, TEACHER, dash="dash", mode="lines")
     return figure

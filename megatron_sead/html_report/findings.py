@@ -5,11 +5,12 @@ Thresholds are what experience with on-policy distillation calls worth a look, n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from megatron_sead.html_report.run_directory import Run
+from megatron_sead.html_report.run_directory import Run, number
 
 LAST_TENTH, LAST_HALF = 10, 2
 SPIKE_WINDOW = 25  # steps before a spike with which it is compared
@@ -76,8 +77,7 @@ def _mismatch(run: Run) -> Judged | None:
     values = run.known("sampling_log_prob_difference")
     if not values:
         return None
-    limit = run.setting("rollouts.mismatch_warning")
-    limit = limit if isinstance(limit, int | float) else 0.1
+    limit = number(run.setting("rollouts.mismatch_warning", 0.1)) or 0.0
     over = [step for step, v in _with_steps(run, "sampling_log_prob_difference") if v > limit]
     where = f"; over {limit:g} in {len(over)} steps, first {over[0]}" if over else ""
     expected = bool(run.setting("rollouts.lag"))
@@ -98,8 +98,7 @@ def _zone_c_floor(run: Run) -> Judged | None:
     values = run.known("tau_teacher")
     if not values:
         return None
-    floor = run.setting("zones.teacher_entropy_floor")
-    floor = floor if isinstance(floor, int | float) else 0.01
+    floor = number(run.setting("zones.teacher_entropy_floor", 0.01)) or 0.0
     under = [step for step, v in _with_steps(run, "tau_teacher") if v < floor]
     where = f"; under {floor:g} in {len(under)} of {len(values)} steps, first {under[0]}" if under else ""
     return len(under) > len(values) / 10, f"zone C begins at {min(values):.3g} nats at the least{where}"
@@ -107,14 +106,14 @@ def _zone_c_floor(run: Run) -> Judged | None:
 
 def _gate_stuck(run: Run) -> Judged | None:
     opened = run.known("eligible_prompts")
-    total = run.starts[-1].get("prompts") if run.starts else None
+    total = number(run.of_last_start("prompts"))
     if run.setting("curriculum.mode") == "none":
         return False, "no curriculum"
-    if not opened or not isinstance(total, int) or len(opened) < LAST_TENTH:
+    if not opened or total is None or len(opened) < LAST_TENTH:
         return None
     half = opened[len(opened) // LAST_HALF :]
     stuck = half[-1] < total and half[-1] <= half[0]
-    return stuck, f"{half[-1]:,.0f} of {total:,} prompts are open at the last step, {half[0]:,.0f} half-way"
+    return stuck, f"{half[-1]:,.0f} of {total:,.0f} prompts are open at the last step, {half[0]:,.0f} half-way"
 
 
 def _spikes(run: Run) -> Judged | None:
@@ -131,7 +130,7 @@ def _spikes(run: Run) -> Judged | None:
 
 
 def _skipped(run: Run) -> Judged | None:
-    if not run.steps:
+    if not run.known("skipped"):
         return None
     skipped = [step for step, v in _with_steps(run, "skipped") if v]
     return bool(skipped), f"{len(skipped)} steps, first {skipped[0]}" if skipped else "none"
@@ -141,8 +140,8 @@ def _got_worse(run: Run) -> Judged | None:
     before, after = run.accuracy("before"), run.accuracy("after")
     if before is None or after is None:
         return None
-    error = (before.get("standard_error", 0) ** 2 + after.get("standard_error", 0) ** 2) ** 0.5
-    return after["mean"] < before["mean"] - 2 * error, f"{before['mean']:.3f} before, {after['mean']:.3f} after"
+    error = math.hypot(before.error, after.error)
+    return after.mean < before.mean - 2 * error, f"{before.mean:.3f} before, {after.mean:.3f} after"
 
 
 def _with_steps(run: Run, name: str) -> list[tuple[int, float]]:

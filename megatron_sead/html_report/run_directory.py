@@ -7,7 +7,6 @@ the report shows; a value that is no finite number is None.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,7 +23,17 @@ from megatron_sead.reporting.token_records import read_token_record, recorded_st
 from megatron_sead.wording import counted
 
 Number = float | None
+LARGEST = 1e100
 FILES = ("config.yaml", "metrics.jsonl", "summary.json", STARTS)  # one of them makes a directory one of a run
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of right answers."""
+
+    mean: float
+    error: float  # standard; 0 where it is not known
+    prompts: int  # 0: not known
 
 
 @dataclass
@@ -63,16 +72,19 @@ class Run:
             self.remarks.append(str(error))
             return None
 
-    def accuracy(self, when: str, kind: str = "greedy") -> dict[str, Any] | None:
-        """Of "before", "after" or "teacher": mean, standard_error, prompts; None where it was not measured."""
-        found = _inner(self.summary, "evaluation", when, kind)
-        return found if isinstance(found, dict) and _number(found.get("mean")) is not None else None
+    def accuracy(self, when: str, kind: str = "greedy") -> Accuracy | None:
+        """Of "before", "after" or "teacher"; None where it was not measured."""
+        return _accuracy(_inner(self.summary, "evaluation", when, kind))
 
-    def by_level(self, when: str, kind: str = "greedy") -> dict[str, dict[str, Any]]:
+    def by_level(self, when: str, kind: str = "greedy") -> dict[str, Accuracy]:
         """The same of each level, in order."""
         levels = _inner(self.summary, "evaluation", when, f"{kind}_by_level")
-        known = levels.items() if isinstance(levels, dict) else ()
-        return {k: v for k, v in known if isinstance(v, dict) and _number(v.get("mean")) is not None}
+        named = levels.items() if isinstance(levels, dict) else ()
+        return {level: found for level, value in named if (found := _accuracy(value)) is not None}
+
+    def of_last_start(self, *keys: str) -> Any:
+        """What the last start of the run told; None where it told nothing."""
+        return _inner(self.starts[-1], *keys) if self.starts else None
 
     @property
     def planned_steps(self) -> int:
@@ -147,7 +159,7 @@ def _read_metrics(run: Run) -> None:
             found[step] = line
     run.steps = sorted(found)
     names = dict.fromkeys(name for step in run.steps for name in found[step] if name != "step")
-    run.columns = {name: [_number(found[step].get(name)) for step in run.steps] for name in names}
+    run.columns = {name: [number(found[step].get(name)) for step in run.steps] for name in names}
 
 
 def _lines(run: Run, name: str) -> list[dict[str, Any]]:
@@ -194,12 +206,16 @@ def _text(run: Run, name: str) -> str | None:
         return None
 
 
-def _number(value: Any) -> Number:
-    """As a finite float; true is 1."""
-    try:
-        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-    except OverflowError:  # a whole number beyond all floats
+def number(value: Any) -> Number:
+    """As a float that sums do not overflow with; true is 1."""
+    return float(value) if isinstance(value, int | float) and abs(value) < LARGEST else None
+
+
+def _accuracy(value: Any) -> Accuracy | None:
+    mean, error, prompts = (number(_inner(value, name)) for name in ("mean", "standard_error", "prompts"))
+    if mean is None or not 0 <= mean <= 1:
         return None
+    return Accuracy(mean, max(0.0, error or 0.0), int(max(0.0, prompts or 0.0)))
 
 
 def _inner(value: Any, *keys: str) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sead.evaluation.statistics import Difference, paired_bootstrap
-from megatron_sead.html_report.run_directory import Run
+from megatron_sead.html_report.run_directory import Accuracy, Run, number
 from megatron_sead.wording import counted
 
 WHEN = ("before", "after", "teacher")
@@ -56,8 +56,8 @@ def _method(run: Run) -> str:
 
 
 def _ranks(run: Run) -> str:
-    ranks = run.starts[-1].get("ranks")
-    return f", {counted(ranks, 'rank')}" if isinstance(ranks, int) else ""
+    ranks = number(run.of_last_start("ranks"))
+    return f", {counted(int(ranks), 'rank')}" if ranks is not None else ""
 
 
 def duration(seconds: float) -> str:
@@ -76,7 +76,9 @@ def accuracy_tables(run: Run) -> list[AccuracyTable]:
         columns = [when for when in WHEN if run.accuracy(when, kind) is not None]
         if not columns:
             continue
-        rows = [{"name": "all prompts", "cells": [_cell(run.accuracy(when, kind), kind) for when in columns]}]
+        rows: list[dict[str, Any]] = [
+            {"name": "all prompts", "cells": [_cell(run.accuracy(when, kind), kind) for when in columns]}
+        ]
         levels = {when: run.by_level(when, kind) for when in columns}
         for level in levels[columns[0]]:
             rows.append({"name": f"level {level}", "cells": [_cell(levels[w].get(level), kind) for w in columns]})
@@ -86,7 +88,8 @@ def accuracy_tables(run: Run) -> list[AccuracyTable]:
             for row in rows[1:]:
                 row["cells"].append(("", ""))
         head = ["", *columns, *(["gain"] if gain is not None else [])]
-        prompts = (run.accuracy(columns[0], kind) or {}).get("prompts")
+        first = run.accuracy(columns[0], kind)
+        prompts = first.prompts if first is not None else 0
         note = f"95 % intervals over {prompts} held-out prompts" if prompts else "95 % intervals over prompts"
         note += "; the gain by paired bootstrap." if gain is not None else "."
         found.append(AccuracyTable(f"Held-out accuracy, {kind}", head, rows, note))
@@ -103,23 +106,25 @@ def rates(run: Run, when: str, kind: str) -> list[float] | None:
     """Share of right answers of each held-out prompt."""
     found = run.heldout.get(when)
     values = found.get(kind) if isinstance(found, dict) else None
-    ok = isinstance(values, list) and values and all(isinstance(v, int | float) for v in values)
-    return [float(v) for v in values] if ok else None
+    if not isinstance(values, list):
+        return None
+    known = [v for v in map(number, values) if v is not None]
+    return known if known and len(known) == len(values) else None
 
 
-def _cell(accuracy: dict[str, Any] | None, kind: str) -> Cell:
+def _cell(accuracy: Accuracy | None, kind: str) -> Cell:
     if accuracy is None:
         return "", ""
     low, high = interval(accuracy, kind)
-    return f"{accuracy['mean']:.3f}", f"{low:.2f} to {high:.2f}"
+    return f"{accuracy.mean:.3f}", f"{low:.2f} to {high:.2f}"
 
 
-def interval(accuracy: dict[str, Any], kind: str) -> tuple[float, float]:
+def interval(accuracy: Accuracy, kind: str) -> tuple[float, float]:
     """Of 95 %. Greedy answers are right or wrong: Wilson's, which is no point where all are right."""
-    mean, error, prompts = accuracy["mean"], accuracy.get("standard_error"), accuracy.get("prompts")
-    if isinstance(prompts, int) and prompts > 0 and (kind == "greedy" or not error):
+    mean, prompts = accuracy.mean, accuracy.prompts
+    if prompts and (kind == "greedy" or not accuracy.error):
         spread = Z / (1 + Z**2 / prompts) * math.sqrt(mean * (1 - mean) / prompts + Z**2 / (4 * prompts**2))
         centre = (mean + Z**2 / (2 * prompts)) / (1 + Z**2 / prompts)
     else:
-        centre, spread = mean, Z * (error if isinstance(error, int | float) else 0.0)
+        centre, spread = mean, Z * accuracy.error
     return max(0.0, centre - spread), min(1.0, centre + spread)

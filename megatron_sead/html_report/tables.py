@@ -11,7 +11,7 @@ from typing import Any
 from megatron_sead.config.run import RunConfig
 from megatron_sead.config.settings_file import flatten
 from megatron_sead.html_report.figure import told
-from megatron_sead.html_report.run_directory import Run
+from megatron_sead.html_report.run_directory import Run, number
 from megatron_sead.html_report.summary import duration
 
 TOO_LONG = 200  # characters of a setting's value
@@ -106,12 +106,10 @@ def starts(run: Run) -> Table:
 
 def plan_beside_measured(run: Run) -> Table | None:
     """What the plan expected, and what was."""
-    plan = run.starts[-1].get("plan") if run.starts else None
-    peak, measured = (plan or {}).get("peak_bytes") if isinstance(plan, dict) else None, run.known("peak_memory")
-    rows = []
-    if isinstance(peak, int | float):
+    peak, measured, rows = number(run.of_last_start("plan", "peak_bytes")), run.known("peak_memory"), []
+    if peak is not None:
         was = f"{told(max(measured))} GiB" if measured else "not recorded"
-        phase = str(plan.get("phase", "")) if isinstance(plan, dict) else ""
+        phase = run.of_last_start("plan", "phase")
         rows.append((f"peak memory of the fullest rank ({phase})", f"{told(peak / 2**30)} GiB", was))
     if run.steps and run.known("step_seconds"):
         times = sorted(run.known("step_seconds"))
