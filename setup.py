@@ -42,6 +42,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.10", "vllm>=0.32,<0.34"],  # as config/rollouts.py says
+        "wandb": ["wandb>=0.19"],
         # Triton's interpreter runs the GPU kernels in tests; on GPUs torch brings its own
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "triton>=3.7.1,<4; platform_system == 'Linux'"],
         "dev": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil", "uv>=0.5"],

@@ -18,7 +18,7 @@ from megatron_sead.wording import counted
 OWNER_FILE = "owner.lock"  # in the run directory, while a run writes there
 # What else a run writes there, beside config.yaml
 WRITTEN: tuple[str, ...] = ("metrics.jsonl", "summary.json", "checkpoints", "rollouts", "not-finite", "tensorboard")
-WRITTEN += ("student-hf", "tokens", "starts.jsonl", "heldout.json", "report.html")
+WRITTEN += ("student-hf", "tokens", "starts.jsonl", "heldout.json", "report.html", "wandb")
 
 # What may change when a run is resumed in its own directory: how it computes and what it writes, not what it computes.
 MAY_CHANGE_ON_RESUME = (

@@ -293,6 +293,10 @@ class ReportingSettings(Settings):
     """What is written beside checkpoints."""
 
     tensorboard: bool = Field(True, description="also write the metrics as event files, under tensorboard/")
+    wandb: Literal["off", "offline", "online"] = Field(
+        "off", description="also log the metrics to Weights & Biases; offline: under wandb/, for `wandb sync`"
+    )
+    wandb_project: str = Field("megatron_sead", min_length=1, description="project of Weights & Biases")
     rollouts_interval: int = Field(1, ge=0, description="steps between rollouts/step-N.jsonl files; 0: none")
     token_steps: int = Field(
         20, ge=0, description="steps, evenly spread, whose tokens/step-N.json says what tokens taught; 0: none"

@@ -97,7 +97,9 @@ def _drawn_runs(means: np.ndarray, generator: np.random.Generator) -> np.ndarray
     """[b] the mean over runs drawn anew, of means [seeds, b]."""
     seeds, size = means.shape
     weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=size) / seeds
-    return np.asarray((means * weights.T).sum(axis=0))
+    centre = means.mean(axis=0)
+    wider = math.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0  # drawn from few, they vary too little
+    return np.asarray(centre + wider * ((means * weights.T).sum(axis=0) - centre))
 
 
 def paired_bootstrap(rates: Sequence[float], others: Sequence[float], seed: int = 0) -> Difference:

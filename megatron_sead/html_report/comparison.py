@@ -14,13 +14,15 @@ from megatron_sead.evaluation.statistics import Difference, difference_of_groups
 from megatron_sead.html_report.figure import Figure, Trace, told
 from megatron_sead.html_report.run_directory import Run
 from megatron_sead.html_report.series import short, smoothed
-from megatron_sead.html_report.summary import rates
+from megatron_sead.html_report.summary import duration, rates
 from megatron_sead.html_report.tables import Table, value_told
 
 Groups = dict[str, list[Run]]
 COLOURS = ("#0f7fc4", "#d95f02", "#129b72", "#c45c98", "#8a6d00", "#7a5fd0", "#5b6470", "#b3261e")
 DASHES = ("solid", "dash", "dot", "dashdot")
 SAME_METHOD = ("seed", *(key for key in MAY_CHANGE_ON_RESUME if not key.startswith("evaluation")))
+LABELS = {"policy.name": "policy", "curriculum.mode": "curriculum", "zones.thresholds": "thresholds"}
+MOST_LABELS = 4  # settings in a group's name
 GRID = 200  # points of a curve
 BUDGETS = ("steps", "response tokens", "seconds")
 CURVES = (
@@ -68,17 +70,20 @@ def grouped(runs: Sequence[Run]) -> Groups:
     apart = [key for key in _keys(found) if len({value_told(group[0].setting(key)) for group in found.values()}) > 1]
     named: Groups = {}
     for group in found.values():
-        parts = [f"{key.rpartition('.')[2]} {value_told(group[0].setting(key))}" for key in apart]
-        if [key for key in apart if key != "policy.name"] == [] and apart:
-            parts = [value_told(group[0].setting("policy.name"))]
-        name = ", ".join(parts) if 0 < len(parts) <= 3 else group[0].name
+        name = ", ".join(_label(group[0], key) for key in apart) if 0 < len(apart) <= MOST_LABELS else group[0].name
         named[name if name not in named else f"{name} ({group[0].name})"] = group
     return named
 
 
+def _label(run: Run, key: str) -> str:
+    """What a setting says, in few words: opd; curriculum none; steps 60."""
+    value, last = value_told(run.setting(key)), key.rpartition(".")[2]
+    return value if key == "policy.name" else f"{LABELS.get(key, last.replace('_', ' '))} {value}"
+
+
 def _keys(found: dict[tuple[Any, ...], list[Run]]) -> list[str]:
     keys = dict.fromkeys(key for group in found.values() for key in group[0].settings)
-    return [key for key in keys if not key.startswith(SAME_METHOD)]
+    return sorted((key for key in keys if not key.startswith(SAME_METHOD)), key=lambda key: key not in LABELS)
 
 
 def methods(groups: Groups, remarks: list[str]) -> Table:
@@ -96,11 +101,11 @@ def methods(groups: Groups, remarks: list[str]) -> Table:
         row = [name, str(len(group))]
         for kind in ("greedy", "sampled"):
             row.append(_accuracy(group, kind, paired))
-        for kind in ("greedy", "sampled"):
-            difference = None if name == first else _difference(group, groups[first], kind, paired)
-            row.append("" if difference is None else _signed(difference))
-        greedy = None if name == first else _difference(group, groups[first], "greedy", paired)
-        rows.append([*row, _verdict(greedy)])
+        compared = paired and name != first
+        greedy, sampled = (
+            _difference(group, groups[first], kind) if compared else None for kind in ("greedy", "sampled")
+        )
+        rows.append([*row, _signed(greedy), _signed(sampled), _verdict(greedy)])
     head = ["method", "seeds", "greedy", "sampled", "greedy, difference", "sampled, difference", "greedy is"]
     single = [name for name, group in groups.items() if len(group) == 1]
     if single:
@@ -126,14 +131,16 @@ def _accuracy(group: list[Run], kind: str, paired: bool) -> str:
     return f"{sum(means) / len(means):.3f}" + (f" ({min(means):.3f} to {max(means):.3f})" if len(means) > 1 else "")
 
 
-def _difference(group: list[Run], first: list[Run], kind: str, paired: bool) -> Difference | None:
+def _difference(group: list[Run], first: list[Run], kind: str) -> Difference | None:
     ours, theirs = _matrix(group, kind), _matrix(first, kind)
-    if not paired or ours is None or theirs is None or ours.shape[1] != theirs.shape[1]:
+    if ours is None or theirs is None or ours.shape[1] != theirs.shape[1]:
         return None
     return difference_of_groups(ours, theirs)
 
 
-def _signed(difference: Difference) -> str:
+def _signed(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
     return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
@@ -146,21 +153,18 @@ def _verdict(difference: Difference | None) -> str:
 
 
 def every_run(groups: Groups) -> Table:
-    """What each single run came to."""
+    """What each single run took and came to."""
     rows = []
     for name, group in groups.items():
         for run in group:
             shown = [run.accuracy(when, kind) for when, kind in WHERE]
-            rows.append(
-                [
-                    run.name,
-                    name,
-                    value_told(run.setting("seed")),
-                    *("" if a is None else f"{a.mean:.3f}" for a in shown),
-                ]
-            )
-    head = ["run", "method", "seed", "before, greedy", "after, greedy", "after, sampled", "teacher, greedy"]
-    return Table("Every run", head, rows, numeric=(3, 4, 5, 6))
+            seconds, tokens = run.known("seconds"), sum(run.known("response_tokens"))
+            took = [f"{len(run.steps):,}", f"{tokens:,.0f}", duration(seconds[-1]) if seconds else ""]
+            came_to = ["" if a is None else f"{a.mean:.3f}" for a in shown]
+            rows.append([run.name, name, value_told(run.setting("seed")), *took, *came_to])
+    head = ["run", "method", "seed", "steps", "tokens", "time", "before", "after", "after, sampled", "teacher"]
+    caption = "Held-out accuracies are greedy where nothing else is said."
+    return Table("Every run", head, rows, caption, numeric=range(2, 10))
 
 
 WHERE = (("before", "greedy"), ("after", "greedy"), ("after", "sampled"), ("teacher", "greedy"))

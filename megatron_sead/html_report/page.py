@@ -136,10 +136,8 @@ def page_of(run: Run) -> Page:
 def page_of_several(runs: Sequence[Run]) -> Page:
     """Several, beside each other."""
     compared = comparison.compare(runs)
-    title = "Comparison of " + counted(len(runs), "run")
-    page = Page(title, "Groups: " + ", ".join(compared.groups), several=True)
+    page = Page(f"{counted(len(runs), 'run')} compared", "; ".join(compared.groups), several=True)
     page.remarks = [f"{run.name}: {remark}" for run in runs for remark in run.remarks] + compared.remarks
-    page.sheets = [Sheet(run.name, facts(run)) for run in runs]
     page.tables = [
         Part(
             "methods",

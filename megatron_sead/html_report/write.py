@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_sead.errors import UserError
 from megatron_sead.files.durable import refused_by_the_disk, replace_text
 from megatron_sead.html_report.page import MARKER, report
-from megatron_sead.html_report.run_directory import read_run
+from megatron_sead.html_report.run_directory import Run, read_run
 
 NAME = "report.html"
 HEAD = 4096  # bytes in which the marker stands
@@ -26,16 +26,23 @@ def write_report(directories: Sequence[Path], output: Path) -> None:
     """
     require_ours(output)
     runs = [read_run(directory) for directory in directories]
-    for number, run in enumerate(runs):  # names tell runs apart
-        if sum(run.name == other.name for other in runs) > 1:
-            run.name = f"{run.directory.resolve().parent.name}/{run.name}"
-        if any(run.name == other.name for other in runs[:number]):
-            run.name += f" ({number + 1})"
+    _tell_apart(runs)
     text = report(runs)
     with refused_by_the_disk(lambda told: UserError(f"{output}: {told}")):
         output.parent.mkdir(parents=True, exist_ok=True)
         # Half of a character that a model wrote becomes its number, which browsers show as a replacement
         replace_text(output, text, errors="xmlcharrefreplace")
+
+
+def _tell_apart(runs: list[Run]) -> None:
+    """Runs of one name get that of their folder before it, and a number where that is not enough."""
+    for name in {run.name for run in runs}:
+        alike = [run for run in runs if run.name == name]
+        for run in alike if len(alike) > 1 else ():
+            run.name = f"{run.directory.resolve().parent.name}/{name}"
+    for number, run in enumerate(runs, 1):
+        if any(run.name == other.name for other in runs[: number - 1]):
+            run.name += f" ({number})"
 
 
 def write_at_the_end(directory: Path) -> Path | None:

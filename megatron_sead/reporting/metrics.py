@@ -1,15 +1,17 @@
-"""Every metric of a step, and the writer of metrics.jsonl and TensorBoard, which takes no other."""
+"""Every metric of a step, and the writer of metrics.jsonl and what goes elsewhere, which takes no other."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_sead.distillation.zone_shares import LETTERS, NOT_VALID
 from megatron_sead.files.durable import replace_text
+from megatron_sead.reporting.elsewhere import Elsewhere
 from megatron_sead.reporting.rollout_metrics import ROLLOUT_METRICS, Metric
 
 
@@ -132,18 +134,14 @@ class MetricsWriter:
         directory: run directory.
         first_step: the step that comes next; lines of this step and later, left by steps that an interruption made
             void, are dropped, because they will be computed again.
-        tensorboard: also write event files under ``tensorboard/``.
+        elsewhere: what else gets the numbers; closed with this.
     """
 
-    def __init__(self, directory: Path, first_step: int, tensorboard: bool) -> None:
+    def __init__(self, directory: Path, first_step: int, elsewhere: Sequence[Elsewhere] = ()) -> None:
         self._path = directory / "metrics.jsonl"
         self._drop_from(first_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._events = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+        self._elsewhere = elsewhere
 
     def _drop_from(self, first_step: int) -> None:
         kept = []
@@ -165,13 +163,12 @@ class MetricsWriter:
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in metrics.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
-        if self._events is not None:
-            for key, value in clean.items():
-                if isinstance(value, int | float) and key != "step":
-                    self._events.add_scalar(key, value, clean["step"])
+        numbers = {key: v for key, v in clean.items() if isinstance(v, int | float) and key != "step"}
+        for other in self._elsewhere:
+            other.write(clean["step"], numbers)
 
     def close(self) -> None:
         """Flush everything to disk."""
         self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for other in self._elsewhere:
+            other.close()

@@ -23,6 +23,7 @@ from megatron_sead.config.checks import (
 )
 from megatron_sead.config.micro_batches import check_token_budget
 from megatron_sead.config.run import ModelSettings, RunConfig, dump_config
+from megatron_sead.config.settings_file import flatten
 from megatron_sead.distillation import CompetenceTracker, Curriculum
 from megatron_sead.errors import UserError, kept
 from megatron_sead.files.durable import replace_text
@@ -41,6 +42,7 @@ from megatron_sead.prompts.pair import check_pair
 from megatron_sead.prompts.problems import seen_in_training
 from megatron_sead.prompts.table import PromptTable
 from megatron_sead.prompts.tokenizer import ModelTokenizer, load_tokenizer
+from megatron_sead.reporting.elsewhere import Elsewhere, TensorBoard, WeightsAndBiases, require_wandb
 from megatron_sead.reporting.metrics import MetricsWriter
 from megatron_sead.reporting.starts import append_start
 from megatron_sead.rollouts.engine import EngineContext
@@ -71,6 +73,7 @@ def prepare(config: RunConfig) -> Iterator[Run]:
     started = time.perf_counter()
     require_available(config.rollouts)
     policy_of(config)
+    require_wandb(config.reporting.wandb)
     check_output(config)
     with ExitStack() as stack:
         parallel = stack.enter_context(parallel_groups(config.parallel, config.device, config.seed))
@@ -120,7 +123,7 @@ def prepare(config: RunConfig) -> Iterator[Run]:
         run.interrupt.listen()  # until now there was nothing to save, and a signal ended the process at once
         stack.callback(run.interrupt.restore)
         if parallel.rank == 0:
-            run.writer = MetricsWriter(config.output, run.state.step, config.reporting.tensorboard)
+            run.writer = MetricsWriter(config.output, run.state.step, _elsewhere(run))
             stack.callback(run.writer.close)
         yield run
 
@@ -324,6 +327,16 @@ def _begin_or_resume(run: Run, stack: ExitStack) -> None:
     if restored is None:
         run.state.accuracy_before = evaluate_student(run, run.config.student.path)
     torch.distributed.barrier(run.parallel.control)
+
+
+def _elsewhere(run: Run) -> list[Elsewhere]:
+    """Where else the run's numbers go."""
+    config, reporting = run.config, run.config.reporting
+    found: list[Elsewhere] = [TensorBoard(config.output, run.state.step)] if reporting.tensorboard else []
+    if reporting.wandb != "off":
+        settings = flatten(config.model_dump(mode="json"))
+        found.append(WeightsAndBiases(config.output, reporting.wandb, reporting.wandb_project, settings))
+    return found
 
 
 def _start(run: Run) -> dict[str, Any]:

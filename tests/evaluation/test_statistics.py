@@ -7,7 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from megatron_sead.evaluation.statistics import mean_of_summaries, paired_bootstrap, summarize
+from megatron_sead.evaluation.statistics import (
+    difference_of_groups,
+    mean_of_summaries,
+    paired_bootstrap,
+    summarize,
+)
 from megatron_sead.evaluation.tally import Graded
 
 
@@ -76,3 +81,36 @@ def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
 def test_the_same_answers_do_not_differ() -> None:
     found = paired_bootstrap([1.0, 0.0, 0.5], [1.0, 0.0, 0.5])
     assert (found.mean, found.low, found.high) == (0, 0, 0)
+
+
+def test_a_group_of_one_run_is_compared_as_a_pair() -> None:
+    generator = np.random.default_rng(3)
+    ours, theirs = generator.random((1, 200)), generator.random((1, 200))
+    found, pair = difference_of_groups(ours, theirs), paired_bootstrap(list(ours[0]), list(theirs[0]))
+    assert found.mean == pytest.approx(pair.mean)
+    assert (found.low, found.high) == pytest.approx((pair.low, pair.high), abs=0.004)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_seeds_that_differ_widen_the_interval_by_their_standard_error(seeds: int) -> None:
+    """Every prompt alike: only seeds vary, which a plain bootstrap of few understates."""
+    generator = np.random.default_rng(4)
+    of_seed = generator.normal(0.5, 0.1, seeds)
+    found = difference_of_groups(np.repeat(of_seed[:, None], 50, axis=1))
+    spread = np.std(of_seed, ddof=1) / math.sqrt(seeds)
+    assert found.mean == pytest.approx(of_seed.mean())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.3)
+
+
+def test_drawing_prompts_and_seeds_covers_the_true_difference() -> None:
+    generator = np.random.default_rng(5)
+    inside = 0
+    for number in range(40):
+        prompts = generator.random(60)
+        groups = [
+            np.clip(prompts + generator.normal(0, 0.03, (4, 1)) + generator.normal(0, 0.1, (4, 60)), -1, 2)
+            for _ in range(2)
+        ]
+        found = difference_of_groups(*groups, seed=number)
+        inside += found.low <= 0 <= found.high
+    assert 31 <= inside <= 40

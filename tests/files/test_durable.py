@@ -50,7 +50,7 @@ def test_a_file_stays_as_it_was_until_the_new_one_is_whole(tmp_path: Path) -> No
 def test_metrics_continue_whatever_stands_between_their_lines(tmp_path: Path) -> None:
     odd = b'null\n[1]\n{"step": "a"}\n{"loss": 1}\n\xff\xfe\x00\n' + b"[" * 100_000 + b'\n{"step": 1, "lo'
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n' + odd)
-    writer = MetricsWriter(tmp_path, first_step=1, tensorboard=False)
+    writer = MetricsWriter(tmp_path, first_step=1)
     writer.write({"step": 1})
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
@@ -58,7 +58,7 @@ def test_metrics_continue_whatever_stands_between_their_lines(tmp_path: Path) ->
 
 def test_metrics_are_not_written_where_a_link_leads(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "theirs")
-    MetricsWriter(tmp_path, first_step=0, tensorboard=False).close()
+    MetricsWriter(tmp_path, first_step=0).close()
     assert not (tmp_path / "theirs").exists()
 
 

@@ -47,7 +47,7 @@ def test_every_metric_is_described_once() -> None:
 
 
 def test_a_metric_that_is_not_described_is_not_written(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, 0, tensorboard=False)
+    writer = MetricsWriter(tmp_path, 0)
     with pytest.raises(KeyError, match="new_metric: not in METRICS"):
         writer.write({"step": 0, "new_metric": 1.0})
     writer.close()

@@ -1,0 +1,139 @@
+"""Several runs: what is a group, what its numbers are, and how they are told."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sead.commands.report import app
+from megatron_sead.evaluation.statistics import difference_of_groups
+from megatron_sead.html_report.comparison import compare
+from megatron_sead.html_report.page import report
+from megatron_sead.html_report.run_directory import Run, read_run
+from megatron_sead.html_report.summary import rates
+from megatron_sead.html_report.tables import Table, as_csv, as_latex, as_markdown, defaults, differing_settings
+from tests.html_report.directories import write_run
+from tests.html_report.test_report import Seen
+
+
+def runs_in(tmp_path: Path, accuracies: dict[str, float] | None = None) -> list[Run]:
+    named = accuracies or {"sead": 0.75, "opd": 0.5}
+    return [
+        read_run(write_run(tmp_path / f"{policy}-{seed}", policy=policy, seed=seed, accuracy=accuracy))
+        for policy, accuracy in named.items()
+        for seed in (0, 1, 2)
+    ]
+
+
+def test_runs_that_differ_in_their_seed_alone_are_a_group_named_by_its_method(tmp_path: Path) -> None:
+    compared = compare(runs_in(tmp_path))
+    assert {name: [run.name for run in group] for name, group in compared.groups.items()} == {
+        "sead": ["sead-0", "sead-1", "sead-2"],
+        "opd": ["opd-0", "opd-1", "opd-2"],
+    }
+
+
+def test_differences_are_those_of_the_runs_answers(tmp_path: Path) -> None:
+    runs = runs_in(tmp_path)
+    first, second = compare(runs).table.rows
+    matrices = [np.array([rates(run, "after", "greedy") for run in group]) for group in (runs[:3], runs[3:])]
+    expected = difference_of_groups(matrices[1], matrices[0])
+    assert first[2].startswith("0.750 [") and second[2].startswith("0.500 [")
+    assert second[4] == f"{expected.mean:+.3f} [{expected.low:+.3f}, {expected.high:+.3f}]"
+    assert (first[4], first[6], second[6]) == ("", "", "lower")
+
+
+def test_methods_that_answer_alike_are_within_noise(tmp_path: Path) -> None:
+    compared = compare(runs_in(tmp_path, {"sead": 0.75, "opd": 0.75}))
+    assert compared.table.rows[1][6] == "within noise"
+
+
+def test_other_prompts_are_not_paired_and_it_is_said(tmp_path: Path) -> None:
+    runs = runs_in(tmp_path)
+    runs[4].heldout["prompts"] = ["other"] * 40
+    compared = compare(runs)
+    assert any("not all recorded their answers to the same" in remark for remark in compared.remarks)
+    assert compared.table.rows[1][4] == "" and compared.table.rows[1][2] == "0.500 (0.500 to 0.500)"
+
+
+def test_runs_without_answers_or_settings_are_compared_by_what_they_have(tmp_path: Path) -> None:
+    bare = write_run(tmp_path / "bare", steps=3, accuracy=None, token_steps=())
+    (bare / "config.yaml").unlink()
+    empty = write_run(tmp_path / "empty", steps=0, accuracy=None, token_steps=())
+    runs = [read_run(folder) for folder in (bare, empty, write_run(tmp_path / "whole"))]
+    assert list(compare(runs).groups) == ["bare", "empty", "whole"]
+    assert "<figure" in report(runs)
+
+
+def test_a_band_reaches_from_the_lowest_to_the_highest_seed(tmp_path: Path) -> None:
+    figures = {figure.id: figure for figure in compare(runs_in(tmp_path)).figures}
+    label, traces = figures["compare-pass_rate"].choices[-1]
+    assert label == "against steps" and [t.get("name") for t in traces] == [None, None, "sead", None, None, "opd"]
+    low, high, mean = (trace["y"] for trace in traces[:3])
+    assert low[-1] == pytest.approx(high[-1] - 0.04, abs=2e-3) and mean[-1] == pytest.approx(low[-1] + 0.02, abs=2e-3)
+    assert {label for label, _ in figures["compare-pass_rate"].choices} == {
+        "against steps",
+        "against response tokens",
+        "against seconds",
+    }
+
+
+def test_the_same_budget_is_that_of_the_run_with_least_of_it(tmp_path: Path) -> None:
+    short = read_run(write_run(tmp_path / "short", steps=10, token_steps=(), response_tokens=500))
+    long = read_run(write_run(tmp_path / "long", steps=30, token_steps=(), response_tokens=200, policy="opd"))
+    budget = compare([short, long]).tables[0]
+    assert budget.head[1:] == ["at 10 steps", "at 5,000 response tokens", "at 19 seconds"]
+    assert budget.rows[1][1:] == ["0.490", "0.635", "0.490"]  # of opd: steps 9, 23 and 24, 9
+
+
+def test_settings_that_differ_are_listed(tmp_path: Path) -> None:
+    table = differing_settings(runs_in(tmp_path))
+    assert [row[0] for row in table.rows] == ["seed", "policy.name"]
+
+
+def test_defaults_are_those_of_the_schema() -> None:
+    found = defaults()
+    assert (
+        found["training.clip_grad"] == 1.0 and found["rollouts.top_p"] == 1.0 and found["zones.shares"] == [50, 40, 10]
+    )
+    assert "student.path" not in found and found["student.system_prompt"] is None
+
+
+HARD = Table(
+    "t", ("method", "value"), [("a|b\\c_d", "+0.1 [-0.2, 0.3]"), ("=SUM(A1)", "-0.25"), ("100 % & $x$ {y}", "é")]
+)
+
+
+def test_tables_survive_what_they_are_copied_into() -> None:
+    lines = as_markdown(HARD).splitlines()
+    assert lines[2] == "| a\\|b\\\\c_d | +0.1 [-0.2, 0.3] |" and lines[1] == "| --- | --- |"
+    latex = as_latex(HARD)
+    assert r"a|b\textbackslash{}c\_d & +0.1 [-0.2, 0.3] \\" in latex and r"100 \% \& \$x\$ \{y\}" in latex
+    rows = list(csv.reader(io.StringIO(as_csv(HARD))))
+    assert rows[2] == ["'=SUM(A1)", "-0.25"] and rows[1][1] == "'+0.1 [-0.2, 0.3]"
+
+
+def test_the_page_has_the_table_for_copying_and_every_runs_rollouts(tmp_path: Path) -> None:
+    runs = runs_in(tmp_path)
+    page = Seen(report(runs))
+    assert {r["run"] for r in page.data("rollouts-data")["rollouts"]} == {run.name for run in runs}
+    assert sum(tag == "pre" for tag, _ in page.tags) == 3
+
+
+def test_several_runs_need_a_place_and_names_that_tell_them_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [write_run(tmp_path / parent / "run", seed=seed) for seed, parent in enumerate(("a", "b"))]
+    with pytest.raises(SystemExit) as ended:
+        app([str(folder) for folder in folders], prog_name="sead report")
+    assert ended.value.code == 2 and "--output" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        app([*map(str, folders), "--output", str(tmp_path / "r.html")], prog_name="sead report")
+    found = Seen((tmp_path / "r.html").read_text()).data("rollouts-data")["rollouts"]
+    assert {rollout["run"] for rollout in found} == {"a/run", "b/run"}
+    assert json.dumps(found)
