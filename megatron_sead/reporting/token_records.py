@@ -8,9 +8,11 @@ else. Nats have four digits, probabilities three.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_sead.errors import UserError
 from megatron_sead.files.durable import replace_text
@@ -20,7 +22,7 @@ STATISTICS = ("student_entropy", "teacher_entropy", "forward_kl", "reverse_kl") 
 # Of each response token of a rollout, beside zones and texts
 COLUMNS = (*STATISTICS, "student_log_prob", "teacher_log_prob", "engine_log_prob", "forward_weight", "reverse_weight")
 LIKELIEST = ("student_likeliest", "teacher_likeliest")  # a token: [id, probability by the student, by the teacher] each
-MOST_POINTS = 2000  # of all_tokens
+MOST_POINTS = 1000  # of all_tokens
 BYTES_A_TOKEN = 360  # of a rollout, at most but for long texts
 BYTES_A_STEP = 120_000  # of all_tokens and what else stands there once
 
@@ -100,7 +102,13 @@ def _alike(columns: Iterable[Any]) -> bool:
     return all(isinstance(c, list | str) for c in columns) and len({len(c) for c in columns}) == 1
 
 
-def rounded(value: float, digits: int = 4) -> float | None:
+def rounded(values: Sequence[float], digits: int = 4) -> list[float | None]:
     """With so many significant digits; None: not finite."""
-    short = float(f"{value:.{digits}g}")
-    return short if short - short == 0 else None
+    found = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(found)
+    sizes = np.abs(np.where(finite, found, 0.0))
+    places = digits - 1 - np.floor(np.log10(np.where(sizes > 0, sizes, 1.0))).astype(int)
+    # A quotient of whole numbers is the float nearest to the decimal number, which JSON writes shortest
+    up, down = 10.0 ** np.clip(places, 0, 300), 10.0 ** np.clip(-places, 0, 300)
+    short = np.round(np.where(finite, found, 0.0) * up / down) * down / up
+    return [value if known else None for value, known in zip(short.tolist(), finite.tolist(), strict=True)]

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,6 +25,7 @@ from megatron_sead.parallel.context import ParallelContext
 from megatron_sead.prompts.dataset import Prompt
 from megatron_sead.prompts.packing import MicroBatch, pack
 from megatron_sead.prompts.table import PromptTable
+from megatron_sead.prompts.token_texts import TokenTexts
 from megatron_sead.prompts.tokenizer import ModelTokenizer, TextsOnDemand
 from megatron_sead.reporting.metrics import MetricsWriter
 from megatron_sead.reporting.progress import StepProgress
@@ -86,6 +88,11 @@ class Run:
     engine_scores: EngineScores | None = None  # when the engine was last given weights
     told_of_mismatch: bool = False
     written: dict[int, list[Rollout]] = field(default_factory=dict)  # by step; of steps to come, where rollouts lag
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        """Of the student's tokens; each is decoded once a start."""
+        return TokenTexts(self.tokenizer)
 
     @property
     def length_multiple(self) -> int:

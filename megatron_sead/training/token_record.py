@@ -14,7 +14,6 @@ import torch.distributed as dist
 from megatron_sead.config.run import ReportingSettings, RunConfig
 from megatron_sead.distillation import LikeliestTokens
 from megatron_sead.distillation.zone_shares import LETTERS
-from megatron_sead.prompts.token_texts import TokenTexts
 from megatron_sead.reporting.token_records import (
     BYTES_A_STEP,
     BYTES_A_TOKEN,
@@ -75,9 +74,9 @@ def record_tokens(
     dist.gather_object(mine, parts, dst=0, group=run.parallel.control)
     if parts is None:
         return
-    texts = TokenTexts(run.tokenizer)
+    texts = run.token_texts
     columns = {index: found for _, share in parts for index, found in share.items()}
-    told = [_told(run, rollouts[i], correct[i], columns[i], texts) for i in watch.rollouts if i in columns]
+    told = [_told(run, rollouts[i], correct[i], columns[i]) for i in watch.rollouts if i in columns]
     record = {
         "step": step,
         "alpha": alpha,
@@ -92,9 +91,7 @@ def record_tokens(
 def _points(seen: SeenTokens, ranks: int) -> dict[str, list[Any]]:
     """Statistics of every so manieth of this rank's tokens."""
     every = max(1, math.ceil(len(seen.zones) * ranks / MOST_POINTS))
-    found: dict[str, list[Any]] = {
-        name: [rounded(value) for value in seen.numbers[name][::every].tolist()] for name in STATISTICS
-    }
+    found: dict[str, list[Any]] = {name: rounded(seen.numbers[name][::every].tolist()) for name in STATISTICS}
     return found | {"zones": [LETTERS[zone] for zone in seen.zones[::every].tolist()]}
 
 
@@ -106,7 +103,7 @@ def _joined(parts: list[dict[str, list[Any]]]) -> dict[str, Any]:
 def _of_rollouts(seen: SeenTokens, watch: Watch) -> dict[int, Columns]:
     """Everything about the tokens of watched rollouts that this rank saw."""
     places = watch.sees(seen.rollout_index, seen.position).nonzero().squeeze(1)
-    columns: Columns = {name: values[places].tolist() for name, values in seen.numbers.items()}
+    columns: Columns = {name: rounded(values[places].tolist()) for name, values in seen.numbers.items()}
     columns["zones"] = [LETTERS[zone] for zone in seen.zones[places].tolist()]
     columns |= _likeliest(seen.likeliest, places)
     found: dict[int, Columns] = {}
@@ -122,12 +119,15 @@ def _likeliest(likeliest: LikeliestTokens | None, places: Any) -> Columns:
     ids, student, teacher = likeliest.ids, likeliest.student_log_prob.exp(), likeliest.teacher_log_prob.exp()
     found: Columns = {}
     for model, name in enumerate(LIKELIEST):
-        parts = [values[places, model].tolist() for values in (ids, student, teacher)]
-        found[name] = [list(zip(*of_token, strict=True)) for of_token in zip(*parts, strict=True)]
+        chosen = ids[places, model]
+        probabilities = (rounded(of[places, model].flatten().tolist(), 3) for of in (student, teacher))
+        rows = list(zip(chosen.flatten().tolist(), *probabilities, strict=True))
+        k = chosen.shape[1]
+        found[name] = [rows[first : first + k] for first in range(0, len(rows), k)]
     return found
 
 
-def _told(run: Run, rollout: Rollout, right: bool, columns: Columns, texts: TokenTexts) -> dict[str, Any]:
+def _told(run: Run, rollout: Rollout, right: bool, columns: Columns) -> dict[str, Any]:
     """A rollout as its record has it."""
     prompt, kept = run.prompt_of(rollout), len(columns["zones"])
     told: dict[str, Any] = {
@@ -142,16 +142,12 @@ def _told(run: Run, rollout: Rollout, right: bool, columns: Columns, texts: Toke
         "repeated": rollout.repeated,
         "tokens": len(rollout.response_token_ids),
         "token_ids": list(rollout.response_token_ids[:kept]),
-        "texts": texts.of_all(rollout.response_token_ids)[:kept],
+        "texts": run.token_texts.of_all(rollout.response_token_ids)[:kept],
         "zones": "".join(columns["zones"]),
     }
     if rollout.log_probs is not None:
-        told["engine_log_prob"] = [rounded(value) for value in rollout.log_probs[:kept]]
-    for name in LIKELIEST:
-        if name in columns:
-            told[name] = [[[i, rounded(p, 3), rounded(q, 3)] for i, p, q in token] for token in columns[name]]
-    others = columns.keys() - {"zones", *LIKELIEST}
-    return told | {name: [rounded(value) for value in columns[name]] for name in sorted(others)}
+        told["engine_log_prob"] = rounded(rollout.log_probs[:kept])
+    return told | {name: columns[name] for name in sorted(columns.keys() - {"zones"})}
 
 
 def _ids(told: list[dict[str, Any]]) -> set[int]:
