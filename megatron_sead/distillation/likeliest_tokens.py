@@ -90,7 +90,7 @@ def _likeliest_of(
     chooses: torch.Tensor, other: torch.Tensor, k: int, shard: VocabularyShard
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[r, k] ids of the first model's likeliest tokens, and both models' log-probabilities of them."""
-    found = top_k_buckets([chooses, other], k, "bucket", shard)
+    found = top_k_buckets([_at_least(chooses, k), _at_least(other, k)], k, "bucket", shard)
     here = found.columns < shard.real
     ids = torch.where(here, found.columns + shard.first, 0)
     if shard.group is not None:
@@ -98,3 +98,8 @@ def _likeliest_of(
     # The last bucket is all other tokens: over the k and this one a softmax is that over the vocabulary
     own, others = (buckets.log_softmax(-1)[:, :k].float() for buckets in found.buckets)
     return ids, own, others
+
+
+def _at_least(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """[r, k or more]: every rank sends as many, one with hardly a real column too. Added ones are never read."""
+    return logits if logits.shape[1] >= k else torch.nn.functional.pad(logits, (0, k - logits.shape[1]))

@@ -10,6 +10,7 @@ from megatron_sead.html_report.series import short
 from megatron_sead.html_report.token_figures import Records, spread
 
 MOST_BYTES = 1_900_000  # of all runs of a report together
+LEAST_BYTES_A_TOKEN = 150  # as the page has them: what cannot fit is not turned into it
 # Short names, since they stand there once a rollout: of the record, digits that are shown
 COLUMNS = {
     "student_entropy": "hs",
@@ -38,6 +39,8 @@ def token_view(records: Records, room: int = MOST_BYTES) -> dict[str, Any]:
             if rollout is None:
                 continue
             recorded += 1
+            if room < LEAST_BYTES_A_TOKEN * len(rollout["texts"]):
+                continue
             told = _told(step, rollout)
             named = {i: records[step]["token_texts"].get(i, f"<{i}>") for i in _alternatives(told)}
             room -= len(json.dumps(told)) + sum(len(json.dumps(t)) + 10 for i, t in named.items() if i not in texts)

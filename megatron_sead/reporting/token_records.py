@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -82,19 +84,24 @@ def _problem(record: Any) -> str | None:
             return f"rollout {number} has not as many of each"
         if not all(map(_numbers, (rollout[name] for name in COLUMNS if name in rollout))):
             return f"rollout {number} has what is no number"
-        if not all(_entries(token) for name in LIKELIEST for token in rollout.get(name, ())):
+        if not all(_entries(rollout[name]) for name in LIKELIEST if name in rollout):
             return f"rollout {number} has alternatives that are none"
     return None
 
 
 def _numbers(values: Any) -> bool:
     """Each a number, or None."""
-    return isinstance(values, list) and all(v is None or isinstance(v, int | float) for v in values)
+    return isinstance(values, list) and set(map(type, values)) <= {int, float, NoneType}
 
 
-def _entries(token: Any) -> bool:
-    """[id, probability, probability] each."""
-    return isinstance(token, list) and all(_numbers(entry) and len(entry) == 3 for entry in token)
+def _entries(tokens: Any) -> bool:
+    """Of each token some of [id, probability, probability]."""
+    if set(map(type, tokens)) != {list}:
+        return len(tokens) == 0
+    entries = list(chain.from_iterable(tokens))
+    if set(map(type, entries)) != {list} or set(map(len, entries)) != {3}:
+        return False
+    return all(tokens) and _numbers(list(chain.from_iterable(entries)))
 
 
 def _alike(columns: Iterable[Any]) -> bool:

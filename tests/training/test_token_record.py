@@ -85,6 +85,15 @@ def test_texts_make_the_response_and_name_the_stop_token(run: Path) -> None:
         assert rollout["question"] and rollout["answers"]
 
 
+def test_a_run_ends_with_its_report_and_what_it_needs(run: Path) -> None:
+    html = (run / "report.html").read_text()
+    shown = record(run, 1)["rollouts"][0]
+    assert shown["prompt_id"] in html and json.dumps(shown["question"])[1:-1] in html
+    (start,) = map(json.loads, (run / "starts.jsonl").read_text().splitlines())
+    assert start["step"] == 0 and start["ranks"] == 1 and start["prompts"] == 1000 and start["plan"]["peak_bytes"] > 0
+    assert all(line["peak_memory"] > 0 for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+
+
 def test_weights_say_which_zones_taught(run: Path) -> None:
     for rollout in record(run)["rollouts"]:
         weights = zip(rollout["zones"], rollout["forward_weight"], rollout["reverse_weight"], strict=True)

@@ -10,12 +10,16 @@
 
   function theme() {
     const style = getComputedStyle(document.documentElement);
-    const colour = (name) => style.getPropertyValue(name).trim();
+    const onPaper = { "--ink": "#000", "--soft": "#444", "--rule": "#bbb", "--paper": "#fff" };
+    const colour = (name) => (printing ? onPaper[name] : style.getPropertyValue(name).trim());
     const axis = { gridcolor: colour("--rule"), zerolinecolor: colour("--rule"), linecolor: colour("--rule") };
     return { ink: colour("--ink"), soft: colour("--soft"), paper: colour("--paper"), axis };
   }
 
-  function layout(own) {
+  // The page's layout on paper is not known before it is printed: so sizes are given, for two figures a line
+  const ON_PAPER = { wide: { width: 690, height: 270 }, half: { width: 335, height: 250 } };
+
+  function layout(own, element) {
     const { ink, soft, paper, axis } = theme();
     const narrow = innerWidth < 760 && !printing;
     return {
@@ -26,6 +30,7 @@
       hovermode: "closest", hoverlabel: { bgcolor: paper, font: { color: ink } },
       dragmode: touch.matches ? false : "zoom",
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: narrow || printing ? 10 : 12 } },
+      ...(printing ? ON_PAPER[element.closest("figure").classList.contains("wide") ? "wide" : "half"] : {}),
       ...own,
       xaxis: { automargin: true, ...axis, ...own.xaxis },
       yaxis: { automargin: true, ...axis, exponentformat: "power", ...own.yaxis },
@@ -38,8 +43,8 @@
     const traces = select ? figure.choices[select.selectedIndex][1] : figure.traces;
     drawn.set(element.dataset.figure, element);
     // plotly.js writes into what it is given
-    const [data, lay] = JSON.parse(JSON.stringify([traces, layout(figure.layout)]));
-    return Plotly.react(element, data, lay, { responsive: true, displaylogo: false, displayModeBar: hover.matches ? "hover" : false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+    const [data, lay] = JSON.parse(JSON.stringify([traces, layout(figure.layout, element)]));
+    return Plotly.react(element, data, lay, { responsive: !printing, displaylogo: false, displayModeBar: hover.matches ? "hover" : false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
   }
 
   const elements = [...document.querySelectorAll(".plot[data-figure]")];
@@ -61,7 +66,6 @@
   addEventListener("beforeprint", () => {
     printing = true;
     for (const element of elements) { watch.unobserve(element); draw(element); }
-    for (const element of elements) Plotly.Plots.resize(element);
   });
   addEventListener("afterprint", () => { printing = false; redraw(); });
   matchMedia("print").addEventListener("change", (event) => { printing = event.matches; redraw(); });
