@@ -121,7 +121,7 @@ def test_drawn_layouts_are_the_same(pools: RankPools, recorded: Path, tmp_path: 
         except AssertionError as error:
             error.add_note(f"draw {number} of seed {seed}:\n{draw.told(common, str(output))}")
             raise
-    print(f"{number} draws of seed {seed}")
+    print(f"{number} draws of seed {seed} are the same")
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_layouts_in_bf16_differ_by_its_rounding(
     update and 8e-2 after it, as weights round to other neighbours; bounds are two to three times that. One rank alone
     differs as much from itself with micro-batches of 32 (3e-3, 2e-3, 3e-2 later), and from fp32 (4e-3, 4e-3, 4e-2).
 
-    A tensor of the final weights is off by 0.16 of the way that training moved it: where half of it had not been
+    A tensor of the final weights is off by 0.16 of the way that training moved it; where half of it had not been
     trained, it would be off by 0.7.
 
     Zones keep their sizes. Tokens whose entropies lie within rounding of a threshold change places in pairs: 4 of 521
@@ -164,7 +164,7 @@ def test_layouts_in_bf16_differ_by_its_rounding(
         zones = ["".join(zones_of(run, step)) for run in (in_bf16, tmp_path / "run")]
         assert sum(a != b for a, b in zip(*zones, strict=True)) <= 0.02 * len(zones[0]), step
     for name, (_, of_movement) in weights_apart(in_bf16, tmp_path / "run").items():
-        assert of_movement <= 0.5, name
+        assert of_movement <= 0.35, name
 
 
 @pytest.mark.mcore_lane
