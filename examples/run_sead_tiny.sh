@@ -6,7 +6,8 @@
 #   OUTPUT=/tmp/opd bash examples/run_sead_tiny.sh policy.name=opd    # any setting of examples/configs/sead_tiny.yaml
 #   NPROC=4 TP=2 PP=2 bash examples/run_sead_tiny.sh                  # ranks, tensor- and pipeline-parallel sizes
 #
-# The same command continues a run that was stopped. It ends with the accuracy before and after, and the run directory.
+# The same command continues a run that was stopped. It ends with the accuracy before and after, the run directory,
+# and its report.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megatron_sead.errors import UserError
+
+log = logging.getLogger(__name__)
 
 WandbMode = Literal["off", "offline", "online"]
 
@@ -68,14 +71,25 @@ class WeightsAndBiases:
             )
         except Exception as error:  # W&B's own, and whatever its service answers
             raise UserError(f"reporting.wandb={mode!r}: cannot begin: {' '.join(str(error).split())}") from error
+        self._failed = False
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **numbers})
+        self._ask(lambda: self._run.log({"step": step, **numbers}))
 
     def close(self) -> None:
-        self._run.finish()
+        self._ask(self._run.finish)
+
+    def _ask(self, call: Callable[[], Any]) -> None:
+        """A service that fails must not end a run: metrics.jsonl has everything."""
+        if self._failed:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._failed = True
+            log.warning("Weights & Biases fails, and gets no more of this start: %s", " ".join(str(error).split()))
 
 
 def require_wandb(mode: WandbMode) -> None:

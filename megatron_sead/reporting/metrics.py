@@ -165,7 +165,7 @@ class MetricsWriter:
         self._file.flush()
         numbers = {key: v for key, v in clean.items() if isinstance(v, int | float) and key != "step"}
         for other in self._elsewhere:
-            other.write(clean["step"], numbers)
+            other.write(metrics["step"], numbers)
 
     def close(self) -> None:
         """Flush everything to disk."""

@@ -6,6 +6,7 @@ import logging
 
 from megatron_sead.config.run import RunConfig
 from megatron_sead.errors import NotFiniteNumbers, UserError
+from megatron_sead.html_report.write import write_at_the_end
 from megatron_sead.reporting.timing import PhaseTimer
 from megatron_sead.rollouts.engine import EngineFailed, Rollout
 from megatron_sead.training.conclude import conclude
@@ -34,6 +35,8 @@ def run(config: RunConfig) -> bool:
     """
     with prepare(config) as prepared:
         if not distill(prepared):
+            if prepared.parallel.rank == 0:
+                write_at_the_end(config.output)
             return False
         conclude(prepared)
         return True

@@ -80,6 +80,16 @@ def test_wandb_plots_against_our_step_and_gets_what_is_finite(tmp_path: Path, ma
     assert run.logged[1:] == [{"step": 1, "skipped": True}, {"step": 2, "loss": 0.5}]
 
 
+def test_a_service_that_fails_is_told_once_and_the_run_goes_on(
+    tmp_path: Path, made: list[FakeRun], caplog: pytest.LogCaptureFixture
+) -> None:
+    other = WeightsAndBiases(tmp_path, "offline", "ours", {})
+    made[0].log = lambda numbers: 1 / 0  # type: ignore[method-assign]
+    write(tmp_path, other, STEPS)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3 and not made[0].ended
+    assert caplog.text.count("Weights & Biases fails") == 1
+
+
 def test_what_wandb_refuses_is_one_line(tmp_path: Path, made: list[FakeRun]) -> None:
     with pytest.raises(UserError, match=r"reporting\.wandb='online': cannot begin: no API key configured"):
         WeightsAndBiases(tmp_path, "online", "ours", {})

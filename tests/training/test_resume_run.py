@@ -45,6 +45,7 @@ def interrupted(pools: RankPools, tmp_path_factory: pytest.TempPathFactory) -> P
     output = tmp_path_factory.mktemp("interrupted") / "run"
     assert train_tiny(pools, 2, output, [*STATEFUL, *TP2], interrupt_at=INTERRUPTED_AT) == [False, False]
     assert [line["step"] for line in metrics_of(output)] == list(range(INTERRUPTED_AT + 1))
+    assert f"{INTERRUPTED_AT + 1} steps of {STEPS} are recorded" in (output / "report.html").read_text()
     return output
 
 
