@@ -26,7 +26,8 @@ from megatron_sead.planning.seconds import MEASURED
 ROOT = Path(__file__).parents[1]
 TP, PP, VPP = (f"parallel.{name}_model_parallel_size" for name in ("tensor", "pipeline", "virtual_pipeline"))
 ROWS, BATCH = (f"training.{name}" for name in ("micro_batch_size", "global_batch_size"))
-QUIET = ["evaluation.path=null", "checkpoints.interval=0", "reporting.tensorboard=false", "curriculum.mode=none"]
+QUIET = ["evaluation.path=null", "checkpoints.interval=0", "reporting.tensorboard=false", "reporting.token_steps=0"]
+QUIET += ["curriculum.mode=none"]
 METRICS = (*MEASURED, "step_seconds")
 
 

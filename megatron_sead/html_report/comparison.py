@@ -23,6 +23,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 SAME_METHOD = ("seed", *(key for key in MAY_CHANGE_ON_RESUME if not key.startswith("evaluation")))
 LABELS = {"policy.name": "policy", "curriculum.mode": "curriculum", "zones.thresholds": "thresholds"}
 MOST_LABELS = 4  # settings in a group's name
+MOST_CHARACTERS = 40  # of a setting there: of a path, its end
 GRID = 200  # points of a curve
 BUDGETS = ("steps", "response tokens", "seconds")
 CURVES = (
@@ -78,6 +79,7 @@ def grouped(runs: Sequence[Run]) -> Groups:
 def _label(run: Run, key: str) -> str:
     """What a setting says, in few words: opd; curriculum none; steps 60."""
     value, last = value_told(run.setting(key)), key.rpartition(".")[2]
+    value = value if len(value) <= MOST_CHARACTERS else "..." + value[-MOST_CHARACTERS:]
     return value if key == "policy.name" else f"{LABELS.get(key, last.replace('_', ' '))} {value}"
 
 

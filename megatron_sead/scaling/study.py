@@ -247,5 +247,5 @@ def base_config(study: Study) -> RunConfig:
     values["curriculum"] |= {"mode": "none"}
     values["checkpoints"] |= {"interval": 0}
     values["evaluation"] = {}
-    values["reporting"] |= {"tensorboard": False, "rollouts_interval": 0}
+    values["reporting"] |= {"tensorboard": False, "rollouts_interval": 0, "token_steps": 0}
     return settings_from(RunConfig, values, [])

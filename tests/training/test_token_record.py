@@ -141,6 +141,13 @@ def test_recorded_steps_are_spread_over_the_run(count: int, steps: int, expected
     assert steps_to_record(count, steps) == expected
 
 
+def test_no_room_leaves_statistics_alone(pools: RankPools, run: Path, tmp_path: Path) -> None:
+    replay = ["rollouts.engine=replay", f"rollouts.path={run}", "training.steps=1", "reporting.token_megabytes=0.001"]
+    train_tiny(pools, 1, tmp_path / "run", [*SETTINGS, *replay])
+    found = record(tmp_path / "run")
+    assert found["rollouts"] == [] and len(found["all_tokens"]["zones"]) == found["tokens"]
+
+
 def rollout_of(tokens: int) -> Rollout:
     return Rollout("p", 0, (1,), (1,) * tokens, True, None)
 
