@@ -110,8 +110,9 @@ class Layers:
         if self.layout.cp > 1 and not selective:
             return normed + self.query + self.own_keys + self.query + self._log_sums
         copied = self.copies and self._rows_with_window(window)  # into packed sequences, and back
-        one_by_one = self.batch.packed and not self.layout.flash
-        context = self.query * (2 if copied or one_by_one else 1)
+        # Without FlashAttention, sequences or blocks of a window's queries come one by one, and are put together
+        in_parts = not self.layout.flash and (self.batch.packed or self._is_within(window))
+        context = self.query * (2 if copied or in_parts else 1)
         if not selective:
             context += self._log_sums + self._bias(window)
         if self._repeats(window) and not selective:
@@ -137,8 +138,11 @@ class Layers:
 
     def _rows_with_window(self, window: int | None) -> bool:
         """Are rows longer than their window, and is there FlashAttention for that?"""
-        longer = window is not None and self.batch.longest > window
-        return longer and self.layout.flash and not self.batch.packed
+        return self._is_within(window) and self.layout.flash and not self.batch.packed
+
+    def _is_within(self, window: int | None) -> bool:
+        """Are sequences longer than their window?"""
+        return window is not None and self.batch.longest > window
 
     def _repeats(self, window: int | None) -> bool:
         """Are keys and values repeated for each query that they serve?"""
@@ -148,7 +152,7 @@ class Layers:
     def _bias(self, window: int | None) -> int:
         """Masks of a window, block by block of the queries, where FlashAttention is not there for it."""
         longest = self.batch.longest
-        if self.layout.flash or window is None or longest <= window:
+        if self.layout.flash or window is None or not self._is_within(window):
             return 0
         block = min(QUERY_BLOCK, max(window, SMALL_BLOCK))
         starts = range(0, longest, block)
