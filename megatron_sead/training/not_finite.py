@@ -88,7 +88,9 @@ def weights_are_finite(chunks: list[Any], parallel: ParallelContext) -> bool:
     bad = torch.zeros((), device=parallel.device)
     for chunk in chunks:
         for parameter in chunk.parameters():
-            bad += (~parameter.isfinite()).any().to(bad.device)
+            # The largest is NaN where one is: a reduction, without truth values for each weight of the head
+            largest = torch.linalg.vector_norm(parameter.detach(), ord=math.inf)
+            bad += (~largest.isfinite()).to(bad.device)
     flag = (bad > 0).cpu().int()
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=parallel.control)
     return not bool(flag)
