@@ -105,7 +105,8 @@ class Page:
     @property
     def sections(self) -> list[tuple[str, str]]:
         """Of the navigation: id and name."""
-        found = [("summary", "Summary"), *((part.id, part.title) for part in self.tables)]
+        found = [("summary", "Summary")] if self.sheets or self.remarks else []
+        found += [(part.id, part.title) for part in self.tables]
         found += [("findings", "What looks wrong")] if self.findings else []
         found += [(group.id, group.title) for group in self.figure_groups]
         found += [("rollouts", "Rollouts")] if self.rollouts else []
