@@ -3,6 +3,7 @@ and the same budget of steps, tokens and seconds for all."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,9 +72,15 @@ def grouped(runs: Sequence[Run]) -> Groups:
     apart = [key for key in _keys(found) if len({value_told(group[0].setting(key)) for group in found.values()}) > 1]
     named: Groups = {}
     for group in found.values():
-        name = ", ".join(_label(group[0], key) for key in apart) if 0 < len(apart) <= MOST_LABELS else group[0].name
+        name = ", ".join(_label(group[0], key) for key in apart) if 0 < len(apart) <= MOST_LABELS else _common(group)
         named[name if name not in named else f"{name} ({group[0].name})"] = group
     return named
+
+
+def _common(group: Sequence[Run]) -> str:
+    """The name of a group's runs without the seed at its end, if that is one: opd-seed0, opd-seed1 -> opd."""
+    bare = {re.sub(r"[-_. ]*(seed)?[-_=. ]*\d+$", "", run.name) for run in group}
+    return bare.pop() if len(group) > 1 and len(bare) == 1 and "" not in bare else group[0].name
 
 
 def _label(run: Run, key: str) -> str:

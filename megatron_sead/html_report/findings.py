@@ -74,10 +74,9 @@ def _stop_gap(run: Run) -> Judged | None:
 
 
 def _mismatch(run: Run) -> Judged | None:
-    values = run.known("sampling_log_prob_difference")
-    if not values:
+    values, limit = run.known("sampling_log_prob_difference"), number(run.setting("rollouts.mismatch_warning"))
+    if not values or limit is None:
         return None
-    limit = number(run.setting("rollouts.mismatch_warning", 0.1)) or 0.0
     over = [step for step, v in _with_steps(run, "sampling_log_prob_difference") if v > limit]
     where = f"; over {limit:g} in {len(over)} steps, first {over[0]}" if over else ""
     expected = bool(run.setting("rollouts.lag"))
@@ -95,10 +94,9 @@ def _entropy_collapse(run: Run) -> Judged | None:
 
 
 def _zone_c_floor(run: Run) -> Judged | None:
-    values = run.known("tau_teacher")
-    if not values:
+    values, floor = run.known("tau_teacher"), number(run.setting("zones.teacher_entropy_floor"))
+    if not values or floor is None:
         return None
-    floor = number(run.setting("zones.teacher_entropy_floor", 0.01)) or 0.0
     under = [step for step, v in _with_steps(run, "tau_teacher") if v < floor]
     where = f"; under {floor:g} in {len(under)} of {len(values)} steps, first {under[0]}" if under else ""
     return len(under) > len(values) / 10, f"zone C begins at {min(values):.3g} nats at the least{where}"

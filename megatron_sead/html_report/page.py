@@ -177,11 +177,11 @@ def _add_rollouts(page: Page, found: list[tuple[Run, Records]]) -> None:
     """The token view of all runs together, which share its room."""
     shown: dict[str, Any] = {"rollouts": [], "texts": {}, "recorded": 0}
     for run, records in found:
-        view = token_view(records, MOST_BYTES // len(found))
+        view, name = token_view(records, MOST_BYTES // len(found)), run.name if len(found) > 1 else ""
         for rollout in view["rollouts"]:
-            rollout["run"] = run.name if len(found) > 1 else None
+            rollout["run"] = name
         shown["rollouts"] += view["rollouts"]
-        shown["texts"] |= view["texts"]
+        shown["texts"][name] = view["texts"]  # another run may have another tokenizer
         shown["recorded"] += view["recorded"]
     if shown["rollouts"]:
         count = len(shown["rollouts"])

@@ -18,7 +18,7 @@ student: {{path: models/student}}
 teacher: {{path: models/teacher}}
 prompts: {{path: problems.jsonl}}
 training: {{steps: {steps}, global_batch_size: 8, lr: 0.001}}
-rollouts: {{engine: {engine}, max_new_tokens: 40}}
+rollouts: {{engine: {engine}, max_new_tokens: 40, mismatch_warning: 0.1}}
 policy: {{name: {policy}}}
 curriculum: {{mode: gated}}
 zones: {{shares: [50, 40, 10], teacher_entropy_floor: 0.01}}

@@ -17,7 +17,8 @@ from megatron_sead.html_report.page import report
 from megatron_sead.html_report.run_directory import Run, read_run
 from megatron_sead.html_report.summary import rates
 from megatron_sead.html_report.tables import Table, as_csv, as_latex, as_markdown, defaults, differing_settings
-from tests.html_report.directories import write_run
+from megatron_sead.reporting.token_records import token_record_path, write_token_record
+from tests.html_report.directories import token_record, write_run
 from tests.html_report.test_report import Seen
 
 
@@ -36,6 +37,24 @@ def test_runs_that_differ_in_their_seed_alone_are_a_group_named_by_its_method(tm
         "sead": ["sead-0", "sead-1", "sead-2"],
         "opd": ["opd-0", "opd-1", "opd-2"],
     }
+
+
+@pytest.mark.parametrize(
+    ("names", "group"),
+    [
+        (("opd-seed0", "opd-seed1"), "opd"),
+        (("opd_v2-10", "opd_v2-11"), "opd_v2"),
+        (("a", "b"), "a"),
+        (("alone-seed3",), "alone-seed3"),
+    ],
+)
+def test_a_group_that_many_settings_set_apart_is_named_by_its_runs(
+    names: tuple[str, ...], group: str, tmp_path: Path
+) -> None:
+    runs = [read_run(write_run(tmp_path / name, seed=seed)) for seed, name in enumerate(names)]
+    other = read_run(write_run(tmp_path / "other", policy="opd"))
+    other.settings |= {f"training.{name}": 1 for name in ("lr", "min_lr", "steps", "weight_decay")}
+    assert list(compare([*runs, other]).groups) == [group, "other"]
 
 
 def test_differences_are_those_of_the_runs_answers(tmp_path: Path) -> None:
@@ -123,6 +142,16 @@ def test_the_page_has_the_table_for_copying_and_every_runs_rollouts(tmp_path: Pa
     page = Seen(report(runs))
     assert {r["run"] for r in page.data("rollouts-data")["rollouts"]} == {run.name for run in runs}
     assert sum(tag == "pre" for tag, _ in page.tags) == 3
+
+
+def test_each_run_has_its_own_tokenizers_texts(tmp_path: Path) -> None:
+    runs = runs_in(tmp_path)[:2]
+    for run, text in zip(runs, (" one", " another"), strict=True):
+        for step in run.token_steps:
+            record = token_record(step) | {"token_texts": {"7": text}}
+            write_token_record(token_record_path(run.directory, step), record)
+    texts = Seen(report(runs)).data("rollouts-data")["texts"]
+    assert {name: of["7"] for name, of in texts.items()} == {"sead-0": " one", "sead-1": " another"}
 
 
 def test_several_runs_need_a_place_and_names_that_tell_them_apart(

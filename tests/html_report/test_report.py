@@ -65,7 +65,7 @@ def test_a_page_holds_its_runs_numbers(tmp_path: Path) -> None:
     assert paper == [[9.7, 58.4, 31.9]]
     first = rollouts["rollouts"][0]
     assert "".join(first["texts"]) == "The answer is 4<|end|>" and first["answers"] == ["4"]
-    assert rollouts["texts"]["7"] == " other"
+    assert rollouts["texts"][""]["7"] == " other"
 
 
 def test_every_figure_has_a_name_and_numbers_for_those_who_do_not_see_it(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_files_that_are_missing_or_damaged_are_told_and_the_rest_is_shown(tmp_pa
     for name in ("config.yaml", "summary.json", "heldout.json", "starts.jsonl", "tokens/step-29.json"):
         directory = write_run(tmp_path / name.replace("/", "-"))
         whole = (directory / name).read_bytes()
-        for damaged in (whole[: len(whole) // 2], b"", b"[" * 100_000, b"\xff\xfe\x00", b"[1]", b"null"):
+        for damaged in (whole[: len(whole) // 3], b"", b"[" * 100_000, b"\xff\xfe\x00", b"[1]", b"null"):
             (directory / name).write_bytes(damaged)
             page = page_of(read_run(directory))
             assert page.remarks or damaged == b"" or name == "starts.jsonl", (name, damaged[:9])

@@ -157,15 +157,16 @@
       node("h3", {}, `token ${i + 1} of ${r.tokens}: `, node("bdi", { class: "said" }, shown(named(r.texts[i]))), node("span", { class: "soft" }, r.ids[i] === undefined ? "" : ` id ${r.ids[i]}`)),
       node("div", { class: "pairs" },
         node("table", {}, node("tbody", {}, ...rows.map(([name, value]) => node("tr", {}, node("th", { scope: "row" }, name), node("td", {}, value))))),
-        node("div", {}, alternatives("student", r.as?.[i], r.ids[i]), alternatives("teacher", r.at?.[i], r.ids[i]))));
+        node("div", {}, alternatives("student", r, r.as?.[i], r.ids[i]), alternatives("teacher", r, r.at?.[i], r.ids[i]))));
   }
   const exp = (v) => (v === null || v === undefined ? null : Math.exp(v));
-  function alternatives(who, entries, written) {
+  const textOf = (r, id) => texts[r.run][id] ?? (id === undefined ? "?" : `<${id}>`);
+  function alternatives(who, r, entries, written) {
     if (!entries) return null;
     return node("table", {},
       node("thead", {}, node("tr", {}, node("th", { scope: "col" }, `${who}'s likeliest`), node("th", { scope: "col", class: "number" }, "student"), node("th", { scope: "col", class: "number" }, "teacher"))),
       node("tbody", {}, ...entries.map(([id, p, q]) => node("tr", {},
-        node("td", {}, node("bdi", { class: "said" }, shown(named(texts[id] ?? `<${id}>`))), id === written ? node("span", { class: "soft" }, " written") : null),
+        node("td", {}, node("bdi", { class: "said" }, shown(named(textOf(r, id)))), id === written ? node("span", { class: "soft" }, " written") : null),
         node("td", { class: "number" }, percent(p)), node("td", { class: "number" }, percent(q))))));
   }
   const at = (event) => event.target.closest?.("[data-i]");
@@ -190,7 +191,7 @@
       node("td", { class: "number" }, number(v)),
       node("td", { class: "said", dir: "auto" }, shown(r.texts.slice(Math.max(0, i - 6), i).join("").slice(-24)), node("mark", {}, shown(r.texts[i])), shown(r.texts.slice(i + 1, i + 4).join("").slice(0, 12))),
       node("td", {}, r.zones[i] ?? ""),
-      node("td", { class: "said" }, shown(named(texts[r.at?.[i]?.[0]?.[0]] ?? "?"))),
+      node("td", { class: "said" }, shown(named(textOf(r, r.at?.[i]?.[0]?.[0])))),
       node("td", {}, node("button", { type: "button", on: { click: () => { show(r, i); byId("rollouts").scrollIntoView(); select(i, true); } } }, `step ${r.step}, ${r.prompt}`)))));
   }
 
