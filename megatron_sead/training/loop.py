@@ -60,7 +60,7 @@ def distill(run: Run) -> bool:
                 with timer.phase("sync"):
                     failure = _renew(run)
 
-            bar.advance(record_step(run, step, rollouts, correct, alpha, result, timer.metrics()))
+            bar.advance(record_step(run, step, rollouts, correct, alpha, watch, result, timer.metrics()))
             if result.reports is not None:
                 keep_skipped(run, step, rollouts, result.reports)
             del run.written[step]

@@ -17,6 +17,7 @@ from megatron_sead.rollouts.records import record_path, write_records
 from megatron_sead.training.not_finite import weights_are_finite
 from megatron_sead.training.parity import student_log_probs
 from megatron_sead.training.run import Run
+from megatron_sead.training.seen_tokens import Watch
 from megatron_sead.training.skipping import remedy
 from megatron_sead.training.step import StepResult
 from megatron_sead.training.token_record import record_tokens
@@ -31,12 +32,14 @@ def record_step(
     rollouts: list[Rollout],
     correct: list[bool],
     alpha: float,
+    watch: Watch,
     result: StepResult,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Write the step down; its metrics on every rank. Collective.
 
     Args:
+        watch: which rollouts are recorded token by token.
         seconds: of the phases of the step, by the names of metrics.jsonl.
     """
     skipped = result.reports is not None
@@ -56,7 +59,7 @@ def record_step(
     if not skipped:
         run.state.skipped_in_a_row = 0
         _warn_of_mismatch(run, step, metrics.get("sampling_log_prob_difference", 0.0))
-    record_tokens(run, step, rollouts, correct, alpha, result.tokens)
+    record_tokens(run, step, rollouts, correct, alpha, watch, result.tokens)
     interval = run.config.reporting.rollouts_interval
     if interval and step % interval == 0:
         _record_rollouts(run, step, rollouts, correct, result)
@@ -123,7 +126,7 @@ def _record_rollouts(run: Run, step: int, rollouts: list[Rollout], correct: list
     seen = result.tokens
     if seen is not None and run.parallel.tp_rank == run.parallel.cp_rank == 0:
         letters = [LETTERS[zone] for zone in seen.zones.tolist()]
-        for index, letter in zip(seen.rollout_index.tolist(), letters, strict=True):
+        for index, letter in zip(seen.tokens.rollout_index.tolist(), letters, strict=True):
             mine[index] = mine.get(index, "") + letter
     parts: list[dict[int, str]] | None = [{}] * run.parallel.world_size if run.parallel.rank == 0 else None
     dist.gather_object(mine, parts, dst=0, group=run.parallel.control)

@@ -53,28 +53,29 @@ class Outcome:
 
 @dataclass
 class SeenTokens:
-    """All response tokens of this rank's micro-batches, in their order."""
+    """All response tokens of this rank's micro-batches, in their order. What a record alone reads is joined when one is
+    written."""
 
-    rollout_index: torch.Tensor  # [n]
-    position: torch.Tensor  # [n]
+    tokens: StepTokens
     zones: torch.Tensor  # [n] int8
-    numbers: dict[str, torch.Tensor]  # [n] each, by the names of records: nats, and weights as the loss had them
-    likeliest: LikeliestTokens | None
+    outcomes: list[Outcome]
 
-    @staticmethod
-    def of(tokens: StepTokens, zones: torch.Tensor, outcomes: list[Outcome]) -> SeenTokens:
-        """Of all micro-batches."""
-        numbers = {
-            field.name: getattr(tokens.statistics, field.name)
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """[n] each, by the names of records: nats, and weights as the loss had them."""
+        found = {
+            field.name: getattr(self.tokens.statistics, field.name)
             for field in fields(TokenStatistics)
             if field.name != "same_argmax"
         }
         for name in ("student_log_prob", "teacher_log_prob"):
-            numbers[name] = torch.cat([getattr(outcome.score, name) for outcome in outcomes])
+            found[name] = torch.cat([getattr(outcome.score, name) for outcome in self.outcomes])
         for name in ("forward", "reverse"):
-            numbers[f"{name}_weight"] = torch.cat([getattr(o.supervision.weights, name) for o in outcomes])
-        likeliest = None
-        if outcomes[0].likeliest is not None:
-            rows = [outcome.likeliest.rows() for outcome in outcomes if outcome.likeliest is not None]
-            likeliest = LikeliestTokens.of_rows(torch.cat(rows))
-        return SeenTokens(tokens.rollout_index, tokens.position, zones, numbers, likeliest)
+            found[f"{name}_weight"] = torch.cat([getattr(o.supervision.weights, name) for o in self.outcomes])
+        return found
+
+    def likeliest(self) -> LikeliestTokens | None:
+        """[n, ...] tokens; None where nobody looked."""
+        if self.outcomes[0].likeliest is None:
+            return None
+        rows = [outcome.likeliest.rows() for outcome in self.outcomes if outcome.likeliest is not None]
+        return LikeliestTokens.of_rows(torch.cat(rows))

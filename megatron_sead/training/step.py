@@ -249,4 +249,4 @@ def _measure(
     metrics = measure_tokens(tokens, zones, scores, micro_batches, learner.parallel.dp)
     metrics |= measure_mismatch(scores, micro_batches, learner.parallel.dp)
     metrics |= {"tau_teacher": thresholds.teacher, "tau_student": thresholds.student}
-    return StepResult(metrics, SeenTokens.of(tokens, zones, outcomes)), thresholds
+    return StepResult(metrics, SeenTokens(tokens, zones, outcomes)), thresholds

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_sead.config.run import ReportingSettings, RunConfig
@@ -28,6 +29,7 @@ from megatron_sead.rollouts.engine import Rollout
 from megatron_sead.training.run import Run
 from megatron_sead.training.seen_tokens import NOBODY, SeenTokens, Watch
 
+Numbers = dict[str, torch.Tensor]  # [n] each
 Columns = dict[str, list[Any]]  # of a rollout's tokens, in the order of `position`
 
 
@@ -61,15 +63,26 @@ def _tokens_that_fit(settings: ReportingSettings, steps: int) -> int:
 
 
 def record_tokens(
-    run: Run, step: int, rollouts: list[Rollout], correct: list[bool], alpha: float, seen: SeenTokens | None
+    run: Run,
+    step: int,
+    rollouts: list[Rollout],
+    correct: list[bool],
+    alpha: float,
+    watch: Watch,
+    seen: SeenTokens | None,
 ) -> None:
-    """Write the step's tokens on the first rank, from the ranks that saw them. Collective."""
-    watch = watched(run.config, step, rollouts)
+    """Write the step's tokens on the first rank, from the ranks that saw them. Collective.
+
+    Args:
+        watch: as `watched` has it; of `NOBODY` nothing is written.
+        seen: None: this rank saw none, or the step was skipped.
+    """
     if watch is NOBODY:
         return
     mine: tuple[dict[str, list[Any]], dict[int, Columns]] = ({}, {})
     if seen is not None and run.parallel.tp_rank == run.parallel.cp_rank == 0:
-        mine = _points(seen, run.parallel.dp_size), _of_rollouts(seen, watch)
+        numbers = seen.numbers()
+        mine = _points(numbers, seen.zones, run.parallel.dp_size), _of_rollouts(seen, numbers, watch)
     parts: list[Any] | None = [None] * run.parallel.world_size if run.parallel.rank == 0 else None
     dist.gather_object(mine, parts, dst=0, group=run.parallel.control)
     if parts is None:
@@ -88,11 +101,11 @@ def record_tokens(
     write_token_record(token_record_path(run.config.output, step), record)
 
 
-def _points(seen: SeenTokens, ranks: int) -> dict[str, list[Any]]:
+def _points(numbers: Numbers, zones: torch.Tensor, ranks: int) -> dict[str, list[Any]]:
     """Statistics of every so manieth of this rank's tokens."""
-    every = max(1, math.ceil(len(seen.zones) * ranks / MOST_POINTS))
-    found: dict[str, list[Any]] = {name: rounded(seen.numbers[name][::every].tolist()) for name in STATISTICS}
-    return found | {"zones": [LETTERS[zone] for zone in seen.zones[::every].tolist()]}
+    every = max(1, math.ceil(len(zones) * ranks / MOST_POINTS))
+    found: dict[str, list[Any]] = {name: rounded(numbers[name][::every].tolist()) for name in STATISTICS}
+    return found | {"zones": [LETTERS[zone] for zone in zones[::every].tolist()]}
 
 
 def _joined(parts: list[dict[str, list[Any]]]) -> dict[str, Any]:
@@ -100,14 +113,15 @@ def _joined(parts: list[dict[str, list[Any]]]) -> dict[str, Any]:
     return joined | {"zones": "".join(letter for part in parts for letter in part.get("zones", ()))}
 
 
-def _of_rollouts(seen: SeenTokens, watch: Watch) -> dict[int, Columns]:
+def _of_rollouts(seen: SeenTokens, numbers: Numbers, watch: Watch) -> dict[int, Columns]:
     """Everything about the tokens of watched rollouts that this rank saw."""
-    places = watch.sees(seen.rollout_index, seen.position).nonzero().squeeze(1)
-    columns: Columns = {name: rounded(values[places].tolist()) for name, values in seen.numbers.items()}
+    rollout_index = seen.tokens.rollout_index
+    places = watch.sees(rollout_index, seen.tokens.position).nonzero().squeeze(1)
+    columns: Columns = {name: rounded(values[places].tolist()) for name, values in numbers.items()}
     columns["zones"] = [LETTERS[zone] for zone in seen.zones[places].tolist()]
-    columns |= _likeliest(seen.likeliest, places)
+    columns |= _likeliest(seen.likeliest(), places)
     found: dict[int, Columns] = {}
-    for row, index in enumerate(seen.rollout_index[places].tolist()):
+    for row, index in enumerate(rollout_index[places].tolist()):
         for name, values in columns.items():
             found.setdefault(index, {}).setdefault(name, []).append(values[row])
     return found
