@@ -110,8 +110,9 @@ class Layers:
         if self.layout.cp > 1 and not selective:
             return normed + self.query + self.own_keys + self.query + self._log_sums
         copied = self.copies and self._rows_with_window(window)  # into packed sequences, and back
-        # Without FlashAttention, sequences or blocks of a window's queries come one by one, and are put together
-        in_parts = not self.layout.flash and (self.batch.packed or self._is_within(window))
+        # Without FlashAttention, sequences or blocks of a window's queries come one by one, and are put together; of
+        # several rows, results come row after row, and are put with a token's rows beside each other
+        in_parts = not self.layout.flash and (self.batch.packed or self._is_within(window) or self.copies)
         context = self.query * (2 if copied or in_parts else 1)
         if not selective:
             context += self._log_sums + self._bias(window)

@@ -51,6 +51,8 @@ BOUND = {  # what binds, by the rate
     "update": "the weight update",
 }
 BUBBLE = "pipeline bubble"
+ZONE_CALLS = 25  # two selections by 11 histograms each, of the tokens' entropies and keys; their range and number
+METRIC_CALLS = 14
 PROBE = 65  # tokens that are scored after an update
 TENSOR_KERNELS = 12  # of the optimizer, a tensor
 ADAM_BYTES = 84  # a parameter of the share: lists of tensors, an operation after the other, as traces count them
@@ -249,11 +251,6 @@ def _scores(where: Setting, student: RememberedShape, teacher: RememberedShape, 
         return
     heads = head_costs(where, student, teacher, batch, score=True, active=0.0)
     yield from _pass_terms("scores", where, student, batch, Passes(), heads)
-    if where.replicas > 1:
-        size = 2 * FP32 * batch.responses * batch.count * where.replicas * where.cp
-        told = f"both entropies of {size / 2 / FP32:,.0f} tokens"
-        for cost in where.messages("zones", size, 2, where.link(where.tp * where.replicas), told):
-            yield _term("scores", cost)
 
 
 def _training(where: Setting, student: RememberedShape, teacher: RememberedShape, batch: Batches) -> Iterator[Term]:
@@ -265,6 +262,16 @@ def _training(where: Setting, student: RememberedShape, teacher: RememberedShape
     heads = head_costs(where, student, teacher, batch, score=not scored, active=weighted_share(config))
     passes = Passes(backward=True, recompute=config.training.recompute_granularity)
     yield from _pass_terms("training", where, student, batch, passes, heads)
+    if where.replicas > 1:
+        yield _term("scores" if scored else "training", _small_calls(where, "zones", ZONE_CALLS))
+        yield _term("training", _small_calls(where, "metrics", METRIC_CALLS))
+
+
+def _small_calls(where: Setting, name: str, calls: int) -> Cost:
+    """Of a few kilobytes, whatever the number of tokens and ranks."""
+    latency = where.rates.collective_microseconds
+    told = f"{calls} calls x {latency:g} us"
+    return Cost(f"{name}, calls", "collective_microseconds", calls * latency / 1e6, told)
 
 
 def _pass_terms(

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -70,10 +71,16 @@ def trace(folder: Path, name: str) -> dict[str, Any]:
         "metrics": [t.metrics for t in traces.values()],
         "disagreements": disagreements({rank: t.calls for rank, t in traces.items()}),
         "calls": [len(t.calls) for t in traces.values()],
+        "small_calls": [_over_replicas(t) for t in traces.values()],
         "phases": [{name: memory.peak["device"] for name, memory in t.memory.items()} for t in traces.values()],
         "unknown": sorted({name for t in traces.values() for name in t.unknown}),
         "waits": sorted({line for t in traces.values() for line in _waits(t)}),
     }
+
+
+def _over_replicas(traced: Any) -> dict[str, int]:
+    """By phase of a step: calls in which data-parallel ranks agree on zones and metrics."""
+    return Counter(call.phase for call in traced.calls if call.group == "dp" and call.phase in STEP)
 
 
 def _waits(traced: Any) -> Iterator[str]:
@@ -215,6 +222,7 @@ PLANS: dict[str, tuple[int, int, list[str]]] = {
     "planned: cp2, no recompute": (2, 0, [CP2, NONE]),
     "planned: tp2, sequence parallel": (2, 0, [TP2, SP, FULL]),
     "planned: pp2, last stage": (2, 1, [PP2, FULL]),
+    "planned: rows in fp32": (1, 0, [NONE, "training.precision=fp32", "training.micro_batch_size=2"]),
     "planned: packed, and filled by a shorter one": (1, 0, [NONE, "training.micro_batch_tokens=5000"]),
 }
 
@@ -228,7 +236,9 @@ def planned(folder: Path, name: str) -> dict[str, Any]:
 
     world, rank, overrides = PLANS[name]
     small = ["rollouts.max_new_tokens=1792", "prompts.max_prompt_tokens=256", "training.scratch_bytes=67108864"]
-    config = run_of(folder / "wide", *small, "training.global_batch_size=4", *overrides, layers=2, **WIDE)
+    config = run_of(
+        folder / "wide", *small, "training.global_batch_size=4", *overrides, layers=2, layer_types=KINDS, **WIDE
+    )
     plan = make_plan(config, world)
     traced = trace_rank(config, rank, world, [Rollouts(1, 256, 1792), Rollouts(2, 256, 1792)], load_rates(), Told())
     phases = plan.stages[traced.stage].phases

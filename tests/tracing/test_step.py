@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sead.planning.seconds import METRIC_CALLS, ZONE_CALLS
 from megatron_sead.tracing.device import compiler
 from tests.tracing.cases import MATRIX, PLANS, ROOT, SABOTAGES
 
@@ -45,6 +46,16 @@ def test_a_step_runs_on_fake_tensors(case: str, results: dict[str, dict[str, Any
 def test_zones_are_as_large_as_their_shares(results: dict[str, dict[str, Any]]) -> None:
     (metrics,) = results["one rank, no recompute"]["metrics"]
     assert [metrics[f"zone_{zone}_share"] for zone in "abc"] == pytest.approx([0.5, 0.4, 0.1], abs=0.02)
+
+
+def test_data_parallel_ranks_agree_on_zones_and_metrics_in_as_many_calls_as_planned(
+    results: dict[str, dict[str, Any]],
+) -> None:
+    """Zones are found before training, or, of a policy that looks at none, for the metrics alone."""
+    for calls in results["dp2, no distributed optimizer"]["small_calls"]:
+        assert calls == {"measure": ZONE_CALLS + METRIC_CALLS}
+    last_stage, first_stage = results["tp2, pp2, dp2"]["small_calls"]
+    assert last_stage == {"student scores": ZONE_CALLS, "measure": METRIC_CALLS} and first_stage == {}
 
 
 def documented_waits() -> set[str]:
@@ -99,11 +110,14 @@ def test_numbers_of_all_layers_follow_from_a_few(results: dict[str, dict[str, An
     assert len(result["peak"]) > 5
 
 
+BOUNDS = {"student scores": 0.015, "saving": 0.02}  # which are the highest phases of no run
+
+
 @pytest.mark.parametrize("case", PLANS)
 def test_a_plan_is_what_a_step_has(case: str, results: dict[str, dict[str, Any]]) -> None:
     assert "failed" not in results[case], results[case]["failed"]
     for phase, (planned, traced) in results[case]["planned"].items():
-        assert planned == pytest.approx(traced, rel=0.02), phase
+        assert planned == pytest.approx(traced, rel=BOUNDS.get(phase, 0.01)), phase
 
 
 @pytest.mark.parametrize("case", PLANS)
