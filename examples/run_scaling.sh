@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Layouts of the tiny pair beside each other, on a CPU: speed, memory, traffic and curves on the same rollouts, as tables
-# and plots. Under ten minutes on two idle cores.
+# and plots. Four minutes on two idle cores.
 #
 #   bash examples/run_scaling.sh                                       # -> runs/scaling-tiny/scaling.md
 #   OUTPUT=/tmp/scaling bash examples/run_scaling.sh steps=10          # any setting of the study
