@@ -18,6 +18,7 @@ from megatron_sead.html_report.run_directory import read_run
 from method_study.study import SELECTION, TRAINING, Asked, Study, counted, trial
 
 ROOT = Path(__file__).parents[2]
+MOST_BEYOND = 3
 Say = Callable[[str], None]
 Chosen = dict[str, dict[float, float]]  # by method and learning rate: accuracy on the selection's problems
 
@@ -25,12 +26,12 @@ Chosen = dict[str, dict[float, float]]  # by method and learning rate: accuracy 
 def choose_rates(study: Study, work: Path, at_once: int, say: Say) -> Chosen:
     """By method and learning rate: accuracy of sampled answers to the selection's problems, mean over seeds.
 
-    Where the highest or lowest of the rates is the best, twice or half of it is tried, too, until it is not.
+    Where the highest or lowest of the rates is the best, twice or half of it is tried, too, up to `MOST_BEYOND` times.
     """
     set_problems_apart(study, work)
     found: Chosen = {method: {} for method in study.methods}
     wanted = {method: list(study.rates.tried) for method in study.methods}
-    while any(wanted.values()):
+    for _ in range(1 + MOST_BEYOND):
         of = {
             (method, rate): [trial(study, work, method, rate, seed) for seed in study.rates.seeds]
             for method, rates in wanted.items()
