@@ -63,24 +63,31 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def grouped(runs: Sequence[Run]) -> Groups:
-    """Runs with the same settings but for what makes no other method, named by what sets the groups apart."""
+    """Runs with the same settings but for what makes no other method. A group is named as its runs are but for their
+    seeds, if all are named so, or by the settings that set groups apart, if these are few."""
     found: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         # A run whose settings are not known is no other's seed
         key = tuple(sorted((k, value_told(v)) for k, v in run.settings.items() if not k.startswith(SAME_METHOD)))
         found.setdefault(key or (run.name,), []).append(run)
     apart = [key for key in _keys(found) if len({value_told(group[0].setting(key)) for group in found.values()}) > 1]
+    own = {_common(group) for group in found.values()}
     named: Groups = {}
     for group in found.values():
-        name = ", ".join(_label(group[0], key) for key in apart) if 0 < len(apart) <= MOST_LABELS else _common(group)
+        if len(own) == len(found) and None not in own:
+            name = _common(group) or ""
+        elif 0 < len(apart) <= MOST_LABELS:
+            name = ", ".join(_label(group[0], key) for key in apart)
+        else:
+            name = _common(group) or group[0].name
         named[name if name not in named else f"{name} ({group[0].name})"] = group
     return named
 
 
-def _common(group: Sequence[Run]) -> str:
-    """The name of a group's runs without the seed at its end, if that is one: opd-seed0, opd-seed1 -> opd."""
+def _common(group: Sequence[Run]) -> str | None:
+    """The name of a group's runs but for a seed at its end: opd of opd-seed0 and opd-seed1. None: they have none."""
     bare = {re.sub(r"[-_. ]*(seed)?[-_=. ]*\d+$", "", run.name) for run in group}
-    return bare.pop() if len(group) > 1 and len(bare) == 1 and "" not in bare else group[0].name
+    return bare.pop() or None if len(group) > 1 and len(bare) == 1 else None
 
 
 def _label(run: Run, key: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -34,6 +34,7 @@ from megatron_sead.html_report.token_view import MOST_BYTES, token_view
 from megatron_sead.wording import counted
 
 MARKER = "megatron_sead report"  # in the head of every report: only a file with it is written over
+MOST_NAMES = 5  # of runs, in a remark
 ASSETS = files("megatron_sead.html_report") / "assets"
 GROUPS = (
     (
@@ -138,7 +139,7 @@ def page_of_several(runs: Sequence[Run]) -> Page:
     """Several, beside each other."""
     compared = comparison.compare(runs)
     page = Page(f"{counted(len(runs), 'run')} compared", "; ".join(compared.groups), several=True)
-    page.remarks = [f"{run.name}: {remark}" for run in runs for remark in run.remarks] + compared.remarks
+    page.remarks = _remarks_of(runs) + compared.remarks
     page.tables = [
         Part(
             "methods",
@@ -151,18 +152,37 @@ def page_of_several(runs: Sequence[Run]) -> Page:
     page.findings = [(run.name, f) for run in runs for f in findings(run) if f.verdict == "look"]
     page.figure_groups = [FigureGroup("curves", "Learning curves", compared.figures)]
     _add_rollouts(page, [(run, read_records(run)) for run in runs])
-    page.appendices = [Part("settings", "Settings", [differing_settings(runs), *_settings_of(runs)])]
+    page.appendices = [
+        Part("settings", "Settings", [differing_settings(compared.groups), *_settings_of(compared.groups)])
+    ]
     return page
+
+
+def _remarks_of(runs: Sequence[Run]) -> list[str]:
+    """Each remark once, with the runs that it is about."""
+    about: dict[str, list[str]] = {}
+    for run in runs:
+        for remark in run.remarks:
+            about.setdefault(remark, []).append(run.name)
+    return [
+        f"{'Every run' if len(names) == len(runs) else _listed(names)}: {remark}" for remark, names in about.items()
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMES
+    return ", ".join(names) if more <= 1 else f"{', '.join(names[:MOST_NAMES])} and {more} others"
 
 
 COPIES = (("Markdown", as_markdown), ("LaTeX", as_latex), ("CSV", as_csv))
 
 
-def _settings_of(runs: Sequence[Run]) -> list[Table]:
+def _settings_of(groups: Mapping[str, Sequence[Run]]) -> list[Table]:
+    """All of each group's, which its first run stands for."""
     found = []
-    for run in runs:
+    for name, (run, *_) in groups.items():
         table = all_settings(run)
-        found.append(Table(f"{run.name}: {table.name}", table.head, table.rows, folded=True))
+        found.append(Table(f"{name}: {table.name}", table.head, table.rows, folded=True))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,15 +69,19 @@ def all_settings(run: Run) -> Table:
     return Table(f"All {len(rows)} settings", ("setting", "value"), rows, folded=True)
 
 
-def differing_settings(runs: Sequence[Run]) -> Table:
-    """Those in which the runs differ."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+def differing_settings(groups: Mapping[str, Sequence[Run]]) -> Table:
+    """Those in which runs differ; of a group's runs every value that one has."""
+    runs = [run for group in groups.values() for run in group]
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key != "output")
     rows = []
     for key in keys:
-        values = [value_told(run.settings[key]) if key in run.settings else "" for run in runs]
-        if len(set(values)) > 1 and key != "output":
-            rows.append((key, *values))
-    return Table("Settings that differ between the runs", ("setting", *(run.name for run in runs)), rows)
+        values = {
+            name: dict.fromkeys(value_told(run.settings[key]) if key in run.settings else "" for run in group)
+            for name, group in groups.items()
+        }
+        if len(set().union(*values.values())) > 1:
+            rows.append((key, *(", ".join(of_group) for of_group in values.values())))
+    return Table("Settings that differ between the runs", ("setting", *groups), rows)
 
 
 def value_told(value: Any) -> str:

@@ -111,8 +111,9 @@ def test_the_same_budget_is_that_of_the_run_with_least_of_it(tmp_path: Path) -> 
 
 
 def test_settings_that_differ_are_listed(tmp_path: Path) -> None:
-    table = differing_settings(runs_in(tmp_path))
-    assert [row[0] for row in table.rows] == ["seed", "policy.name"]
+    table = differing_settings(compare(runs_in(tmp_path)).groups)
+    assert table.head == ("setting", "sead", "opd")
+    assert table.rows == [("seed", "0, 1, 2", "0, 1, 2"), ("policy.name", "sead", "opd")]
 
 
 def test_defaults_are_those_of_the_schema() -> None:

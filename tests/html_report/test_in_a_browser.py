@@ -34,8 +34,10 @@ def browser() -> str:
 
 def seen(browser: str, page: Path, script: str, width: int = 1280) -> dict[str, Any]:
     """What a script that returns an object finds on the page, and what the browser logged as `console`."""
-    reports = f"<script>addEventListener('load', () => setTimeout(() => {{ const found = (() => {{ {script} }})();"
-    reports += "document.body.dataset.found = JSON.stringify(found); }, 1500));</script></body>"
+    # A figure is drawn when a frame shows it, and virtual time passes without frames, or before it is printed
+    reports = "<script>addEventListener('load', () => { for (const name of ['beforeprint', 'afterprint'])"
+    reports += f" dispatchEvent(new Event(name)); setTimeout(() => {{ const found = (() => {{ {script} }})();"
+    reports += " document.body.dataset.found = JSON.stringify(found); }, 1500); });</script></body>"
     tried = page.with_name("tried.html")
     tried.write_text(page.read_text(encoding="utf-8").replace("</body>", reports), encoding="utf-8")
     size = f"--window-size={width},16000"
