@@ -234,8 +234,11 @@ def test_prompts_that_do_not_fit_into_one_forward_pass_are_written_alike(engine:
     """The prompts of 32 rollouts that are written at once have more tokens than a pass takes."""
     asked = [GenerationRequest(str(i), 0, (5 + i % 200,) * 100) for i in range(64)]
     assert sum(len(request.prompt_token_ids) for request in asked[:32]) > SETTINGS.max_num_batched_tokens
-    together = engine.generate(asked, 2, WARM)
-    assert [engine.generate([request], 2, WARM)[0] for request in asked[15:25]] == together[15:25]
+    together = engine.generate(asked, 2, WARM)[15:25]
+    alone = [engine.generate([request], 2, WARM)[0] for request in asked[15:25]]
+    for one, other in zip(alone, together, strict=True):
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-5)  # by pieces, sums are rounded otherwise
+        assert replace(one, log_probs=None) == replace(other, log_probs=None)
 
 
 def test_completion_order_changes_nothing(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
