@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
+
+from training_run import train
 
 from megatron_sead.commands.cli import one_line_errors
 from megatron_sead.errors import UserError
@@ -23,7 +23,6 @@ from megatron_sead.planning.calibration import MeasuredRun, calibrate, read_run
 from megatron_sead.planning.rates import CPU_RATES, Rates, load_rates
 from megatron_sead.planning.seconds import MEASURED
 
-ROOT = Path(__file__).parents[1]
 TP, PP, VPP = (f"parallel.{name}_model_parallel_size" for name in ("tensor", "pipeline", "virtual_pipeline"))
 ROWS, BATCH = (f"training.{name}" for name in ("micro_batch_size", "global_batch_size"))
 QUIET = ["evaluation.path=null", "checkpoints.interval=0", "reporting.tensorboard=false", "reporting.token_steps=0"]
@@ -55,16 +54,8 @@ def take_steps(case: Case, output: Path, steps: int) -> None:
     """Run it. A run that is there already is not run again."""
     if (output / "summary.json").exists():
         return
-    command = [sys.executable, "-m", "megatron_sead.train", "--config", "examples/configs/sead_tiny.yaml"]
-    command += ["--nproc-per-node", str(case.ranks), f"output={output}", f"training.steps={steps}", *QUIET]
-    done = subprocess.run(
-        [*command, *case.settings],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    settings = [f"output={output}", f"training.steps={steps}", *QUIET, *case.settings]
+    done = train(Path("examples/configs/sead_tiny.yaml"), case.ranks, settings)
     if done.returncode:
         raise UserError(f"{case.name}: ended with code {done.returncode}: {done.stderr.strip()[-300:]}")
 

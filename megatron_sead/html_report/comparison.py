@@ -71,15 +71,13 @@ def grouped(runs: Sequence[Run]) -> Groups:
         key = tuple(sorted((k, value_told(v)) for k, v in run.settings.items() if not k.startswith(SAME_METHOD)))
         found.setdefault(key or (run.name,), []).append(run)
     apart = [key for key in _keys(found) if len({value_told(group[0].setting(key)) for group in found.values()}) > 1]
-    own = {_common(group) for group in found.values()}
+    own = [_common(group) for group in found.values()]
+    all_own = None not in own and len(set(own)) == len(own)
     named: Groups = {}
-    for group in found.values():
-        if len(own) == len(found) and None not in own:
-            name = _common(group) or ""
-        elif 0 < len(apart) <= MOST_LABELS:
+    for group, name in zip(found.values(), own, strict=True):
+        if not all_own and 0 < len(apart) <= MOST_LABELS:
             name = ", ".join(_label(group[0], key) for key in apart)
-        else:
-            name = _common(group) or group[0].name
+        name = name or group[0].name
         named[name if name not in named else f"{name} ({group[0].name})"] = group
     return named
 

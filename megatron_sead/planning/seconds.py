@@ -263,15 +263,8 @@ def _training(where: Setting, student: RememberedShape, teacher: RememberedShape
     passes = Passes(backward=True, recompute=config.training.recompute_granularity)
     yield from _pass_terms("training", where, student, batch, passes, heads)
     if where.replicas > 1:
-        yield _term("scores" if scored else "training", _small_calls(where, "zones", ZONE_CALLS))
-        yield _term("training", _small_calls(where, "metrics", METRIC_CALLS))
-
-
-def _small_calls(where: Setting, name: str, calls: int) -> Cost:
-    """Of a few kilobytes, whatever the number of tokens and ranks."""
-    latency = where.rates.collective_microseconds
-    told = f"{calls} calls x {latency:g} us"
-    return Cost(f"{name}, calls", "collective_microseconds", calls * latency / 1e6, told)
+        yield _term("scores" if scored else "training", where.calls("zones, calls", ZONE_CALLS))
+        yield _term("training", where.calls("metrics, calls", METRIC_CALLS))
 
 
 def _pass_terms(
@@ -356,11 +349,10 @@ def _reduction(where: Setting, count: int, hidden: float) -> Iterator[Term]:
     told = f"{FP32} B x {count:,} x {replicas - 1}/{replicas} at {rate:g} GB/s"
     if hidden:
         told += f", less {hidden:.3g} s of the last micro-batch's backward pass"
-    calls = rates.collective_microseconds
     for cost in (
         Cost("gradients summed", link, exposed, told),
         Cost("weights gathered", link, gathered, f"{back} B x {count:,} x {replicas - 1}/{replicas} at {rate:g} GB/s"),
-        Cost("data-parallel calls", "collective_microseconds", 4 * calls / 1e6, f"4 calls x {calls:g} us"),
+        where.calls("data-parallel calls", 4),
     ):
         yield _term("optimizer", cost)
 

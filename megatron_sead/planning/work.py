@@ -88,10 +88,12 @@ class Setting:
         """So many bytes through each rank, in so many calls."""
         rate = getattr(self.rates, link)
         yield Cost(name, link, size / self.at(link), f"{formula} at {rate:g} GB/s")
+        yield self.calls(f"{name}, calls", calls)
+
+    def calls(self, name: str, count: float) -> Cost:
+        """What so many collectives take at least, however little they send."""
         least = self.rates.collective_microseconds
-        yield Cost(
-            f"{name}, calls", "collective_microseconds", calls * least / 1e6, f"{calls:,.0f} calls x {least:g} us"
-        )
+        return Cost(name, "collective_microseconds", count * least / 1e6, f"{count:,.0f} calls x {least:g} us")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ fp32, ten steps with Adam. Losses differ by what summation order gives (measured
 the way that training moved it (2e-4: of a gradient that is all rounding, Adam makes a whole step). A sum over
 micro-batches or ranks taken as a mean of means, a wrong virtual stage or padded columns in a softmax are off by 1e-2
 and more. Gradient norms, the most sensitive to the weights, are mostly within 3e-6; on one processor a single step's
-was 7e-6 to 1.04e-5 off in every layout, and the next one's 5e-7 to 2e-6, so their bound is 2e-5.
+was 7e-6 to 1.04e-5 off in the four layouts looked at, the next one's
+5e-7 to 2e-6, so their bound is 2e-5.
 """
 
 from __future__ import annotations

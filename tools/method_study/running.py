@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+
+from training_run import train
 
 from megatron_sead.config.run import dump_config, load_config
 from megatron_sead.errors import UserError
@@ -17,7 +16,6 @@ from megatron_sead.files.outputs import require_free
 from megatron_sead.html_report.run_directory import read_run
 from method_study.study import SELECTION, TRAINING, Asked, Study, counted, trial
 
-ROOT = Path(__file__).parents[2]
 MOST_BEYOND = 3
 Say = Callable[[str], None]
 Chosen = dict[str, dict[float, float]]  # by method and learning rate: accuracy on the selection's problems
@@ -93,8 +91,8 @@ def _has_ended(study: Study, asked: Asked) -> bool:
     """Is it there, and the same run?"""
     if not (asked.output / "summary.json").exists():
         return False
-    settings = load_config(study.config, asked.settings)
-    if (asked.output / "config.yaml").read_text(encoding="utf-8") != dump_config(settings):
+    recorded, settings = asked.output / "config.yaml", load_config(study.config, asked.settings)
+    if not recorded.is_file() or recorded.read_bytes() != dump_config(settings).encode():
         raise UserError(f"{asked.output}: was run with other settings; choose another folder, or move it away")
     return True
 
@@ -108,15 +106,7 @@ def accuracy(run: Path, kind: str = "sampled") -> float:
 
 
 def _run(study: Study, asked: Asked) -> None:
-    command = [sys.executable, "-m", "megatron_sead.train", "--config", str(study.config), "--nproc-per-node", "1"]
-    done = subprocess.run(
-        [*command, *asked.settings],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = train(study.config, 1, asked.settings)
     if done.returncode or not (asked.output / "summary.json").exists():
         told = done.stderr.strip().splitlines()[-1:] or ["it was stopped"]
         raise UserError(f"{asked.output}: ended with code {done.returncode}: {told[0]}")
