@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest.mock import patch
+from uuid import uuid4
 
 import numpy
 import torch
@@ -86,7 +88,11 @@ class VllmEngine:
         from vllm import LLM  # seconds, and it changes transformers' classes: only where a run uses it
 
         arguments = llm_arguments(settings, context, self._sleeps_for_real)
-        with _random_numbers_kept(context.device), _as_launched(rank, context.device):
+        with (
+            _random_numbers_kept(context.device),
+            _as_launched(rank, context.device),
+            _shared_memory_of(None if self._sleeps_for_real else self._peers),
+        ):
             self._llm: Any = self._guarded(lambda: LLM(str(context.directory), **arguments))
         if context.vocab_size not in (None, size := self._llm.model_config.get_vocab_size()):
             raise UserError(
@@ -294,6 +300,26 @@ def _as_launched(rank: int, device: torch.device) -> Iterator[None]:
     local = os.environ.get("LOCAL_RANK", "0") if device.index is None else str(device.index)
     with patch.dict(os.environ, {"RANK": str(rank), "LOCAL_RANK": local}):
         yield
+
+
+@contextmanager
+def _shared_memory_of(peers: dist.ProcessGroup | None) -> Iterator[None]:
+    """The memory over which a replica's ranks on a CPU compute: of a name that no other run has, and gone with them.
+
+    vLLM names it by the numbers of its ranks. Two runs on a machine would write into the same memory, and what a killed
+    run leaves behind would keep all later ones from starting. Collective over the replica; None: it shares nothing.
+    """
+    if peers is None:
+        yield
+        return
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as SharedMemory
+
+    names = [f"vllm-{uuid4().hex}"]
+    dist.broadcast_object_list(names, group=peers, group_src=0)
+    with patch.object(SharedMemory, "make_group_name", staticmethod(lambda ranks: f"/{names[0]}-{ranks.unique_name}")):
+        yield
+    for name in Path("/dev/shm").glob(f"{names[0]}-*"):  # all ranks have opened it, and need no name any more
+        name.unlink(missing_ok=True)
 
 
 @contextmanager
