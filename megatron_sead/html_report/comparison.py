@@ -4,7 +4,7 @@ and the same budget of steps, tokens and seconds for all."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,37 +101,65 @@ def _keys(found: dict[tuple[Any, ...], list[Run]]) -> list[str]:
 
 
 def methods(groups: Groups, remarks: list[str]) -> Table:
-    """Final accuracy of each group, and its difference to the first."""
+    """Final accuracy of each group, and its difference to the first. Of runs that have one: others may still run."""
     first, *_ = groups
-    ids = {tuple(map(str, run.heldout.get("prompts") or ())) for group in groups.values() for run in group}
+    measured = {name: [run for run in group if run.accuracy("after") is not None] for name, group in groups.items()}
+    ids = {tuple(map(str, run.heldout.get("prompts") or ())) for group in measured.values() for run in group}
     paired = len(ids) == 1 and ids != {()}
-    if not paired:
-        remarks.append(
-            "The runs have not all recorded their answers to the same held-out prompts, so differences are not taken "
-            "prompt by prompt and have no intervals."
-        )
     rows = []
-    for name, group in groups.items():
-        row = [name, str(len(group))]
+    for name, group in measured.items():
+        row = [name, str(len(_by_seed(group)))]
         for kind in ("greedy", "sampled"):
             row.append(_accuracy(group, kind, paired))
         compared = paired and name != first
         greedy, sampled = (
-            _difference(group, groups[first], kind) if compared else None for kind in ("greedy", "sampled")
+            _difference(group, measured[first], kind) if compared else None for kind in ("greedy", "sampled")
         )
         rows.append([*row, _signed(greedy), _signed(sampled), _verdict(greedy)])
     head = ["method", "seeds", "greedy", "sampled", "greedy, difference", "sampled, difference", "greedy is"]
-    single = [name for name, group in groups.items() if len(group) == 1]
-    if single:
-        remarks.append(f"One seed alone ({', '.join(single)}): what other seeds would change is in no interval there.")
+    remarks += _left_out(groups, measured, paired)
     return Table("Held-out accuracy after training", head, rows, numeric=(1, 2, 3, 4, 5))
 
 
+def _left_out(groups: Groups, measured: Groups, paired: bool) -> Iterator[str]:
+    """What the accuracies do not hold."""
+    without = [run.name for name, group in groups.items() for run in group if run not in measured[name]]
+    if without:
+        yield f"Not finished, or not evaluated, and in no accuracy after training: {', '.join(without)}."
+    if not paired and any(measured.values()):
+        yield (
+            "The runs have not all recorded their answers to the same held-out prompts, so differences are not taken "
+            "prompt by prompt and have no intervals."
+        )
+    seeds = {name: _by_seed(group) for name, group in measured.items()}
+    again = [f"{name}, {value_told(seed)}" for name, of in seeds.items() for seed, runs in of.items() if len(runs) > 1]
+    if again:
+        yield f"Run more than once (method, seed): {'; '.join(again)}. Such runs count as one, which is their mean."
+    single = [name for name, found in seeds.items() if len(found) == 1]
+    if single:
+        yield f"One seed alone ({', '.join(single)}): what other seeds would change is in no interval there."
+
+
+def _by_seed(group: Sequence[Run]) -> dict[Any, list[Run]]:
+    found: dict[Any, list[Run]] = {}
+    for run in group:
+        found.setdefault(run.setting("seed"), []).append(run)
+    return found
+
+
 def _matrix(group: list[Run], kind: str) -> np.ndarray | None:
-    """[seeds, prompts] shares of right answers after training."""
-    found = [rates(run, "after", kind) for run in group]
-    known = [values for values in found if values is not None]
-    return np.array(known) if len(known) == len(group) and len({len(v) for v in known}) == 1 else None
+    """[seeds, prompts] shares of right answers after training. None: of some run they are not known, or there is none.
+
+    Runs of the same seed are one row, their mean: as many rows of their own they would narrow what seeds change.
+    """
+    rows = list[list[list[float]]]()
+    for runs in _by_seed(group).values():
+        known = [values for run in runs if (values := rates(run, "after", kind)) is not None]
+        if len(known) != len(runs):
+            return None
+        rows.append(known)
+    alike = len({len(values) for known in rows for values in known}) == 1
+    return np.array([np.mean(known, axis=0) for known in rows]) if alike else None
 
 
 def _accuracy(group: list[Run], kind: str, paired: bool) -> str:

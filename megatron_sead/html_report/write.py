@@ -22,9 +22,14 @@ def write_report(directories: Sequence[Path], output: Path) -> None:
     """The report of one run or several.
 
     Raises:
-        UserError: a directory is no run's, the output is a file that was not written here, or the disk refuses.
+        UserError: a directory is no run's, or is given twice, the output is a file that was not written here, or the
+            disk refuses.
     """
     require_ours(output)
+    places = [directory.resolve() for directory in directories]
+    again = next((d for number, d in enumerate(directories) if d.resolve() in places[:number]), None)
+    if again is not None:
+        raise UserError(f"{again}: is given twice; a run is compared with others")
     runs = [read_run(directory) for directory in directories]
     _tell_apart(runs)
     text = report(runs)

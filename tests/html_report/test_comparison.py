@@ -72,6 +72,31 @@ def test_methods_that_answer_alike_are_within_noise(tmp_path: Path) -> None:
     assert compared.table.rows[1][6] == "within noise"
 
 
+def test_runs_of_one_seed_count_as_one(tmp_path: Path) -> None:
+    """A run that is there three times would narrow its method's interval."""
+    once = [read_run(write_run(tmp_path / f"run-{seed}", seed=seed, accuracy=0.5 + 0.1 * seed)) for seed in (0, 1)]
+    again = [read_run(write_run(tmp_path / f"again-{number}", seed=1, accuracy=0.6)) for number in (0, 1)]
+    alone, repeated = compare(once), compare([*once, *again])
+    assert repeated.table.rows[0][1:] == alone.table.rows[0][1:] and alone.table.rows[0][1] == "2"
+    (told,) = [remark for remark in repeated.remarks if "more than once" in remark]
+    assert told.startswith("Run more than once (method, seed): run-0, 1. ")
+    assert not [remark for remark in alone.remarks if "more than once" in remark]
+
+
+def test_a_run_that_is_not_done_is_in_no_accuracy(tmp_path: Path) -> None:
+    runs = runs_in(tmp_path)
+    done = compare(runs).table.rows
+    running = [
+        read_run(write_run(tmp_path / f"{policy}-3", policy=policy, seed=3, accuracy=None))
+        for policy in ("sead", "opd")
+    ]
+    compared = compare([*runs, *running])
+    assert compared.table.rows == done
+    assert compared.remarks == ["Not finished, or not evaluated, and in no accuracy after training: sead-3, opd-3."]
+    first = compare([running[0], *runs[3:]])
+    assert [row[1:3] for row in first.table.rows] == [["0", ""], done[1][1:3]] and first.table.rows[1][4] == ""
+
+
 def test_other_prompts_are_not_paired_and_it_is_said(tmp_path: Path) -> None:
     runs = runs_in(tmp_path)
     runs[4].heldout["prompts"] = ["other"] * 40
@@ -162,6 +187,10 @@ def test_several_runs_need_a_place_and_names_that_tell_them_apart(
     with pytest.raises(SystemExit) as ended:
         app([str(folder) for folder in folders], prog_name="sead report")
     assert ended.value.code == 2 and "--output" in capsys.readouterr().err
+    for again in (folders[0], folders[0] / ".." / folders[0].name):
+        with pytest.raises(SystemExit):
+            app([*map(str, folders), str(again), "--output", str(tmp_path / "r.html")], prog_name="sead report")
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {again}: is given twice")
     with pytest.raises(SystemExit):
         app([*map(str, folders), "--output", str(tmp_path / "r.html")], prog_name="sead report")
     found = Seen((tmp_path / "r.html").read_text()).data("rollouts-data")["rollouts"]
