@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from megatron_sead.config.run import dump_config, load_config
+from megatron_sead.prompts.rows import read_rows
 from tests.html_report.directories import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +89,21 @@ def test_trials_are_measured_on_problems_that_they_do_not_train_on(tmp_path: Pat
     assert [sum(row["level"] == level for row in apart) for level in "12345"] == [3] * 5
     last = load_config(Path(STUDY["config"]), runs[-1].settings)
     assert (last.prompts.path, last.evaluation.path) == ("examples/tiny/prompts.jsonl", "examples/tiny/heldout.jsonl")
+
+
+def test_trials_read_prompts_of_any_form_by_their_own_fields(tmp_path: Path, runs: list[Asked]) -> None:
+    rows = [json.loads(line) for line in (ROOT / "examples/tiny/prompts.jsonl").read_text().splitlines()]
+    questions = [{"question": row["prompt"], "answer": row["answer"], "kind": row["level"]} for row in rows]
+    (tmp_path / "prompts.json").write_text(json.dumps(questions))
+    fields = [f"prompts.path={tmp_path}/prompts.json", "prompts.prompt_field=question", "prompts.level_field=kind"]
+    assert compare(tmp_path, settings=[*fields, "evaluation.prompt_field=prompt", "evaluation.level_field=level"]) == 0
+    config = load_config(Path(STUDY["config"]), runs[0].settings)
+    apart = config.evaluation.prompts(config.prompts)
+    assert apart is not None and (apart.prompt_field, apart.level_field) == ("question", "kind")
+    trained, measured = read_rows(config.prompts), read_rows(apart)
+    assert [sum(row.value("kind") == level for row in measured) for level in "12345"] == [3] * 5
+    found = [row.fields for row in trained + measured]
+    assert sorted(found, key=str) == sorted(questions, key=str)
 
 
 def test_what_has_ended_is_not_run_again_unless_it_is_another_run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -14,6 +14,8 @@ from megatron_sead.errors import UserError
 from megatron_sead.files.durable import replace_text
 from megatron_sead.files.outputs import require_free
 from megatron_sead.html_report.run_directory import read_run
+from megatron_sead.prompts.exact_json import dumps
+from megatron_sead.prompts.rows import read_rows
 from method_study.study import SELECTION, TRAINING, Asked, Study, counted, trial
 
 MOST_BEYOND = 3
@@ -114,15 +116,15 @@ def _run(study: Study, asked: Asked) -> None:
 
 def set_problems_apart(study: Study, work: Path) -> None:
     """Of the training prompts the last of each level become the selection's problems; the others stay."""
-    path = Path(load_config(study.config, [*study.settings, f"output={work}"]).prompts.path)
+    prompts = load_config(study.config, [*study.settings, f"output={work}"]).prompts
     count, left, apart = study.rates.problems_of_each_level, list[str](), list[str]()
-    taken: dict[str, int] = {}
-    for line in reversed(path.read_text(encoding="utf-8").splitlines(keepends=True)):
-        level = str(json.loads(line).get("level"))
-        taken[level] = taken.get(level, 0) + 1
-        (apart if taken[level] <= count else left).append(line)
+    taken = Counter[str]()
+    for row in reversed(read_rows(prompts)):
+        level = str(row.value(prompts.level_field, None))
+        taken[level] += 1
+        (apart if taken[level] <= count else left).append(dumps(row.fields) + "\n")
     if not left:
-        raise UserError(f"rates.problems_of_each_level={count}: {path} has no prompt left to train on")
+        raise UserError(f"rates.problems_of_each_level={count}: {prompts.path} has no prompt left to train on")
     work.mkdir(parents=True, exist_ok=True)
     for name, lines in ((TRAINING, left), (SELECTION, apart)):
         text = "".join(reversed(lines))

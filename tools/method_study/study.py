@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from megatron_sead.config.run import EvaluationSettings
 from megatron_sead.config.settings import LocalPath, Settings
 
 
@@ -75,7 +76,9 @@ class Asked:
 
 def trial(study: Study, work: Path, method: str, rate: float, seed: int) -> Asked:
     """A run that tells how well a learning rate does, on problems that no other run is measured on."""
-    data = [f"prompts.path={work / TRAINING}", f"evaluation.path={work / SELECTION}"]
+    # Both files are of rows of the training prompts, whatever the data sets of other runs are
+    data = [f"prompts.path={work / TRAINING}", f"evaluation.path={work / SELECTION}", "prompts.subset=null"]
+    data += [f"evaluation.{name}=null" for name in EvaluationSettings.OF_PROMPTS]
     output = work / "rates" / f"{method}-{rate:g}-seed{seed}"
     return Asked(output, [*_of_run(study, method, rate, seed, study.rates.steps, output), *data])
 
