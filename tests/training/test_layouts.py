@@ -1,12 +1,10 @@
 """The layout does not matter: replayed rollouts give the same losses, gradient norms and zones under every one.
 
 fp32, ten steps with Adam. Losses differ by what summation order gives (measured: 4e-7 relative at worst); the bound is
-1e-5. So is that of each final weight tensor, over its norm (4e-6), and 1e-3 that over
-the way that training moved it (2e-4: of a gradient that is all rounding, Adam makes a whole step). A sum over
-micro-batches or ranks taken as a mean of means, a wrong virtual stage or padded columns in a softmax are off by 1e-2
-and more. Gradient norms, the most sensitive to the weights, are mostly within 3e-6; on one processor a single step's
-was 7e-6 to 1.04e-5 off in the four layouts looked at, the next one's
-5e-7 to 2e-6, so their bound is 2e-5.
+1e-5. So is that of the gradient norms, root mean square over the steps (4e-6; of a single one 2e-5, see same_run), and
+that of each final weight tensor, over its norm (4e-6), and 1e-3 that over the way that training moved it (2e-4: of a
+gradient that is all rounding, Adam makes a whole step). A sum over micro-batches or ranks taken as a mean of means, a
+wrong virtual stage or padded columns in a softmax are off by 1e-2 and more.
 """
 
 from __future__ import annotations
