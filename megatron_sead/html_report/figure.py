@@ -52,7 +52,7 @@ def line(
 
 def numbers_of(named: Sequence[tuple[str, Sequence[Number]]], steps: Sequence[int]) -> list[tuple[str, ...]]:
     """A row a curve: its first, last, lowest and highest value, and how many values are not known."""
-    rows: list[tuple[str, ...]] = [("", "first", "last", "lowest", "highest", "unknown")]
+    rows: list[tuple[str, ...]] = [("curve", "first", "last", "lowest", "highest", "unknown")]
     for name, values in named:
         known = [(v, step) for v, step in zip(values, steps, strict=True) if v is not None]
         if known:

@@ -230,7 +230,7 @@ def mass(run: Run) -> Figure:
         "xaxis": {"title": {"text": "percent of the divergence"}, "range": [0, 100]},
         "yaxis": {"automargin": True},
     }
-    figure.numbers = [("", *(f"zone {zone}" for zone in ZONES))]
+    figure.numbers = [("measure", *(f"zone {zone}" for zone in ZONES))]
     figure.numbers += [(name, *(f"{100 * share:.1f} %" for share in shares)) for name, shares in rows]
     return figure
 

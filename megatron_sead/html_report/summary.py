@@ -87,7 +87,7 @@ def accuracy_tables(run: Run) -> list[AccuracyTable]:
             rows[0]["cells"].append((f"{gain.mean:+.3f}", f"{gain.low:+.2f} to {gain.high:+.2f}"))
             for row in rows[1:]:
                 row["cells"].append(("", ""))
-        head = ["", *columns, *(["gain"] if gain is not None else [])]
+        head = ["prompts", *columns, *(["gain"] if gain is not None else [])]
         first = run.accuracy(columns[0], kind)
         prompts = first.prompts if first is not None else 0
         note = f"95 % intervals over {prompts} held-out prompts" if prompts else "95 % intervals over prompts"

@@ -120,7 +120,7 @@ def plan_beside_measured(run: Run) -> Table | None:
         rows.append(("a step", "not planned by a dry run", f"{times[len(times) // 2]:.3g} s, median"))
     if run.known("seconds"):
         rows.append(("the whole run", "not planned by a dry run", duration(run.known("seconds")[-1])))
-    return Table("Planned and measured", ("", "planned", "measured"), rows) if rows else None
+    return Table("Planned and measured", ("quantity", "planned", "measured"), rows) if rows else None
 
 
 def as_markdown(table: Table) -> str:

@@ -62,7 +62,7 @@ def sorted_divergence(records: Records) -> Figure:
         if traces:
             figure.choices.append((f"step {step}", traces))
     if figure.numbers:
-        figure.numbers.insert(0, ("", "median", "largest", "held by the largest 10 %", "by the largest 20 %"))
+        figure.numbers.insert(0, ("divergence", "median", "largest", "held by the largest 10 %", "by the largest 20 %"))
     figure.layout = {
         "xaxis": {"title": {"text": "percent of the tokens"}, "range": [0, 100]},
         "yaxis": {"title": {"text": "nats"}, "type": "log"},

@@ -66,6 +66,9 @@ DRAWN = """
     undrawn: [...document.querySelectorAll(".plot")].filter((p) => !p.querySelector(".main-svg")).length,
     wide: document.documentElement.scrollWidth - innerWidth,
     unnamed: [...document.querySelectorAll("select, input")].filter((c) => !c.labels.length && !c.ariaLabel).length,
+    told: [...document.querySelectorAll(".plot .main-svg")].filter((svg) => svg.ariaHidden !== "true").length,
+    buttons: [...document.querySelectorAll(".plot")].map(({_context: c}) => c.modeBarButtons + c.plotlyServerURL),
+    unheaded: [...document.querySelectorAll("th")].filter((th) => !th.textContent.trim()).length,
     images: document.images.length, title: document.title}
 """
 
@@ -75,6 +78,8 @@ def test_the_page_draws_without_a_word_on_the_console(browser: str, page: Path, 
     found = seen(browser, page, DRAWN, width)
     assert found["console"] == []
     assert found["plots"] and found["undrawn"] == 0 and found["unnamed"] == 0 and found["images"] == 0
+    assert found["unheaded"] == 0 and found["told"] == 0
+    assert set(found["buttons"]) == {"toImage,resetScale2d"}  # and none that sends a figure anywhere
     assert found["wide"] <= 0, "the page is wider than the screen"
 
 
@@ -88,10 +93,15 @@ USED = """
   found.none = count();
   by("by-text").value = ""; by("by-verdict").value = ""; by("by-text").dispatchEvent(new Event("input"));
   by("list").querySelector("button").click();
+  const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+  const buttons = [...by("list").querySelectorAll("button")];
+  found.stops = buttons.filter((b) => b.tabIndex === 0).length;
+  buttons[0].focus();
+  const walk = (key) => { press(key); return buttons.indexOf(document.activeElement); };
+  found.walked = ["ArrowDown", "End", "ArrowDown", "ArrowUp", "Home"].map(walk);
   const tokens = by("tokens");
   tokens.querySelector("[data-i='0']").focus();
-  for (const key of ["ArrowRight", "ArrowRight", "ArrowLeft", "End"])
-    document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+  for (const key of ["ArrowRight", "ArrowRight", "ArrowLeft", "End"]) press(key);
   found.focused = document.activeElement.textContent;
   found.about = by("about").textContent;
   by("worst").querySelector("button").click();
@@ -105,6 +115,7 @@ def test_rollouts_are_filtered_and_walked_by_keyboard(browser: str, page: Path) 
     assert found["console"] == []
     assert (found["all"], found["wrong"], found["none"]) == (4, 2, 0)
     assert found["question"] == HOSTILE.replace("\u2028", "\u2039U+2028\u203a")
+    assert found["stops"] == 1 and found["walked"] == [1, 3, 3, 2, 0]
     assert found["focused"] == "<|end|>"
     assert "C: teacher unsure too" in found["about"] and '" other"' in found["about"]
     assert "50 %" in found["about"] and "0.625, 0.625 nats" in found["about"]

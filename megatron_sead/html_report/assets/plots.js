@@ -19,6 +19,9 @@
   // The page's layout on paper is not known before it is printed: so sizes are given, for two figures a line
   const ON_PAPER = { wide: { width: 690, height: 270 }, half: { width: 335, height: 250 } };
 
+  // Buttons by name: one of plotly's own sends the figure to a service. Few, since each is a stop of the Tab key
+  const CONFIG = { displaylogo: false, plotlyServerURL: "", modeBarButtons: [["toImage", "resetScale2d"]] };
+
   function layout(own, element) {
     const { ink, soft, paper, axis } = theme();
     const narrow = innerWidth < 760 && !printing;
@@ -44,7 +47,9 @@
     drawn.set(element.dataset.figure, element);
     // plotly.js writes into what it is given
     const [data, lay] = JSON.parse(JSON.stringify([traces, layout(figure.layout, element)]));
-    return Plotly.react(element, data, lay, { responsive: !printing, displaylogo: false, displayModeBar: hover.matches ? "hover" : false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+    return Plotly.react(element, data, lay, {
+      ...CONFIG, responsive: !printing, displayModeBar: hover.matches ? "hover" : false, toImageButtonOptions: { filename: element.dataset.figure, scale: 2 },
+    }).then(() => { for (const svg of element.querySelectorAll(".main-svg")) svg.setAttribute("aria-hidden", "true"); }); // the numbers are told below
   }
 
   const elements = [...document.querySelectorAll(".plot[data-figure]")];

@@ -88,11 +88,12 @@
       && (!byId("by-end").value || (r.end === "finished") === (byId("by-end").value === "finished"))
       && (!least || share(r, byId("by-zone").value) >= least);
   }
+  const current = (is) => ({ "aria-current": String(is), tabindex: is ? "0" : "-1" }); // Tab passes the list in one stop
   function list() {
     const fitting = rollouts.filter(fits);
-    byId("count").textContent = `${fitting.length} of ${rollouts.length} rollouts`;
+    byId("count").textContent = `${fitting.length} of ${rollouts.length} rollouts; arrow keys walk through the list`;
     byId("list").replaceChildren(...fitting.map((r) => node("li", {},
-      node("button", { type: "button", "aria-current": r === open ? "true" : "false", on: { click: () => show(r, 0) } },
+      node("button", { type: "button", ...current(r === open), on: { click: () => show(r, 0) } },
         node("span", { class: "text", dir: "auto" }, shown(r.question.replace(/\s+/g, " ").slice(0, 160)) ),
         node("span", { class: "what" }, `${r.run ? r.run + ", " : ""}step ${r.step}, ${r.prompt}${r.level === null ? "" : ", level " + r.level}, `,
           node("span", { class: verdict(r) }, verdict(r)), `, ${ended[r.end]}, ${r.tokens} tokens, ${mix(r)}`)))));
@@ -116,9 +117,10 @@
   }
   function show(r, token) {
     open = r;
-    for (const button of byId("list").querySelectorAll("button")) button.setAttribute("aria-current", "false");
     const place = rollouts.filter(fits).indexOf(r);
-    byId("list").querySelectorAll("button")[place]?.setAttribute("aria-current", "true");
+    byId("list").querySelectorAll("button").forEach((button, i) => {
+      for (const [name, value] of Object.entries(current(i === place))) button.setAttribute(name, value);
+    });
     byId("about-rollout").replaceChildren(`${r.run ? r.run + ", " : ""}step ${r.step}, prompt ${r.prompt}${r.level === null ? "" : ", level " + r.level}: `,
       node("strong", { class: verdict(r) }, verdict(r)), `, ${ended[r.end]} after ${r.tokens} tokens`);
     byId("question").replaceChildren(shown(r.question));
@@ -169,6 +171,13 @@
         node("td", {}, node("bdi", { class: "said" }, shown(named(textOf(r, id)))), id === written ? node("span", { class: "soft" }, " written") : null),
         node("td", { class: "number" }, percent(p)), node("td", { class: "number" }, percent(q))))));
   }
+  byId("list").addEventListener("keydown", (event) => {
+    const buttons = [...byId("list").querySelectorAll("button")], now = buttons.indexOf(document.activeElement);
+    const to = buttons[{ ArrowDown: now + 1, ArrowUp: now - 1, Home: 0, End: buttons.length - 1 }[event.key]];
+    if (!to) return;
+    event.preventDefault();
+    to.focus();
+  });
   const at = (event) => event.target.closest?.("[data-i]");
   byId("tokens").addEventListener("click", (event) => { const t = at(event); if (t) select(Number(t.dataset.i), true); });
   byId("tokens").addEventListener("mouseover", (event) => { const t = at(event); if (t && matchMedia("(hover: hover)").matches) about(Number(t.dataset.i)); });
