@@ -11,6 +11,8 @@ import numpy as np
 from megatron_sead.evaluation.tally import Graded
 
 RESAMPLES = 10_000  # of the bootstrap: the ends of an interval are exact to about a hundredth of its width
+Z = 1.96  # of a 95 % interval
+ALIKE = 1e-9  # resampled means that differ by less differ by rounding
 MOST_AT_ONCE = 2**22  # resampled prompts in memory together
 
 
@@ -76,7 +78,8 @@ def difference_of_groups(runs: np.ndarray, others: np.ndarray | None = None, see
     """The difference of two methods' mean pass rates, each over several runs that differ in their seed.
 
     Prompts are drawn anew with replacement, the same for both, and so are each method's runs: the interval holds what
-    another set of prompts and what other seeds would change. With a single run it knows nothing of seeds.
+    another set of prompts and what other seeds would change. With a single run it knows nothing of seeds. Where all
+    prompts are alike the interval is as wide as Wilson's of a share of 0 or 1.
 
     Args:
         runs: [seeds, prompts] shares of right answers.
@@ -89,8 +92,22 @@ def difference_of_groups(runs: np.ndarray, others: np.ndarray | None = None, see
         prompts = generator.multinomial(count, np.full(count, 1 / count), size=size) / count
         drawn = _drawn_runs(runs @ prompts.T, generator)
         means.append(drawn if others is None else drawn - _drawn_runs(others @ prompts.T, generator))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Difference(float(runs.mean() - (0.0 if others is None else others.mean())), float(low), float(high))
+    mean = float(runs.mean() - (0.0 if others is None else others.mean()))
+    return _resampled(mean, np.concatenate(means), count, least=0.0 if others is None else -1.0)
+
+
+def _resampled(mean: float, means: np.ndarray, count: int, least: float) -> Difference:
+    """By the means of resampled prompts.
+
+    Args:
+        count: prompts.
+        least: that a prompt's value can be; the most is 1.
+    """
+    low, high = np.quantile(means, [0.025, 0.975])
+    if high - low < ALIKE:  # no prompt differs from another, which resampling takes for certainty
+        unseen = Z**2 / (count + Z**2)  # share of prompts that may be otherwise: Wilson's, of a share of 0
+        low, high = mean + unseen * (least - mean), mean + unseen * (1 - mean)
+    return Difference(mean, float(low), float(high))
 
 
 def _drawn_runs(means: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -115,5 +132,4 @@ def paired_bootstrap(rates: Sequence[float], others: Sequence[float], seed: int 
         differences[generator.integers(count, size=(min(at_once, RESAMPLES - start), count))].mean(axis=1)
         for start in range(0, RESAMPLES, at_once)
     ]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Difference(float(differences.mean()), float(low), float(high))
+    return _resampled(float(differences.mean()), np.concatenate(means), count, least=-1.0)

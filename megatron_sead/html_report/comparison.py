@@ -3,9 +3,12 @@ and the same budget of steps, tokens and seconds for all."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from megatron_sead.html_report.summary import duration, rates
 from megatron_sead.html_report.tables import Table, value_told
 
 Groups = dict[str, list[Run]]
+Curve = tuple[np.ndarray, np.ndarray]  # where, and what
 COLOURS = ("#0f7fc4", "#d95f02", "#129b72", "#c45c98", "#8a6d00", "#7a5fd0", "#5b6470", "#b3261e")
 DASHES = ("solid", "dash", "dot", "dashdot")
 SAME_METHOD = ("seed", *(key for key in MAY_CHANGE_ON_RESUME if not key.startswith("evaluation")))
@@ -104,8 +108,8 @@ def methods(groups: Groups, remarks: list[str]) -> Table:
     """Final accuracy of each group, and its difference to the first. Of runs that have one: others may still run."""
     first, *_ = groups
     measured = {name: [run for run in group if run.accuracy("after") is not None] for name, group in groups.items()}
-    ids = {tuple(map(str, run.heldout.get("prompts") or ())) for group in measured.values() for run in group}
-    paired = len(ids) == 1 and ids != {()}
+    asked = {_problems(run) for group in measured.values() for run in group}
+    paired = len(asked) == 1 and None not in asked
     rows = []
     for name, group in measured.items():
         row = [name, str(len(_by_seed(group)))]
@@ -121,6 +125,12 @@ def methods(groups: Groups, remarks: list[str]) -> Table:
     return Table("Held-out accuracy after training", head, rows, numeric=(1, 2, 3, 4, 5))
 
 
+def _problems(run: Run) -> str | None:
+    """What the run was measured on, if it was recorded: ids alone may be no more than numbers."""
+    prompts, digest = run.heldout.get("prompts"), run.heldout.get("problems")
+    return json.dumps([prompts, digest or run.setting("evaluation.path")]) if isinstance(prompts, list) else None
+
+
 def _left_out(groups: Groups, measured: Groups, paired: bool) -> Iterator[str]:
     """What the accuracies do not hold."""
     without = [run.name for name, group in groups.items() for run in group if run not in measured[name]]
@@ -132,7 +142,7 @@ def _left_out(groups: Groups, measured: Groups, paired: bool) -> Iterator[str]:
             "prompt by prompt and have no intervals."
         )
     seeds = {name: _by_seed(group) for name, group in measured.items()}
-    again = [f"{name}, {value_told(seed)}" for name, of in seeds.items() for seed, runs in of.items() if len(runs) > 1]
+    again = [f"{name}, {seed}" for name, of in seeds.items() for seed, runs in of.items() if len(runs) > 1]
     if again:
         yield f"Run more than once (method, seed): {'; '.join(again)}. Such runs count as one, which is their mean."
     single = [name for name, found in seeds.items() if len(found) == 1]
@@ -140,11 +150,17 @@ def _left_out(groups: Groups, measured: Groups, paired: bool) -> Iterator[str]:
         yield f"One seed alone ({', '.join(single)}): what other seeds would change is in no interval there."
 
 
-def _by_seed(group: Sequence[Run]) -> dict[Any, list[Run]]:
-    found: dict[Any, list[Run]] = {}
+def _by_seed(group: Sequence[Run]) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
     for run in group:
-        found.setdefault(run.setting("seed"), []).append(run)
+        found.setdefault(value_told(run.setting("seed")), []).append(run)
     return found
+
+
+def _of_seeds(group: Sequence[Run], value: Callable[[Run], float | None]) -> list[float]:
+    """One number a seed: the mean of its runs. Of seeds of which it is not known there is none."""
+    known = [[v for run in runs if (v := value(run)) is not None] for runs in _by_seed(group).values()]
+    return [fmean(values) for values in known if values]
 
 
 def _matrix(group: list[Run], kind: str) -> np.ndarray | None:
@@ -167,7 +183,7 @@ def _accuracy(group: list[Run], kind: str, paired: bool) -> str:
     if matrix is not None:
         found = difference_of_groups(matrix)
         return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
-    means = [a.mean for run in group if (a := run.accuracy("after", kind)) is not None]
+    means = _of_seeds(group, lambda run: None if (a := run.accuracy("after", kind)) is None else a.mean)
     if not means:
         return ""
     return f"{sum(means) / len(means):.3f}" + (f" ({min(means):.3f} to {max(means):.3f})" if len(means) > 1 else "")
@@ -220,7 +236,7 @@ def at_the_same_budget(groups: Groups) -> Table:
     for name, group in groups.items():
         cells = []
         for budget, limit in zip(BUDGETS, limits, strict=True):
-            found = [value for run in group if (value := _at(run, budget, limit)) is not None]
+            found = _of_seeds(group, partial(_at, budget=budget, limit=limit))
             spread = f" ({min(found):.3f} to {max(found):.3f})" if len(found) > 1 else ""
             cells.append(f"{sum(found) / len(found):.3f}{spread}" if found else "")
         rows.append([name, *cells])
@@ -248,13 +264,15 @@ def _axis(run: Run, budget: str) -> list[float]:
 
 
 def _curve(groups: Groups, column: str, title: str, caption: str, unit: str) -> Figure:
-    """A line a group, the mean of its runs, within the lowest and highest of them."""
-    figure = Figure(f"compare-{column}", title, caption + " Bands: from the lowest to the highest seed.")
+    """A line a group, the mean of its seeds, within the lowest and highest of them."""
+    bands = " Bands: from the lowest to the highest seed; where one has not come so far, of the others."
+    figure = Figure(f"compare-{column}", title, caption + bands)
     figure.layout = {"yaxis": {"title": {"text": unit}}}
     for budget in BUDGETS:
         traces: list[Trace] = []
         for number, (name, group) in enumerate(groups.items()):
-            curves = [c for run in group if (c := _known(run, column, budget)) is not None]
+            of_seeds = [[_known(run, column, budget) for run in runs] for runs in _by_seed(group).values()]
+            curves = [known for runs in of_seeds if (known := [curve for curve in runs if curve is not None])]
             if curves:
                 traces += _band(name, curves, number)
         if traces:
@@ -263,7 +281,7 @@ def _curve(groups: Groups, column: str, title: str, caption: str, unit: str) -> 
     return figure
 
 
-def _known(run: Run, column: str, budget: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _known(run: Run, column: str, budget: str) -> Curve | None:
     axis, values = _axis(run, budget), run.column(column)
     if not axis:
         return None
@@ -273,23 +291,31 @@ def _known(run: Run, column: str, budget: str) -> tuple[np.ndarray, np.ndarray] 
     return (np.array([x for x, _ in pairs]), np.array([v for _, v in pairs])) if pairs else None
 
 
-def _band(name: str, curves: list[tuple[np.ndarray, np.ndarray]], number: int) -> list[Trace]:
-    """On points that all of the group's runs have reached."""
-    low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
-    grid = np.linspace(low, max(low, high), GRID if high > low else 1)
-    values = np.array([np.interp(grid, x, y) for x, y in curves])
+def _band(name: str, seeds: list[list[Curve]], number: int) -> list[Trace]:
+    """From the first point that a seed's runs have to the last; a seed's runs are one curve, their mean."""
+    ends = [end for runs in seeds for x, _ in runs for end in (x[0], x[-1])]
+    low, high = min(ends), max(ends)
+    grid = np.linspace(low, high, GRID if high > low else 1)
+    values = np.array([_mean([np.interp(grid, x, y, np.nan, np.nan) for x, y in runs]) for runs in seeds])
     colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
     xs = [short(float(x), 6) for x in grid]
     shape = {"type": "scatter", "mode": "lines", "x": xs}
     traces: list[Trace] = []
-    if len(curves) > 1:
+    if len(seeds) > 1:
         edge = shape | {"line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", "legendgroup": name}
-        traces.append(edge | {"y": _short(values.min(0))})
-        traces.append(edge | {"y": _short(values.max(0)), "fill": "tonexty", "fillcolor": _pale(colour)})
+        traces.append(edge | {"y": _short(np.fmin.reduce(values))})
+        traces.append(edge | {"y": _short(np.fmax.reduce(values)), "fill": "tonexty", "fillcolor": _pale(colour)})
     mode = "lines" if len(grid) > 1 else "markers"
     line = {"color": colour, "dash": dash, "width": 2}
-    traces.append(shape | {"mode": mode, "y": _short(values.mean(0)), "name": name, "legendgroup": name, "line": line})
+    traces.append(shape | {"mode": mode, "y": _short(_mean(values)), "name": name, "legendgroup": name, "line": line})
     return traces
+
+
+def _mean(curves: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    """[g] of those of [n, g] that are known there; NaN where none is."""
+    values = np.asarray(curves)
+    count = np.isfinite(values).sum(axis=0)
+    return np.where(count > 0, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)
 
 
 def _short(values: np.ndarray) -> list[Any]:

@@ -64,7 +64,7 @@ def numbers_of(named: Sequence[tuple[str, Sequence[Number]]], steps: Sequence[in
 
 def told(value: Number) -> str:
     """As a person reads it."""
-    if value is None:
+    brief = None if value is None else short(value, 3 if abs(value) < 1000 else 6)
+    if brief is None:
         return "unknown"
-    brief = short(value, 3 if abs(value) < 1000 else 6)
     return f"{brief:,}" if isinstance(brief, int) else f"{brief:g}"

@@ -17,8 +17,9 @@ from megatron_sead.html_report.figure import (
     line,
     numbers_of,
 )
-from megatron_sead.html_report.run_directory import Number, Run, number
-from megatron_sead.html_report.series import short, smoothed
+from megatron_sead.html_report.run_directory import Run, number
+from megatron_sead.html_report.series import places_to_draw, short, smoothed
+from megatron_sead.html_report.summary import interval
 
 PAPER_MASS = {"A": 9.7, "B": 58.4, "C": 31.9}  # percent of the forward KL, SEAD's section on zones
 SMOOTHING = 20  # windows a run
@@ -92,7 +93,9 @@ def _heldout(run: Run) -> list[dict[str, object]]:
     points = [(x, a) for x, a in ((0, run.accuracy("before")), (last, run.accuracy("after"))) if a is not None]
     traces: list[dict[str, object]] = []
     if points:
-        errors = [short(1.96 * a.error, 3) for _, a in points]
+        ends = [interval(a, "greedy") for _, a in points]
+        above = [short(high - a.mean, 3) for (_, high), (_, a) in zip(ends, points, strict=True)]
+        below = [short(a.mean - low, 3) for (low, _), (_, a) in zip(ends, points, strict=True)]
         traces.append(
             {
                 "type": "scatter",
@@ -100,7 +103,7 @@ def _heldout(run: Run) -> list[dict[str, object]]:
                 "name": "held-out, greedy",
                 "x": [x for x, _ in points],
                 "y": [short(a.mean) for _, a in points],
-                "error_y": {"type": "data", "array": errors, "color": TEACHER},
+                "error_y": {"type": "data", "array": above, "arrayminus": below, "color": TEACHER},
                 "marker": {"color": TEACHER, "size": 10, "symbol": "diamond"},
                 "cliponaxis": False,
             }
@@ -304,10 +307,13 @@ def seconds(run: Run) -> Figure:
         ("train_seconds", "training", TEACHER),
         ("sync_seconds", "new weights", QUIET),
     ]
-    for column, name, colour in phases:
-        values: list[Number] = [v or 0.0 for v in run.column(column)] if run.known(column) else []
-        if values:
-            figure.traces += line(name, run.steps, values, colour, stackgroup="phases", mode="lines")
+    taken = [[v or 0.0 for v in run.column(column)] for column, *_ in phases]
+    places = places_to_draw([sum(of_step) for of_step in zip(*taken, strict=True)])  # where one lacks a point, all jump
+    steps = [run.steps[place] for place in places]
+    for (column, name, colour), values in zip(phases, taken, strict=True):
+        if run.known(column):
+            drawn = [values[place] for place in places]
+            figure.traces += line(name, steps, drawn, colour, stackgroup="phases", mode="lines")
     figure.layout = {"yaxis": {"title": {"text": "seconds"}}, "xaxis": {"title": {"text": "step"}}}
     named = [(name, run.column(column)) for column, name, _ in phases]
     figure.numbers = numbers_of([*named, ("whole step", run.column("step_seconds"))], run.steps)

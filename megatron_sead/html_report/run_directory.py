@@ -7,6 +7,7 @@ the report shows; a value that is no finite number is None.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,6 +25,7 @@ from megatron_sead.wording import counted
 
 Number = float | None
 LARGEST = 1e100
+MOST_STEPS = 10**9
 FILES = ("config.yaml", "metrics.jsonl", "summary.json", STARTS)  # one of them makes a directory one of a run
 
 
@@ -108,8 +110,8 @@ def read_run(directory: Path) -> Run:
         raise UserError(f"{directory}: is no directory; give the directory of a run")
     if not any((directory / name).is_file() for name in FILES):
         raise UserError(f"{directory}: holds none of {', '.join(FILES)}, so it is no run's directory")
-    run = Run(directory.resolve().name, directory)
-    run.settings = flatten(_object(run, "config.yaml", yaml.safe_load, "settings are not known"))
+    run = Run(Path(os.path.realpath(directory)).name, directory)
+    run.settings = _object(run, "config.yaml", _settings, "settings are not known")
     _read_metrics(run)
     run.running = (directory / OWNER_FILE).exists()
     if (directory / "summary.json").exists():
@@ -120,6 +122,11 @@ def read_run(directory: Path) -> Run:
     run.token_steps = [step for step in recorded_steps(directory) if not run.steps or step <= run.steps[-1]]
     _remark(run)
     return run
+
+
+def _settings(text: str) -> Any:
+    value = yaml.safe_load(text)
+    return flatten(value) if isinstance(value, dict) else value
 
 
 def _remark(run: Run) -> None:
@@ -155,7 +162,7 @@ def _read_metrics(run: Run) -> None:
     found: dict[int, dict[str, Any]] = {}
     for line in _lines(run, "metrics.jsonl"):
         step = line.get("step")
-        if isinstance(step, int) and not isinstance(step, bool) and step >= 0:
+        if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < MOST_STEPS:
             found[step] = line
     run.steps = sorted(found)
     names = dict.fromkeys(name for step in run.steps for name in found[step] if name != "step")

@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sead.evaluation.statistics import Difference, paired_bootstrap
+from megatron_sead.evaluation.statistics import Difference, Z, paired_bootstrap
 from megatron_sead.html_report.run_directory import Accuracy, Run, number
 from megatron_sead.wording import counted
 
 WHEN = ("before", "after", "teacher")
-Z = 1.96  # of a 95 % interval
 Cell = tuple[str, str]  # a value and its interval
 
 

@@ -16,14 +16,16 @@ from megatron_sead.html_report.figure import (
     line,
     told,
 )
-from megatron_sead.html_report.run_directory import Run
+from megatron_sead.html_report.run_directory import Run, number
 from megatron_sead.html_report.series import short
-from megatron_sead.reporting.token_records import LIKELIEST
+from megatron_sead.reporting.token_records import LIKELIEST, MOST_POINTS
 
 MOST_CHOICES = 5  # steps
 CURVE_POINTS = 150
 SCATTER_POINTS = 900  # a step
 LEAST = 1e-6  # nats: less is drawn as this on a logarithmic axis
+
+SAMPLE = f"Tokens of one step (up to {MOST_POINTS:,}, spread evenly over it)"
 
 Records = dict[int, dict[str, Any]]  # by step
 
@@ -45,9 +47,8 @@ def sorted_divergence(records: Records) -> Figure:
     """Divergences of a step's tokens from the largest down."""
     figure = Figure(
         "sorted-divergence",
-        "Divergence of every token, sorted",
-        "The tokens of one step from the largest divergence down. A steep fall means that few tokens hold what there "
-        "is to learn.",
+        "Divergence of tokens, sorted",
+        f"{SAMPLE} from the largest divergence down. A steep fall means that few tokens hold what there is to learn.",
     )
     for step, record in records.items():
         points, traces = record["all_tokens"], []
@@ -60,7 +61,7 @@ def sorted_divergence(records: Records) -> Figure:
                 traces += line(kind.replace("_kl", " KL"), xs, ys, colour, dash=dash)
                 figure.numbers += [_mass_row(f"step {step}, {kind.replace('_kl', ' KL')}", values)]
         if traces:
-            figure.choices.append((f"step {step}", traces))
+            figure.choices.append((_choice(step, record), traces))
     if figure.numbers:
         figure.numbers.insert(0, ("divergence", "median", "largest", "held by the largest 10 %", "by the largest 20 %"))
     figure.layout = {
@@ -68,6 +69,11 @@ def sorted_divergence(records: Records) -> Figure:
         "yaxis": {"title": {"text": "nats"}, "type": "log"},
     }
     return figure
+
+
+def _choice(step: int, record: dict[str, Any]) -> str:
+    recorded, of = len(record["all_tokens"]["zones"]), number(record.get("tokens"))
+    return f"step {step}" + (f", {recorded:,} of {of:,.0f} tokens" if of and of > recorded else "")
 
 
 def _mass_row(name: str, values: list[float]) -> tuple[str, ...]:
@@ -80,9 +86,9 @@ def joint_entropy(records: Records) -> Figure:
     """Student's entropy against the teacher's, by zone."""
     figure = Figure(
         "joint-entropy",
-        "Both entropies of every token, by zone",
-        "Zone C is what the teacher is unsure of, B what only the student is, A the rest. Where the cloud bends along "
-        "an axis, one model knows what the other does not.",
+        "Both entropies of tokens, by zone",
+        f"{SAMPLE}. Zone C is what the teacher is unsure of, B what only the student is, A the rest. Where the cloud "
+        "bends along an axis, one model knows what the other does not.",
     )
     for step, record in records.items():
         points, traces = record["all_tokens"], list[Trace]()
@@ -99,7 +105,7 @@ def joint_entropy(records: Records) -> Figure:
                     {"type": "scatter", "mode": "markers", "name": f"zone {zone}", "x": x, "y": y} | {"marker": marker}
                 )
         if traces:
-            figure.choices.append((f"step {step}", traces))
+            figure.choices.append((_choice(step, record), traces))
             figure.numbers.append((f"step {step}", *counts))
     if figure.numbers:
         figure.numbers.insert(0, ("tokens drawn", *(f"zone {zone}" for zone in ZONES)))

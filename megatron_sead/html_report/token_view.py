@@ -25,6 +25,7 @@ COLUMNS = {
 }
 ALTERNATIVES = {"student_likeliest": "as", "teacher_likeliest": "at"}
 DIGITS = 3
+DIGITS_OF_LOGS = 5  # of which the page shows two or three digits of the probability
 
 
 def token_view(records: Records, room: int = MOST_BYTES) -> dict[str, Any]:
@@ -76,7 +77,8 @@ def _told(step: int, rollout: dict[str, Any]) -> dict[str, Any]:
     }
     for name, brief in COLUMNS.items():
         if name in rollout:
-            told[brief] = [short(value, DIGITS) for value in rollout[name]]
+            digits = DIGITS_OF_LOGS if name.endswith("log_prob") else DIGITS
+            told[brief] = [short(value, digits) for value in rollout[name]]
     for name, brief in ALTERNATIVES.items():
         if name in rollout:
             told[brief] = [[[e[0], short(e[1], DIGITS), short(e[2], DIGITS)] for e in token] for token in rollout[name]]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_sead.errors import UserError
-from megatron_sead.files.durable import refused_by_the_disk, replace_text
+from megatron_sead.files.durable import replace_text
 from megatron_sead.html_report.page import MARKER, report
 from megatron_sead.html_report.run_directory import Run, read_run
 
@@ -25,18 +26,28 @@ def write_report(directories: Sequence[Path], output: Path) -> None:
         UserError: a directory is no run's, or is given twice, the output is a file that was not written here, or the
             disk refuses.
     """
-    require_ours(output)
-    places = [directory.resolve() for directory in directories]
-    again = next((d for number, d in enumerate(directories) if d.resolve() in places[:number]), None)
-    if again is not None:
-        raise UserError(f"{again}: is given twice; a run is compared with others")
-    runs = [read_run(directory) for directory in directories]
+    places = [os.path.realpath(directory) for directory in directories]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise UserError(f"{directories[number]}: is given twice; a run is compared with others")
+    with _refused(output):
+        require_ours(output)
+        runs = [read_run(directory) for directory in directories]
     _tell_apart(runs)
     text = report(runs)
-    with refused_by_the_disk(lambda told: UserError(f"{output}: {told}")):
+    with _refused(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         # Half of a character that a model wrote becomes its number, which browsers show as a replacement
         replace_text(output, text, errors="xmlcharrefreplace")
+
+
+@contextmanager
+def _refused(output: Path) -> Iterator[None]:
+    """What the system refuses, as a folder that others own, is no fault of the program."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or output}: {error.strerror}") from error
 
 
 def _tell_apart(runs: list[Run]) -> None:
@@ -44,7 +55,7 @@ def _tell_apart(runs: list[Run]) -> None:
     for name in {run.name for run in runs}:
         alike = [run for run in runs if run.name == name]
         for run in alike if len(alike) > 1 else ():
-            run.name = f"{run.directory.resolve().parent.name}/{name}"
+            run.name = f"{Path(os.path.realpath(run.directory)).parent.name}/{name}"
     for number, run in enumerate(runs, 1):
         if any(run.name == other.name for other in runs[: number - 1]):
             run.name += f" ({number})"
@@ -72,6 +83,8 @@ def require_ours(output: Path) -> None:
         raise UserError(f"{output}: is a directory; name a file")
     if not os.path.lexists(output):
         return
+    if output.exists() and not output.is_file():  # a pipe, which would be waited for
+        raise UserError(f"{output}: is no file; choose another output")
     marked = f'content="{MARKER}"'.encode()
     try:
         with open(output, "rb") as file:

@@ -26,6 +26,7 @@ COLUMNS = (*STATISTICS, "student_log_prob", "teacher_log_prob", "engine_log_prob
 LIKELIEST = ("student_likeliest", "teacher_likeliest")  # a token: [id, probability by the student, by the teacher] each
 MOST_POINTS = 1000  # of all_tokens
 BYTES_A_TOKEN = 360  # of a rollout, at most but for long texts
+LARGEST = 1e100  # value: what is larger or not finite was not written here
 BYTES_A_STEP = 120_000  # of all_tokens and what else stands there once
 
 
@@ -84,14 +85,18 @@ def _problem(record: Any) -> str | None:
             return f"rollout {number} has not as many of each"
         if not all(map(_numbers, (rollout[name] for name in COLUMNS if name in rollout))):
             return f"rollout {number} has what is no number"
+        if not isinstance(rollout.get("answers", []), list) or not _numbers([rollout.get("tokens")]):
+            return f"rollout {number} has answers or a length that are none"
         if not all(_entries(rollout[name]) for name in LIKELIEST if name in rollout):
             return f"rollout {number} has alternatives that are none"
     return None
 
 
 def _numbers(values: Any) -> bool:
-    """Each a number, or None."""
-    return isinstance(values, list) and set(map(type, values)) <= {int, float, NoneType}
+    """Each a finite number, or None."""
+    if not isinstance(values, list) or not set(map(type, values)) <= {int, float, NoneType}:
+        return False
+    return all(value is None or abs(value) < LARGEST for value in values)
 
 
 def _entries(tokens: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -60,7 +61,9 @@ def _write_heldout(run: Run, results: dict[str, dict[str, Any] | None]) -> None:
     """``heldout.json``: each prompt's share of right answers, for comparing runs prompt by prompt."""
     if not run.heldout:
         return
+    problems = json.dumps([[prompt.text, list(prompt.answers)] for prompt in run.heldout])
     told: dict[str, Any] = {"prompts": [prompt.id for prompt in run.heldout]}
+    told["problems"] = hashlib.sha256(problems.encode()).hexdigest()  # ids may be no more than numbers
     for name, result in results.items():
         if result is not None and "greedy_by_prompt" in result:
             told[name] = {kind: result[f"{kind}_by_prompt"] for kind in ("greedy", "sampled")}

@@ -83,6 +83,43 @@ def test_runs_of_one_seed_count_as_one(tmp_path: Path) -> None:
     assert not [remark for remark in alone.remarks if "more than once" in remark]
 
 
+def test_runs_of_one_seed_are_one_in_curves_and_budgets_too(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / "a", seed=0, pass_rate=0.2, accuracy=0.2))]
+    runs += [read_run(write_run(tmp_path / f"b{number}", seed=1, pass_rate=0.8, accuracy=0.8)) for number in range(3)]
+    runs[0].heldout = {}
+    compared = compare(runs)
+    assert compared.table.rows[0][2] == "0.500 (0.200 to 0.800)"
+    assert compared.tables[0].rows[0][1] == "0.500 (0.200 to 0.800)"
+    *_, mean = next(f for f in compared.figures if f.id == "compare-pass_rate").choices[-1][1]
+    assert set(mean["y"]) == {0.5}
+
+
+def test_a_curve_goes_on_where_one_of_its_seeds_has_not_come_so_far(tmp_path: Path) -> None:
+    runs = [
+        read_run(write_run(tmp_path / str(seed), seed=seed, steps=steps, planned=30, pass_rate=rate, accuracy=None))
+        for seed, steps, rate in ((0, 30, 0.2), (1, 2, 0.8))
+    ]
+    *_, mean = next(f for f in compare(runs).figures if f.id == "compare-pass_rate").choices[-1][1]
+    assert (mean["x"][0], mean["y"][0]) == (1, 0.5) and (mean["x"][-1], mean["y"][-1]) == (30, 0.2)
+
+
+def test_prompts_of_the_same_ids_and_other_texts_are_not_paired(tmp_path: Path) -> None:
+    runs = runs_in(tmp_path)
+    for number, run in enumerate(runs):
+        run.heldout["problems"] = "easy" if number < 3 else "hard"
+    assert compare(runs).table.rows[1][4] == ""
+    for run in runs:  # an older run's only trace of them
+        del run.heldout["problems"]
+    assert compare(runs).table.rows[1][4] != ""
+    runs[0].settings["evaluation.path"] = "others.jsonl"
+    assert compare(runs).table.rows[1][4] == ""
+
+
+def test_answers_that_are_all_right_do_not_make_certainty(tmp_path: Path) -> None:
+    row = compare(runs_in(tmp_path, {"sead": 1.0})).table.rows[0]
+    assert row[2] == "1.000 [0.912, 1.000]"  # 40 prompts: Wilson
+
+
 def test_a_run_that_is_not_done_is_in_no_accuracy(tmp_path: Path) -> None:
     runs = runs_in(tmp_path)
     done = compare(runs).table.rows
