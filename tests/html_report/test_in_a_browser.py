@@ -124,7 +124,12 @@ def test_rollouts_are_filtered_and_walked_by_keyboard(browser: str, page: Path) 
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_several_runs_draw_as_well(browser: str, tmp_path: Path, width: int) -> None:
-    runs = [write_run(tmp_path / f"{m}-{s}", policy=m, seed=s) for m in ("sead", "opd") for s in (0, 1)]
+    long = [rollout(level="x" * 80)]
+    runs = [
+        write_run(tmp_path / f"olmo3-7b-{m}-gated-lr1e-6-bs128-t1.0-seed{s}", policy=m, seed=s, rollouts=long)
+        for m in ("sead", "opd")
+        for s in (0, 1)
+    ]
     write_report(runs, tmp_path / "several.html")
     found = seen(browser, tmp_path / "several.html", DRAWN, width)
     assert found["console"] == [] and found["undrawn"] == 0 and found["wide"] <= 0

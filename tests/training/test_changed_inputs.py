@@ -5,6 +5,7 @@ Most cases compare fingerprints alone; a few start a run of two steps again, aft
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -289,6 +290,11 @@ def test_another_evaluation_measures_the_initial_student_again(
     assert start_again(pools, output, inputs, "evaluation.limit=6") == ""
     evaluation = json.loads((output / "summary.json").read_text())["evaluation"]
     assert [evaluation[when]["greedy"]["prompts"] for when in ("before", "after")] == [6, 6]
+    heldout = json.loads((output / "heldout.json").read_text())
+    asked = [json.loads(line) for line in (inputs / "heldout.jsonl").read_text().splitlines()[:6]]
+    problems = json.dumps([[row["prompt"], [row["answer"]]] for row in asked])
+    assert heldout["problems"] == hashlib.sha256(problems.encode()).hexdigest()
+    assert heldout["prompts"] == [row["id"] for row in asked] and len(heldout["after"]["greedy"]) == 6
 
 
 def test_a_checkpoint_of_an_earlier_version_continues(
