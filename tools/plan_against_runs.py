@@ -124,7 +124,7 @@ def main() -> None:
             for number, case in enumerate(CASES):
                 output = arguments.work.absolute() / f"round-{turn}" / f"case-{number}"
                 take_steps(case, output, arguments.steps)
-                runs[case.name].append(read_run(f"{output}@{case.ranks}"))
+                runs[case.name].append(read_run(f"{output}@{case.ranks}", "cpu"))
                 print(case.name, {m: round(s, 4) for m, s in runs[case.name][-1].seconds.items()}, flush=True)
         text = page(runs, arguments.rounds, arguments.steps)
         arguments.output.write_text(text, encoding="utf-8")

@@ -10,6 +10,7 @@ import typer
 from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.commands.machine import GPU_MEMORY, HOST_MEMORY, machine_of
 from megatron_sead.config.run import RunConfig, load_config
+from megatron_sead.errors import ArgumentError
 from megatron_sead.planning.fit import Machine, require_fit
 from megatron_sead.planning.plan import make_plan, print_plan
 
@@ -54,10 +55,16 @@ def main(
     models' config.json and nothing else of them."""
     with one_line_errors():
         settings, machine = load_config(config, overrides or []), machine_of(gpu_memory, host_memory)
+        predicts = search or explain or bool(calibrate)
+        for name, given in {"lengths": lengths, "rates": rates, "rate": " ".join(rate or [])}.items():
+            if given and not predicts:
+                raise ArgumentError(
+                    name, str(given), "tells seconds, which --search, --explain and --calibrate do alone"
+                )
         if not search:
             plan = make_plan(settings, world_size, machine.gpu_bytes)
             print_plan(plan, settings)
-        if search or explain or calibrate:
+        if predicts:
             pair, cluster = _known(settings, world_size, machine, lengths, rates, rate or [], calibrate or [])
             if search:
                 _search(settings, pair, cluster, rows, explain)
@@ -84,7 +91,7 @@ def _known(
 
     found = load_rates(rates, changes, device=config.device)
     if runs:
-        calibrated = calibrate(found, [read_run(run) for run in runs])
+        calibrated = calibrate(found, [read_run(run, config.device) for run in runs])
         print_calibration(calibrated)
         found = calibrated.rates
     return read_pair(config, lengths), Cluster(world_size, machine, found)

@@ -16,6 +16,8 @@ from megatron_sead.planning.lengths import Lengths, recorded
 from megatron_sead.planning.rates import Rates
 from megatron_sead.planning.remembered import remembered_shape
 from megatron_sead.planning.seconds import MEASURED, Prediction, predict
+from megatron_sead.reporting.starts import STARTS
+from megatron_sead.wording import counted
 
 WARM_UP = 2  # first steps of a run, which compile and fill caches
 PRIOR = 0.02  # how much a factor of e costs, in units of a relative error of 1: what no run shows stays as it was
@@ -52,37 +54,59 @@ class Calibrated:
     runs: list[MeasuredRun]
 
 
-def read_run(told: str) -> MeasuredRun:
-    """A run's directory, and its number of ranks, as ``RUN@RANKS``.
+def read_run(told: str, device: str) -> MeasuredRun:
+    """A run's directory, and its number of ranks, as ``RUN@RANKS``. Of a run that was started again the last start's
+    steps, since the layout may have changed with it.
+
+    Args:
+        device: whose rates are wanted.
 
     Raises:
-        UserError: no run there, one without enough steps, or a number of ranks that its layout does not divide.
+        UserError: no run there, one without enough steps, of another device, or with another number of ranks.
     """
     name, _, ranks = told.rpartition("@")
     if not name or not ranks.isascii() or not ranks.isdigit():
-        raise ArgumentError(
-            "calibrate", told, "must be a run's directory and its number of ranks, as runs/first@8: no file of it says"
-        )
+        raise ArgumentError("calibrate", told, "must be a run's directory and its number of ranks, as runs/first@8")
     path = Path(name).expanduser()
     for file in ("config.yaml", "metrics.jsonl"):
         if not (path / file).is_file():
             raise ArgumentError("calibrate", told, f"{path} has no {file}: not the directory of a run that took steps")
     config = load_config(path / "config.yaml", [])
-    check_world_size(config, int(ranks))
-    seconds, steps = _medians(path / "metrics.jsonl")
+    first, started = _last_start(path)
+    try:
+        check_world_size(config, int(ranks))
+    except UserError as error:
+        raise ArgumentError("calibrate", told, str(error)) from None
+    if started not in (None, int(ranks)):
+        raise ArgumentError("calibrate", told, f"that run's last start had {counted(started, 'rank')}")
+    if config.device != device:
+        raise ArgumentError("calibrate", told, f"that run's device is {config.device}, and {device} is planned for")
+    seconds, steps = _medians(path / "metrics.jsonl", first + WARM_UP)
     return MeasuredRun(path, config, int(ranks), recorded(path, config.rollouts.max_new_tokens), seconds, steps)
 
 
-def _medians(file: Path) -> tuple[dict[str, float], int]:
+def _last_start(path: Path) -> tuple[int, int | None]:
+    """The step with which it began, and its ranks, if that was written."""
+    try:
+        start = json.loads((path / STARTS).read_text(encoding="utf-8").splitlines()[-1])
+        return int(start["step"]), int(start["ranks"])
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
+        return 0, None
+
+
+def _medians(file: Path, first: int) -> tuple[dict[str, float], int]:
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
     names = (*MEASURED, "step_seconds")
-    steps = [line for line in lines[WARM_UP:] if isinstance(line, dict) and not line.get("skipped")]
+    known = {line.get("step", place): line for place, line in enumerate(lines) if isinstance(line, dict)}
+    steps = [line for step, line in known.items() if step >= first and not line.get("skipped")]
     steps = [line for line in steps if all(isinstance(line.get(name), int | float) for name in names)]
     if not steps:
-        raise UserError(f"{file}: has no step after the first {WARM_UP}, which warm up; let the run take more")
+        raise UserError(
+            f"{file}: has no step after the first {WARM_UP} of its last start, which warm up; let it take more"
+        )
     return {name: median(float(line[name]) for line in steps) for name in names}, len(steps)
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from megatron_sead.planning.calibration import Calibrated
 from megatron_sead.planning.candidates import Cluster, Pair
+from megatron_sead.planning.fit import FRAGMENTATION, LIBRARIES
 from megatron_sead.planning.plan import size_of
 from megatron_sead.planning.search import Found
 from megatron_sead.planning.seconds import MEASURED, PHASES, Prediction
@@ -27,7 +28,8 @@ def print_found(found: Found, pair: Pair, cluster: Cluster, rows: int) -> None:
     _say(
         f"predicted, not measured: {counted(cluster.world, 'rank')} with {size_of(cluster.machine.gpu_bytes)}, "
         f"responses {pair.lengths.source} (mean {pair.lengths.mean:,.0f} tokens); the fastest of each layout, of "
-        f"{counted(found.tried, 'candidate')} in {counted(len(found.candidates), 'layout')} that fit"
+        f"{counted(found.tried, 'candidate')} in {counted(len(found.candidates), 'layout')} that fit; GiB: the peak, "
+        f"{FRAGMENTATION:.0%} for fragmentation, and {LIBRARIES / 2**30:g} GiB for libraries"
     )
     shown = found.candidates[:rows]
     phases = [phase for phase in PHASES if any(c.prediction.of_phase(phase) for c in shown)]
