@@ -30,7 +30,9 @@ def print_tables(output: Path, rows: Sequence[Row], level_field: str, answers: A
     rates = pass_rates(answers)
     console.print(
         f"{output}: {counted(len(answers), 'prompt')}, mean difficulty {1 - summary.accuracy:.3f}, "
-        f"{rates.count(0.0)} never solved, {rates.count(1.0)} always; {summary.truncated:.1%} of answers were cut"
+        f"{rates.count(0.0)} never solved, {rates.count(1.0)} always; {summary.truncated:.1%} of answers were cut",
+        markup=False,  # a path may hold brackets
+        soft_wrap=True,
     )
 
 

@@ -197,6 +197,7 @@ def test_the_command_explains_every_term() -> None:
         (["--search", "--calibrate", "nowhere@2"], "--calibrate nowhere@2: nowhere has no config.yaml"),
         (["--search", "--gpu-memory", "10"], "no layout of 8 ranks fits"),
         (["--search", "--rates", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["--rate", "memory_gb=2"], "--rate memory_gb=2: tells seconds, which --search"),
     ],
 )
 def test_a_mistake_ends_the_command_with_code_2(options: list[str], part: str) -> None:
