@@ -8,20 +8,17 @@ gets ``results.json``, ``tables.md`` and a report a horizon.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from method_study.results import data, page, runs_of
-from method_study.running import best, choose_rates, run_methods
+from method_study.results import page, require_place, runs_of, write_results
+from method_study.running import best, choose_rates, require_possible, run_methods
 from method_study.study import Study
 from rich.console import Console
 
 from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.config.settings_file import load_settings
-from megatron_sead.files.durable import replace_text
-from megatron_sead.files.outputs import require_free
 from megatron_sead.html_report.write import require_ours, write_report
 
 console = Console(soft_wrap=True)
@@ -39,21 +36,19 @@ def main(
     with one_line_errors():
         study, work = load_settings(Study, study_file, []), work.absolute()
         reports = {horizon: write / f"report-{horizon}.html" for horizon in study.horizons} if write else {}
-        for place in (write / "results.json", write / "tables.md") if write else ():
-            require_free(place)
+        if write:
+            require_place(write, study)
         for report in reports.values():
             require_ours(report)
+        require_possible(study, work)
         chosen = choose_rates(study, work, at_once, console.print)
         rates = {method: best(by_rate) for method, by_rate in chosen.items()}
         console.print(f"learning rates: {', '.join(f'{method} {rate:g}' for method, rate in rates.items())}")
         run_methods(study, work, rates, at_once, console.print)
         found = {horizon: runs_of(study, work, horizon, rates) for horizon in study.horizons}
-        text = page(study, chosen, found)
-        console.print(text, markup=False, highlight=False)
+        console.print(page(study, chosen, found), markup=False, highlight=False)
         if write:
-            write.mkdir(parents=True, exist_ok=True)
-            replace_text(write / "results.json", json.dumps(data(study, chosen, found), separators=(",", ":")) + "\n")
-            replace_text(write / "tables.md", text)
+            write_results(write, study, chosen, found)
             for horizon, report in reports.items():
                 write_report([run.directory for group in found[horizon].values() for run in group], report)
 

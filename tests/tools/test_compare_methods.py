@@ -129,7 +129,13 @@ def test_results_are_data_tables_and_reports_that_replace_nothing(tmp_path: Path
     assert "**0.0**" not in tables and "| sead-eq4 |" in tables and tables.count("## 40 steps") == 1
     assert {path.name for path in out.iterdir()} == {"results.json", "tables.md", "report-20.html", "report-40.html"}
     assert ">sead-eq4<" in (out / "report-20.html").read_text()
-    assert compare(tmp_path, "--write", str(out)) == 2
+    count, before = len(runs), (out / "results.json").read_bytes()
+    assert compare(tmp_path, "--write", str(out)) == 0  # the same again: nothing is run, and all comes out the same
+    assert len(runs) == count and (out / "results.json").read_bytes() == before
+    (out / "tables.md").write_text("my notes")
+    assert compare(tmp_path, "--write", str(out)) == 2 and (out / "tables.md").read_text() == "my notes"
+    assert compare(tmp_path, "--write", str(out), horizons=[20]) == 2  # another study's
+    assert compare(tmp_path, "--write", str(out / "results.json")) == 2 and len(runs) == count
 
 
 @pytest.mark.parametrize(
@@ -138,6 +144,9 @@ def test_results_are_data_tables_and_reports_that_replace_nothing(tmp_path: Path
         ({"readings": {"x": {"of": "sed", "settings": []}}}, "readings.x.of=sed: must be one of opd, sead"),
         ({"seeds": [0, 100]}, "100 is among seeds"),
         ({"methods": {}}, "methods"),
+        ({"methods": {"../../x": []}}, "methods.../../x: must be a name of letters"),
+        ({"horizons": [20, 0]}, "horizons"),
+        ({"readings": {"x": {"of": "sead", "settings": ["policy.zone_x=1"]}}}, "policy.zone_x"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from megatron_sead.errors import UserError
+from megatron_sead.files.durable import replace_text
+from megatron_sead.files.outputs import require_free
 from megatron_sead.html_report.comparison import methods
 from megatron_sead.html_report.run_directory import Run, read_run
 from megatron_sead.html_report.summary import rates as rates_of_prompts
@@ -14,6 +19,7 @@ from megatron_sead.html_report.tables import Table, as_markdown
 from method_study.running import Chosen, best
 from method_study.study import Study, counted
 
+RESULTS, TABLES = "results.json", "tables.md"
 PARTS = 10  # of a run, whose means are kept
 COLUMNS = {  # of metrics.jsonl, as the tables name them
     "pass_rate": "pass rate",
@@ -49,6 +55,33 @@ def runs_of(study: Study, work: Path, horizon: int, rates: Mapping[str, float]) 
         ]
         for name in study.names_at(horizon)
     }
+
+
+def require_place(folder: Path, study: Study) -> None:
+    """Refuse a folder with the results of another study, before any run is made.
+
+    Raises:
+        UserError: it has some, or is no folder.
+    """
+    results, tables = folder / RESULTS, folder / TABLES
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; must be a directory, or not exist yet")
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads(results.read_text(encoding="utf-8"))["study"] == study.model_dump(mode="json"):
+            return  # written again, if they come out the same
+    for place in (results, tables):
+        require_free(place)
+
+
+def write_results(folder: Path, study: Study, chosen: Chosen, found: Mapping[int, dict[str, list[Run]]]) -> None:
+    """Raises UserError where something else stands by now, as tables with somebody's notes."""
+    texts = {RESULTS: json.dumps(data(study, chosen, found), separators=(",", ":")) + "\n"}
+    texts[TABLES] = page(study, chosen, found)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        require_free(folder / name, own=text)
+    for name, text in texts.items():
+        replace_text(folder / name, text)
 
 
 def data(study: Study, chosen: Chosen, found: Mapping[int, dict[str, list[Run]]]) -> dict[str, Any]:

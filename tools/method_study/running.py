@@ -23,6 +23,21 @@ Say = Callable[[str], None]
 Chosen = dict[str, dict[float, float]]  # by method and learning rate: accuracy on the selection's problems
 
 
+def require_possible(study: Study, work: Path) -> None:
+    """Every method's and reading's settings, before hours are spent on others'.
+
+    Raises:
+        UserError: they are no run's.
+    """
+    if work.exists() and not work.is_dir():
+        raise UserError(f"{work}: is a file; must be a directory, or not exist yet")
+    for horizon in study.horizons:
+        for name in study.names_at(horizon):
+            load_config(
+                study.config, counted(study, work, name, study.rates.tried[0], horizon, study.seeds[0]).settings
+            )
+
+
 def choose_rates(study: Study, work: Path, at_once: int, say: Say) -> Chosen:
     """By method and learning rate: accuracy of sampled answers to the selection's problems, mean over seeds.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
@@ -33,7 +35,9 @@ class Study(Settings):
 
     config: LocalPath = Field(description="YAML file of the run that every method is a variation of")
     settings: list[str] = Field([], description="key=value settings of all runs")
-    horizons: list[int] = Field(min_length=1, description="steps of a run; each has a schedule of its own")
+    horizons: list[Annotated[int, Field(ge=1)]] = Field(
+        min_length=1, description="steps of a run; each has a schedule of its own"
+    )
     seeds: list[int] = Field(min_length=1)
     rates: Rates
     methods: dict[str, list[str]] = Field(
@@ -42,6 +46,10 @@ class Study(Settings):
     readings: dict[str, Reading] = Field({}, description="variations of methods, at the first horizon")
 
     def problems(self) -> Iterator[str]:
+        for group, names in (("methods", self.methods), ("readings", self.readings)):
+            for name in names:
+                if not re.fullmatch(r"\w[\w.+-]*", name):
+                    yield f"{group}.{name}: must be a name of letters, digits, and any of . _ + -: runs are named by it"
         for name, reading in self.readings.items():
             if reading.of not in self.methods:
                 yield f"readings.{name}.of={reading.of}: must be one of {', '.join(self.methods)}"
