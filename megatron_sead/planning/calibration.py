@@ -101,7 +101,9 @@ def _medians(file: Path, first: int) -> tuple[dict[str, float], int]:
         raise UserError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
     names = (*MEASURED, "step_seconds")
     known = {line.get("step", place): line for place, line in enumerate(lines) if isinstance(line, dict)}
-    steps = [line for step, line in known.items() if step >= first and not line.get("skipped")]
+    steps = [
+        line for step, line in known.items() if isinstance(step, int) and step >= first and not line.get("skipped")
+    ]
     steps = [line for line in steps if all(isinstance(line.get(name), int | float) for name in names)]
     if not steps:
         raise UserError(
