@@ -16,7 +16,6 @@ from megatron_sead.planning.lengths import Lengths, recorded
 from megatron_sead.planning.rates import Rates
 from megatron_sead.planning.remembered import remembered_shape
 from megatron_sead.planning.seconds import MEASURED, Prediction, predict
-from megatron_sead.reporting.starts import STARTS
 from megatron_sead.wording import counted
 
 WARM_UP = 2  # first steps of a run, which compile and fill caches
@@ -88,7 +87,7 @@ def read_run(told: str, device: str) -> MeasuredRun:
 def _last_start(path: Path) -> tuple[int, int | None]:
     """The step with which it began, and its ranks, if that was written."""
     try:
-        start = json.loads((path / STARTS).read_text(encoding="utf-8").splitlines()[-1])
+        start = json.loads((path / "starts.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         return int(start["step"]), int(start["ranks"])
     except (OSError, ValueError, IndexError, KeyError, TypeError):
         return 0, None
