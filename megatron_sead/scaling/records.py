@@ -157,7 +157,7 @@ def _of_ranks(own: Numbers, record: dict[str, Any]) -> None:
     own.bubble = bubble(own.layout["pp"], own.layout.get("vpp") or 1, own.micro_batches)
     if "gpu" not in ranks[0]:
         own.cpu_seconds = median(map(sum, zip(*(rank["cpu_seconds"][timed] for rank in ranks), strict=True)))
-    shared = own.ranks // own.layout["dp"]  # ranks that see the same rollouts
+    shared = own.layout["tp"] * own.layout["pp"]  # ranks that see the same tokens; others have their own
     padded = sum(sum(rank["padded_tokens"][timed]) for rank in ranks) / shared
     recorded = record["recorded"][timed]
     own.all_tokens = median(tokens["all"] for tokens in recorded)

@@ -29,8 +29,10 @@ class StepWatch(TorchDispatchMode):
         super().__init__()
         self._memory = Memory()
         self._control = parallel.control.group_name
-        groups = {"all": dist.group.WORLD, "dp": parallel.dp_with_cp, "pp": parallel.pp, "tp": parallel.tp}
-        self._labels = {tuple(dist.get_process_group_ranks(g)): label for label, g in groups.items()}
+        own = {label: getattr(parallel, label) for label in ("cp", "dp", "pp", "tp")}
+        groups = [("all", dist.group.WORLD), *own.items(), ("dp", parallel.dp_with_cp)]
+        self._by_name = {group.group_name: label for label, group in groups[1:]}
+        self._by_ranks = {tuple(dist.get_process_group_ranks(group)): label for label, group in groups}
         self._calls: Counter[tuple[str, str]] = Counter()  # by group and name
         self._bytes: Counter[tuple[str, str]] = Counter()
 
@@ -56,10 +58,12 @@ class StepWatch(TorchDispatchMode):
         return result
 
     def _label(self, group: Any) -> str:
-        """Megatron has several groups of the same ranks: they count as one."""
+        """Megatron has several groups of the same ranks: they count as one. Those that are named after what they are
+        for keep that name: without replicas, the ranks of the context are also those that share the optimizer."""
         if group.group_name == self._control:
             return "control"
-        return self._labels.get(tuple(dist.get_process_group_ranks(group)), "other")
+        label = self._by_name.get(group.group_name)
+        return label or self._by_ranks.get(tuple(dist.get_process_group_ranks(group)), "other")
 
     def told(self) -> dict[str, Any]:
         """For a rank's file."""

@@ -86,6 +86,9 @@ def test_tokens_are_counted_once_whatever_the_ranks_and_padding_is_told_apart() 
     for process in shared["processes"]:
         process["padded_tokens"] = [300] * 5
     assert numbers_of(shared).padding == pytest.approx(1 - 240 / 300)  # both ranks see the same 300
+    split = record(ranks=2)
+    split["layout"] |= {"cp": 2, "dp": 1}
+    assert numbers_of(split).padding == pytest.approx(1 - 240 / 300)  # each sees its 150 of every sequence
 
 
 def test_memory_and_traffic_are_those_of_the_rank_that_has_most() -> None:

@@ -36,6 +36,23 @@ def watched() -> dict[str, Any]:
         destroy_parallel()
 
 
+def of_two_groups_of_the_same_ranks() -> list[tuple[str, int]]:
+    parallel = initialize_parallel(ParallelSettings(context_parallel_size=2), "cpu", seed=0)
+    try:
+        watch = StepWatch(parallel)
+        with watch.entered():
+            for calls, group in ((3, parallel.cp), (2, parallel.dp_with_cp), (1, parallel.dp)):
+                for _ in range(calls):
+                    dist.all_reduce(torch.ones(4), group=group)
+        return [(c["group"], c["calls"]) for c in watch.told()["collectives"]]
+    finally:
+        destroy_parallel()
+
+
+def test_ranks_of_the_context_are_told_apart_from_those_that_share_the_optimizer(pools: RankPools) -> None:
+    assert pools.of(2).run(of_two_groups_of_the_same_ranks) == [[("cp", 3), ("dp", 2)]] * 2
+
+
 def test_calls_bytes_and_the_most_that_is_held(pools: RankPools) -> None:
     for told in pools.of(2).run(watched):
         calls = {(c["group"], c["name"]): (c["calls"], c["bytes"]) for c in told["collectives"]}
