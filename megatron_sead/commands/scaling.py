@@ -3,7 +3,10 @@ machine; ``report DIR`` makes tables and plots again."""
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +14,7 @@ import typer
 
 from megatron_sead.commands.cli import App, one_line_errors
 from megatron_sead.commands.machine import GPU_MEMORY, HOST_MEMORY, machine_of
+from megatron_sead.config.checks import OWNER_FILE
 from megatron_sead.config.settings_file import load_settings
 from megatron_sead.errors import UserError
 
@@ -22,7 +26,6 @@ if TYPE_CHECKING:
     from megatron_sead.scaling.study import Study
 
 app = App(no_args_is_help=True, help=__doc__)
-OWNER_FILE = "owner.lock"
 
 STUDY = typer.Option(help="YAML file: the run, the rollouts, and lists of layouts")
 OVERRIDES = typer.Argument(metavar="key=value ...", help="settings of the study that win, as steps=10")
@@ -63,10 +66,28 @@ def run(
         place = Place(
             output.absolute(), cluster.command, cluster.most_ranks, machine, cluster.node == 0, now=most_ranks
         )
-        if place.writes:
-            _conduct_and_report(asked, place, retry)
-        else:
-            conduct(asked, place, retry=retry)
+        with _ended_by_signals():
+            if place.writes:
+                _conduct_and_report(asked, place, retry)
+            else:
+                conduct(asked, place, retry=retry)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A scheduler's SIGTERM and a closing terminal end a study as Ctrl-C does, and its ranks with it."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with what is not measured yet", file=sys.stderr)
+        sys.exit(130)
 
 
 def _conduct_and_report(study: Study, place: Place, retry: bool) -> None:
@@ -75,13 +96,9 @@ def _conduct_and_report(study: Study, place: Place, retry: bool) -> None:
     from megatron_sead.scaling.report import write_report
 
     settle(study, place.output)
-    try:
-        with sole_owner(place.output / OWNER_FILE, f"--output {place.output}"):
-            conduct(study, place, retry=retry)
-            print(write_report(place.output))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with what is not measured yet", file=sys.stderr)
-        sys.exit(130)
+    with sole_owner(place.output / OWNER_FILE, f"--output {place.output}"):
+        conduct(study, place, retry=retry)
+        print(write_report(place.output))
 
 
 def _known(study: Study, base: RunConfig, machine: Machine, rates: Path | None = None) -> tuple[Pair, Cluster]:

@@ -15,6 +15,7 @@ import psutil
 PROC = Path("/proc/self/stat")
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that the kernel sends a process when its parent ends
 WATCH = "parent"  # the thread's name
+END_WITH_PARENT = "MEGATRON_SEAD_END_WITH_PARENT"  # variable for a launcher that another program of ours waits for
 
 
 def started(pid: int) -> float | None:

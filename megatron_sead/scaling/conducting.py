@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
@@ -16,20 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import megatron_sead
+from megatron_sead.config.checks import OWNER_FILE
 from megatron_sead.config.run import RunConfig, dump_config
 from megatron_sead.config.settings_file import dump_settings, flatten, load_settings
 from megatron_sead.errors import UserError
 from megatron_sead.files.durable import replace_text
+from megatron_sead.launch.ownership import refuse_if_owned
 from megatron_sead.planning.fit import Machine, require_fit
 from megatron_sead.planning.lengths import read_lengths
 from megatron_sead.planning.plan import make_plan
 from megatron_sead.reporting.machine import machine
 from megatron_sead.scaling import records
 from megatron_sead.scaling.rank import FOLDER as RANKS
+from megatron_sead.scaling.starting import RunFailed, run_ranks, set_aside
 from megatron_sead.scaling.study import WATCHED_STEPS, RunOfStudy, Study, base_config, parse_run
 
 Launch = Callable[[Path, int, int], list[str] | None]  # config, ranks, number of the run -> command; None: not here
-PATIENCE = 30.0  # seconds in which a run that is told to end does so
 
 
 @dataclass
@@ -79,7 +78,8 @@ def conduct(study: Study, place: Place, *, retry: bool = False) -> None:
         retry: measure again what has failed.
 
     Raises:
-        UserError: a mistake in the study, before anything runs; or a record is of other settings.
+        UserError: a mistake in the study, before anything runs; a record is of other settings; or ranks that somebody
+            else started are at a run.
     """
     base, runs = base_config(study), asked_runs(study)
     read_lengths(study.lengths, base.rollouts.max_new_tokens, None)
@@ -99,6 +99,7 @@ def conduct(study: Study, place: Place, *, retry: bool = False) -> None:
         if name in done and (done[name].get("reason") is None or not retry):
             place.say(f"{head}: {_told(done[name])} (measured before)")
             continue
+        refuse_if_owned(configs[name].output / OWNER_FILE, f"output={configs[name].output}")
         record = _measure(run, configs[name], study, place, number)
         if record is not None:
             path = place.output / records.FOLDER / f"{name}.json"
@@ -190,11 +191,12 @@ def _measure(run: RunOfStudy, config: RunConfig, study: Study, place: Place, num
         if command is None:
             return None
         record["load"] = [round(os.getloadavg()[0], 1)]
-        _run(command, config, place, study.timeout_minutes)
+        log = config.output / ("study.log" if place.writes else f"study-{os.uname().nodename}.log")
+        run_ranks(command, log, study.timeout_minutes)
         record["load"].append(round(os.getloadavg()[0], 1))
         if place.writes:
             record |= _collected(config, ranks, study)
-    except (UserError, _RunFailed) as error:
+    except (UserError, RunFailed) as error:
         record["reason"] = "; ".join(str(error).splitlines())
     return record if place.writes else None
 
@@ -212,64 +214,16 @@ def _write_inputs(run: RunOfStudy, config: RunConfig, study: Study) -> None:
         draw = drawing(study.lengths, config.rollouts.max_new_tokens, run.length)
         write_rollouts(config.rollouts.recorded, config, study.all_steps, draw, study.seed)
     tokens_of(config.rollouts.recorded, study.all_steps - 1)
-    config.output.mkdir(parents=True, exist_ok=True)
+    set_aside(config.output)
+    config.output.mkdir(parents=True)
     replace_text(config.output / "study-config.yaml", dump_config(config))
-
-
-class _RunFailed(Exception):
-    """A run's processes ended badly; the message says how."""
-
-
-def _run(command: list[str], config: RunConfig, place: Place, minutes: float) -> None:
-    """Start a run's ranks and wait. What they print is in the run's folder.
-
-    Raises:
-        _RunFailed: they failed, or took longer than that.
-    """
-    log = config.output / ("study.log" if place.writes else f"study-{os.uname().nodename}.log")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            process.wait(timeout=60 * minutes)
-        except subprocess.TimeoutExpired:
-            raise _RunFailed(f"took longer than timeout_minutes={minutes:g}") from None
-        finally:
-            _end(process)
-    if process.returncode:
-        raise _RunFailed(reason_in(log.read_text(encoding="utf-8", errors="replace"), process.returncode))
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for wanted in (signal.SIGINT, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, wanted)
-            try:
-                process.wait(timeout=PATIENCE)
-            except subprocess.TimeoutExpired:
-                continue
-
-
-def reason_in(log: str, code: int) -> str:
-    """One line: what the run told of its failure; else its last line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
-    return (told or named or lines or [f"ended with exit code {code}"])[-1 if not told else 0][:500]
 
 
 def _collected(config: RunConfig, ranks: int, study: Study) -> dict[str, Any]:
     """What the run has left: metrics, ranks' files, and what its rollouts hold.
 
     Raises:
-        _RunFailed: something is missing, or the run has counted other tokens than are in its rollouts.
+        RunFailed: something is missing, or the run has counted other tokens than are in its rollouts.
     """
     from megatron_sead.scaling.rollouts import tokens_of
 
@@ -279,18 +233,18 @@ def _collected(config: RunConfig, ranks: int, study: Study) -> dict[str, Any]:
         files = [config.output / RANKS / f"rank-{rank:05}.json" for rank in range(ranks)]
         processes = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     except (OSError, ValueError) as error:
-        raise _RunFailed(f"left no results: {error}") from None
+        raise RunFailed(f"left no results: {error}") from None
     if [step["step"] for step in steps] != list(range(study.all_steps)):
-        raise _RunFailed(f"metrics.jsonl holds {len(steps)} steps, not {study.all_steps}")
+        raise RunFailed(f"metrics.jsonl holds {len(steps)} steps, not {study.all_steps}")
     if {process["world_size"] for process in processes} != {ranks}:
-        raise _RunFailed(f"ran on {processes[0]['world_size']} ranks, not {ranks}")
+        raise RunFailed(f"ran on {processes[0]['world_size']} ranks, not {ranks}")
     assert config.rollouts.recorded is not None
     recorded = []
     for step in steps:
         count, responses, everything = tokens_of(config.rollouts.recorded, step["step"])
         recorded.append({"rollouts": count, "responses": responses, "all": everything})
         if step["response_tokens"] != responses:
-            raise _RunFailed(f"step {step['step']}: counted {step['response_tokens']} response tokens of {responses}")
+            raise RunFailed(f"step {step['step']}: counted {step['response_tokens']} response tokens of {responses}")
     return {"steps": steps, "processes": processes, "recorded": recorded}
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_sead.commands.scaling_launch import Cluster, find_cluster
@@ -102,3 +106,31 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[s
     )
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
     assert not Path(place).exists()
+
+
+def processes_of(output: Path) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if any(str(output) in w for w in p.info["cmdline"] or ())]
+
+
+def wait_until(seen: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not seen():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_end_with_the_study_that_started_them(tmp_path: Path, number: signal.Signals) -> None:
+    output = tmp_path / "out"
+    given = ["settings=[training.micro_batch_size=8,rollouts.max_new_tokens=32]", "steps=1000", "lengths=24,60"]
+    command = [sys.executable, "tools/scaling.py", "run", "--study", TINY, "--output", str(output), *given]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as study:
+        try:
+            wait_until(lambda: any(output.glob("runs/*/metrics.jsonl")), 120)
+            assert len(processes_of(output)) >= 3  # the study, a launcher and a rank
+        finally:
+            study.send_signal(number)
+        _, told = study.communicate(timeout=45)
+    wait_until(lambda: not processes_of(output), 10)
+    assert number == signal.SIGKILL or (study.returncode == 130 and told.startswith("stopped; the same command"))
+    assert not list(output.glob("records/*"))

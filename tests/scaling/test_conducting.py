@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 
+from megatron_sead.config.checks import OWNER_FILE
 from megatron_sead.config.settings_file import settings_from
 from megatron_sead.errors import UserError
+from megatron_sead.launch.ownership import sole_owner
 from megatron_sead.planning.fit import Machine
 from megatron_sead.rollouts.records import read_records
-from megatron_sead.scaling.conducting import Place, conduct, reason_in, settle
+from megatron_sead.scaling.conducting import Place, conduct, settle
 from megatron_sead.scaling.records import numbers_of
 from megatron_sead.scaling.records import read_records as raw_records
 from megatron_sead.scaling.report import write_report
+from megatron_sead.scaling.starting import reason_in
 from megatron_sead.scaling.study import Study
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +163,23 @@ def test_more_ranks_than_there_are_are_refused_before_anything_runs(place: Place
     small = replace(place, most_ranks=2)
     with pytest.raises(UserError, match="'dp=4': takes 4 ranks, and there are 2"):
         measure(study("dp=1", "dp=4"), small)
+    assert not (place.output / "records").exists()
+
+
+def test_an_earlier_attempt_is_set_aside_and_leaves_no_numbers(place: Place) -> None:
+    earlier = place.output / "runs" / "dp1"
+    earlier.mkdir(parents=True)
+    (earlier / "metrics.jsonl").write_text("of the earlier attempt")
+    place.launch = lambda config, ranks, number: [sys.executable, "-c", ""]
+    conduct(study("dp=1"), place)
+    assert "left no results" in raw_records(place.output)["dp1"]["reason"]
+    assert (place.output / "runs" / "dp1.1" / "metrics.jsonl").read_text() == "of the earlier attempt"
+
+
+def test_ranks_that_are_still_at_a_run_are_no_measurement(place: Place) -> None:
+    lock = place.output / "runs" / "dp1" / OWNER_FILE
+    with sole_owner(lock, "runs/dp1"), pytest.raises(UserError, match=r"output=.*dp1: in use by process"):
+        conduct(study("dp=1"), place)
     assert not (place.output / "records").exists()
 
 
