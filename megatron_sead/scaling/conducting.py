@@ -24,11 +24,13 @@ from megatron_sead.planning.lengths import read_lengths
 from megatron_sead.planning.plan import make_plan
 from megatron_sead.reporting.machine import machine
 from megatron_sead.scaling import records
+from megatron_sead.scaling.models import require_made_from, write_random_model
 from megatron_sead.scaling.rank import FOLDER as RANKS
 from megatron_sead.scaling.starting import RunFailed, run_ranks, set_aside
 from megatron_sead.scaling.study import WATCHED_STEPS, RunOfStudy, Study, base_config, parse_run
 
 Launch = Callable[[Path, int, int], list[str] | None]  # config, ranks, number of the run -> command; None: not here
+ROLES = ("student", "teacher")
 
 
 @dataclass
@@ -89,8 +91,11 @@ def conduct(study: Study, place: Place, *, retry: bool = False) -> None:
             raise UserError(f"{run.text!r}: takes {ranks} ranks, and there are {place.most_ranks}")
     done = records.read_records(place.output)
     configs = {name: _config_of(run, base, study, place.output) for name, run in runs.items()}
-    for name in runs.keys() & done.keys():
-        _require_same(done[name], configs[name], place.output)
+    for name, run in runs.items():
+        if name in done:
+            _require_same(done[name], _settings(run, configs[name], base, place.output), place.output)
+        for role in ROLES if run.models else ():
+            require_made_from(getattr(base, role).path, getattr(configs[name], role).path)
     for number, (name, run) in enumerate(runs.items()):
         head = f"[{number + 1}/{len(runs)}] {run.text}"
         if place.now is not None and name not in done and run.ranks(base) > place.now:
@@ -99,7 +104,8 @@ def conduct(study: Study, place: Place, *, retry: bool = False) -> None:
         if name in done and (done[name].get("reason") is None or not retry):
             place.say(f"{head}: {_told(done[name])} (measured before)")
             continue
-        refuse_if_owned(configs[name].output / OWNER_FILE, f"output={configs[name].output}")
+        if place.writes:
+            refuse_if_owned(configs[name].output / OWNER_FILE, f"output={configs[name].output}")
         record = _measure(run, configs[name], study, place, number)
         if record is not None:
             path = place.output / records.FOLDER / f"{name}.json"
@@ -123,7 +129,7 @@ def _config_of(run: RunOfStudy, base: RunConfig, study: Study, output: Path) -> 
     changed = config.model_copy(update=values)
     changed.rollouts = config.rollouts.model_copy(update={"path": folder})
     if run.models:
-        for role in ("student", "teacher"):
+        for role in ROLES:
             model = getattr(config, role)
             setattr(changed, role, model.model_copy(update={"path": output / "models" / _key_of_model(role, run)}))
     return changed
@@ -138,8 +144,8 @@ def _key_of_model(role: str, run: RunOfStudy) -> str:
     return "-".join([role, *(f"{name}{size}" for name, size in sorted(run.models.items()))])
 
 
-def _require_same(record: dict[str, Any], config: RunConfig, output: Path) -> None:
-    there, here = record["settings"], _settings(config, output)
+def _require_same(record: dict[str, Any], here: dict[str, Any], output: Path) -> None:
+    there = record["settings"]
     changed = [key for key in here | there if there.get(key) != here.get(key)]
     if changed:
         told = ", ".join(f"{key} {there.get(key)!r} there and {here.get(key)!r} here" for key in changed[:3])
@@ -149,13 +155,13 @@ def _require_same(record: dict[str, Any], config: RunConfig, output: Path) -> No
         )
 
 
-def _settings(config: RunConfig, output: Path) -> dict[str, Any]:
-    """Flat, as JSON; the run's own folders are not part of them, and models that the study makes are named from its
-    folder on, which may be moved."""
+def _settings(run: RunOfStudy, config: RunConfig, base: RunConfig, output: Path) -> dict[str, Any]:
+    """Flat, as JSON; the run's own folders are not part of them. Models that the study makes are named from its folder
+    on, which may be moved, and beside what they were made from."""
     flat = flatten(config.model_dump(mode="json"))
-    for key in ("student.path", "teacher.path"):
-        if Path(flat[key]).is_relative_to(output):
-            flat[key] = Path(flat[key]).relative_to(output).as_posix()
+    for role in ROLES if run.models else ():
+        flat[f"{role}.path"] = Path(flat[f"{role}.path"]).relative_to(output).as_posix()
+        flat[f"{role}.made_from"] = str(getattr(base, role).path)
     return {key: value for key, value in flat.items() if key not in ("output", "rollouts.path")}
 
 
@@ -176,7 +182,8 @@ def _measure(run: RunOfStudy, config: RunConfig, study: Study, place: Place, num
     """The record; None where this node has no part in it."""
     ranks, layout = run.ranks(config), layout_of(run, config)
     record: dict[str, Any] = {"name": run.name, "text": run.text, "kind": "measured", "ranks": ranks, "layout": layout}
-    record |= {"settings": _settings(config, place.output), "warm_up": study.warm_up, "watched": WATCHED_STEPS}
+    settings = _settings(run, config, base_config(study), place.output)
+    record |= {"settings": settings, "warm_up": study.warm_up, "watched": WATCHED_STEPS}
     record |= {"date": date.today().isoformat(), "machine": machine(), "code": code_fingerprint()}
     record |= {"versions": {name: version(name) for name in ("torch", "megatron-core")}}
     try:
@@ -202,13 +209,12 @@ def _measure(run: RunOfStudy, config: RunConfig, study: Study, place: Place, num
 
 
 def _write_inputs(run: RunOfStudy, config: RunConfig, study: Study) -> None:
-    from megatron_sead.scaling.models import write_random_model
     from megatron_sead.scaling.rollouts import drawing, tokens_of, write_rollouts
 
     if run.models:
         base = base_config(study)
-        for role, seed in (("student", 0), ("teacher", 1)):
-            write_random_model(getattr(base, role).path, getattr(config, role).path, run.models, study.seed + seed)
+        for number, role in enumerate(ROLES):
+            write_random_model(getattr(base, role).path, getattr(config, role).path, run.models, study.seed + number)
     assert config.rollouts.recorded is not None
     if study.recorded is None:
         draw = drawing(study.lengths, config.rollouts.max_new_tokens, run.length)

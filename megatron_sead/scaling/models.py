@@ -7,7 +7,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_sead.errors import UserError
 from megatron_sead.files.outputs import whole_directory
+
+RECIPE = "recipe.json"  # beside a model: what it was made from
+
+
+def require_made_from(source: Path, directory: Path) -> None:
+    """The model that is there, if any, was made from that one.
+
+    Raises:
+        UserError: it was made from another.
+    """
+    if not (directory / "config.json").is_file():
+        return
+    try:
+        there = json.loads((directory / RECIPE).read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, TypeError, LookupError):
+        there = "a model that it does not name"
+    if there != str(source):
+        raise UserError(
+            f"{directory}: was made from {there}, not from {source}; choose another output, or move it away"
+        )
 
 
 def write_random_model(source: Path, directory: Path, sizes: dict[str, int], seed: int) -> None:
@@ -19,6 +40,7 @@ def write_random_model(source: Path, directory: Path, sizes: dict[str, int], see
     Raises:
         UserError: the directory holds something else, or cannot be written.
     """
+    require_made_from(source, directory)
     if (directory / "config.json").is_file():
         return
     with whole_directory(directory, inputs=[source], overwrite=False) as made:
@@ -27,6 +49,7 @@ def write_random_model(source: Path, directory: Path, sizes: dict[str, int], see
                 shutil.copyfile(file, made / file.name)
         fields = resized(json.loads((source / "config.json").read_text(encoding="utf-8")), sizes)
         (made / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        (made / RECIPE).write_text(json.dumps({"source": str(source)}) + "\n", encoding="utf-8")
         _write_weights(made, seed)
 
 

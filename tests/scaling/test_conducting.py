@@ -149,11 +149,25 @@ def test_a_record_of_other_settings_is_not_passed_off_as_this_run(place: Place, 
         measure(asked, place)
 
 
+def test_a_model_that_was_made_from_another_is_not_taken_for_this_ones(place: Place, tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text((ROOT / "examples/configs/sead_tiny.yaml").read_text())
+    asked = study("layers=8", config=str(base))
+    measure(asked, place)
+    base.write_text(base.read_text().replace("examples/tiny/teacher", "examples/tiny/student"))
+    with pytest.raises(UserError, match=r"layers8.json: was measured with other settings \(teacher.made_from"):
+        measure(asked, place)
+    (place.output / "records" / "layers8.json").unlink()
+    with pytest.raises(UserError, match="teacher-layers8: was made from examples/tiny/teacher, not from examples/tin"):
+        measure(asked, place)
+
+
 def test_a_study_that_is_moved_goes_on(place: Place, tmp_path: Path) -> None:
     """Its own models are named from its folder on, and no record names a place of the machine."""
     asked = study("tp=1 layers=8")
     (record,) = measure(asked, place).values()
     assert record["settings"]["student.path"] == "models/student-layers8"
+    assert record["settings"]["student.made_from"] == "examples/tiny/student"
     moved = replace(place, output=tmp_path / "moved", launch=lambda *_: pytest.fail("it is measured already"))
     place.output.rename(moved.output)
     measure(asked, moved)
