@@ -92,10 +92,11 @@ def _ended_by_signals() -> Iterator[None]:
 
 def _conduct_and_report(study: Study, place: Place, retry: bool) -> None:
     from megatron_sead.launch.ownership import sole_owner
-    from megatron_sead.scaling.conducting import conduct, settle
+    from megatron_sead.scaling.conducting import conduct
+    from megatron_sead.scaling.folder import require_place
     from megatron_sead.scaling.report import write_report
 
-    settle(study, place.output)
+    require_place(study, place.output)
     with sole_owner(place.output / OWNER_FILE, f"--output {place.output}"):
         conduct(study, place, retry=retry)
         print(write_report(place.output))
@@ -132,8 +133,9 @@ def predict(
     """
     with one_line_errors():
         from megatron_sead.scaling.choosing import chosen
-        from megatron_sead.scaling.conducting import settle
+        from megatron_sead.scaling.folder import write_study
         from megatron_sead.scaling.predicting import predict_study
+        from megatron_sead.scaling.records import write_records
         from megatron_sead.scaling.report import write_report
         from megatron_sead.scaling.study import Study, whole_config
 
@@ -142,8 +144,9 @@ def predict(
         pair, cluster = _known(asked, base, machine, rates)
         asked = chosen(asked, base, pair, cluster)
         _require_new(output)
-        settle(asked, output)
-        predict_study(asked, pair, cluster, output)
+        found = predict_study(asked, pair, cluster)
+        write_study(asked, output)
+        write_records(output, found)
         print(write_report(output))
 
 

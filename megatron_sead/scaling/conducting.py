@@ -15,7 +15,7 @@ from typing import Any
 import megatron_sead
 from megatron_sead.config.checks import OWNER_FILE
 from megatron_sead.config.run import RunConfig, dump_config
-from megatron_sead.config.settings_file import dump_settings, flatten, load_settings
+from megatron_sead.config.settings_file import flatten
 from megatron_sead.errors import UserError
 from megatron_sead.files.durable import replace_text
 from megatron_sead.launch.ownership import refuse_if_owned
@@ -24,6 +24,7 @@ from megatron_sead.planning.lengths import read_lengths
 from megatron_sead.planning.plan import make_plan
 from megatron_sead.reporting.machine import machine
 from megatron_sead.scaling import records
+from megatron_sead.scaling.folder import write_study
 from megatron_sead.scaling.models import require_made_from, write_random_model
 from megatron_sead.scaling.rank import FOLDER as RANKS
 from megatron_sead.scaling.starting import RunFailed, run_ranks, set_aside
@@ -52,27 +53,6 @@ def asked_runs(study: Study) -> dict[str, RunOfStudy]:
     return {run.name: run for run in runs}
 
 
-def settle(study: Study, output: Path) -> None:
-    """Take a new or empty directory, or that of the same study; runs may have come or gone.
-
-    Raises:
-        UserError: it holds another study, or something else.
-    """
-    recorded = output / "study.yaml"
-    if not recorded.exists():
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UserError(f"{output}: is there already and holds no study (study.yaml); choose another output")
-        output.mkdir(parents=True, exist_ok=True)
-    else:
-        old = load_settings(Study, recorded, [])
-        there, here = (flatten(s.model_dump(mode="json")) for s in (old, study))
-        changed = [k for k in here | there if there.get(k) != here.get(k) and not k.startswith(Study.MAY_CHANGE)]
-        if changed:
-            told = ", ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in changed)
-            raise UserError(f"{output}: holds another study: {told}; choose another output")
-    replace_text(recorded, dump_settings(study))
-
-
 def conduct(study: Study, place: Place, *, retry: bool = False) -> None:
     """Measure what is not measured yet.
 
@@ -92,10 +72,15 @@ def conduct(study: Study, place: Place, *, retry: bool = False) -> None:
     done = records.read_records(place.output)
     configs = {name: _config_of(run, base, study, place.output) for name, run in runs.items()}
     for name, run in runs.items():
-        if name in done:
-            _require_same(done[name], _settings(run, configs[name], base, place.output), place.output)
+        here = _settings(run, configs[name], base, place.output)
+        if name in done and done[name].get("reason") is not None and _changed(done[name], here):
+            del done[name]  # a failure of settings that were corrected since
+        elif name in done:
+            _require_same(done[name], here, place.output)
         for role in ROLES if run.models else ():
-            require_made_from(getattr(base, role).path, getattr(configs[name], role).path)
+            require_made_from(getattr(base, role).path, getattr(configs[name], role).path, _seed_of(role, study))
+    if place.writes:
+        write_study(study, place.output)
     for number, (name, run) in enumerate(runs.items()):
         head = f"[{number + 1}/{len(runs)}] {run.text}"
         if place.now is not None and name not in done and run.ranks(base) > place.now:
@@ -108,9 +93,7 @@ def conduct(study: Study, place: Place, *, retry: bool = False) -> None:
             refuse_if_owned(configs[name].output / OWNER_FILE, f"output={configs[name].output}")
         record = _measure(run, configs[name], study, place, number)
         if record is not None:
-            path = place.output / records.FOLDER / f"{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            replace_text(path, json.dumps(record, indent=1) + "\n")
+            records.write_records(place.output, [record])
             place.say(f"{head}: {_told(record)}")
 
 
@@ -125,7 +108,7 @@ def _config_of(run: RunOfStudy, base: RunConfig, study: Study, output: Path) -> 
     """The run's settings, with all that the study sets."""
     config = run.config(base)
     values = {"output": output / "runs" / run.name}
-    folder = study.recorded or output / "rollouts" / _key_of_rollouts(config, run)
+    folder = study.recorded or output / "rollouts" / _key_of_rollouts(config, run, study)
     changed = config.model_copy(update=values)
     changed.rollouts = config.rollouts.model_copy(update={"path": folder})
     if run.models:
@@ -135,23 +118,37 @@ def _config_of(run: RunOfStudy, base: RunConfig, study: Study, output: Path) -> 
     return changed
 
 
-def _key_of_rollouts(config: RunConfig, run: RunOfStudy) -> str:
+def _key_of_rollouts(config: RunConfig, run: RunOfStudy, study: Study) -> str:
+    """Names all that they are made of: a study may be corrected as long as nothing is measured."""
+    inputs = [study.lengths, study.seed, *(g.model_dump(mode="json") for g in (config.student, config.teacher))]
+    told = hashlib.sha256(json.dumps([*inputs, config.prompts.model_dump(mode="json")]).encode()).hexdigest()[:8]
     length = "" if run.length is None else f"-length{run.length:g}"
-    return f"batch{config.training.global_batch_size}-most{config.rollouts.max_new_tokens}{length}"
+    return f"batch{config.training.global_batch_size}-most{config.rollouts.max_new_tokens}{length}-{told}"
+
+
+def _seed_of(role: str, study: Study) -> int:
+    """Of the weights of a random model."""
+    return study.seed + ROLES.index(role)
 
 
 def _key_of_model(role: str, run: RunOfStudy) -> str:
     return "-".join([role, *(f"{name}{size}" for name, size in sorted(run.models.items()))])
 
 
-def _require_same(record: dict[str, Any], here: dict[str, Any], output: Path) -> None:
+def _changed(record: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Names of settings that are others than when the record was made."""
     there = record["settings"]
-    changed = [key for key in here | there if there.get(key) != here.get(key)]
-    if changed:
+    return [key for key in here | there if there.get(key) != here.get(key)]
+
+
+def _require_same(record: dict[str, Any], here: dict[str, Any], output: Path) -> None:
+    path, there = output / records.FOLDER / f"{record['name']}.json", record["settings"]
+    if record["kind"] != "measured":
+        raise UserError(f"{path}: is a prediction, beside which nothing is measured; choose another output")
+    if changed := _changed(record, here):
         told = ", ".join(f"{key} {there.get(key)!r} there and {here.get(key)!r} here" for key in changed[:3])
         raise UserError(
-            f"{output / records.FOLDER / record['name']}.json: was measured with other settings ({told}); choose "
-            "another output, or move the record away"
+            f"{path}: was measured with other settings ({told}); choose another output, or move the record away"
         )
 
 
@@ -213,8 +210,9 @@ def _write_inputs(run: RunOfStudy, config: RunConfig, study: Study) -> None:
 
     if run.models:
         base = base_config(study)
-        for number, role in enumerate(ROLES):
-            write_random_model(getattr(base, role).path, getattr(config, role).path, run.models, study.seed + number)
+        for role in ROLES:
+            source, made = getattr(base, role).path, getattr(config, role).path
+            write_random_model(source, made, run.models, _seed_of(role, study))
     assert config.rollouts.recorded is not None
     if study.recorded is None:
         draw = drawing(study.lengths, config.rollouts.max_new_tokens, run.length)

@@ -13,8 +13,8 @@ from megatron_sead.files.outputs import whole_directory
 RECIPE = "recipe.json"  # beside a model: what it was made from
 
 
-def require_made_from(source: Path, directory: Path) -> None:
-    """The model that is there, if any, was made from that one.
+def require_made_from(source: Path, directory: Path, seed: int) -> None:
+    """The model that is there, if any, was made from that one, with that seed.
 
     Raises:
         UserError: it was made from another.
@@ -22,13 +22,16 @@ def require_made_from(source: Path, directory: Path) -> None:
     if not (directory / "config.json").is_file():
         return
     try:
-        there = json.loads((directory / RECIPE).read_text(encoding="utf-8"))["source"]
-    except (OSError, ValueError, TypeError, LookupError):
-        there = "a model that it does not name"
-    if there != str(source):
-        raise UserError(
-            f"{directory}: was made from {there}, not from {source}; choose another output, or move it away"
-        )
+        there = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        there = "what it does not tell"
+    here = _recipe(source, seed)
+    if there != here:
+        raise UserError(f"{directory}: was made from {there}, not from {here}; choose another output, or move it away")
+
+
+def _recipe(source: Path, seed: int) -> dict[str, Any]:
+    return {"source": str(source), "seed": seed}
 
 
 def write_random_model(source: Path, directory: Path, sizes: dict[str, int], seed: int) -> None:
@@ -40,7 +43,7 @@ def write_random_model(source: Path, directory: Path, sizes: dict[str, int], see
     Raises:
         UserError: the directory holds something else, or cannot be written.
     """
-    require_made_from(source, directory)
+    require_made_from(source, directory, seed)
     if (directory / "config.json").is_file():
         return
     with whole_directory(directory, inputs=[source], overwrite=False) as made:
@@ -49,7 +52,7 @@ def write_random_model(source: Path, directory: Path, sizes: dict[str, int], see
                 shutil.copyfile(file, made / file.name)
         fields = resized(json.loads((source / "config.json").read_text(encoding="utf-8")), sizes)
         (made / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        (made / RECIPE).write_text(json.dumps({"source": str(source)}) + "\n", encoding="utf-8")
+        (made / RECIPE).write_text(json.dumps(_recipe(source, seed)) + "\n", encoding="utf-8")
         _write_weights(made, seed)
 
 

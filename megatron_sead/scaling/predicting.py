@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import replace
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 from megatron_sead.config.settings_file import flatten
 from megatron_sead.errors import UserError
-from megatron_sead.files.durable import replace_text
 from megatron_sead.planning.candidates import Cluster, Pair
 from megatron_sead.planning.fit import require_fit
 from megatron_sead.planning.plan import make_plan
 from megatron_sead.planning.search import predicted
 from megatron_sead.planning.seconds import PHASES, Prediction
-from megatron_sead.scaling import records
 from megatron_sead.scaling.conducting import asked_runs, layout_of
 from megatron_sead.scaling.study import RunOfStudy, Study, whole_config
 
 SOURCE = "seconds are of the plan's formulas at the rates of its file, of which `benchmarks/gpu_h100.md` measured some"
 
 
-def predict_study(study: Study, pair: Pair, cluster: Cluster, output: Path) -> None:
-    """Write a record a run."""
-    (output / records.FOLDER).mkdir(parents=True, exist_ok=True)
-    for name, run in asked_runs(study).items():
-        record = _record(run, study, pair, cluster)
-        replace_text(output / records.FOLDER / f"{name}.json", json.dumps(record, indent=1) + "\n")
+def predict_study(study: Study, pair: Pair, cluster: Cluster) -> list[dict[str, Any]]:
+    """A record a run."""
+    return [_record(run, study, pair, cluster) for run in asked_runs(study).values()]
 
 
 def _record(run: RunOfStudy, study: Study, pair: Pair, cluster: Cluster) -> dict[str, Any]:

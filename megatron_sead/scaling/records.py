@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_sead.config.checks import MAY_CHANGE_ON_RESUME
 from megatron_sead.errors import UserError
+from megatron_sead.files.durable import replace_text
 from megatron_sead.scaling.study import parse_run
 
 FOLDER = "records"
@@ -95,6 +96,13 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise UserError(f"{path}: holds no record of a run ({type(error).__name__}: {error})") from None
     return found
+
+
+def write_records(folder: Path, found: Iterable[dict[str, Any]]) -> None:
+    """In place of earlier ones of the same runs."""
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    for record in found:
+        replace_text(folder / FOLDER / f"{record['name']}.json", json.dumps(record, indent=1) + "\n")
 
 
 def numbers_of(record: dict[str, Any]) -> Numbers:

@@ -16,7 +16,8 @@ from megatron_sead.errors import UserError
 from megatron_sead.launch.ownership import sole_owner
 from megatron_sead.planning.fit import Machine
 from megatron_sead.rollouts.records import read_records
-from megatron_sead.scaling.conducting import Place, conduct, settle
+from megatron_sead.scaling.conducting import Place, conduct
+from megatron_sead.scaling.folder import require_place
 from megatron_sead.scaling.records import numbers_of
 from megatron_sead.scaling.records import read_records as raw_records
 from megatron_sead.scaling.report import write_report
@@ -77,7 +78,7 @@ def place(tmp_path: Path) -> Place:
 
 
 def measure(asked: Study, place: Place, **options: bool) -> dict[str, dict[str, Any]]:
-    settle(asked, place.output)
+    require_place(asked, place.output)
     conduct(asked, place, **options)
     return raw_records(place.output)
 
@@ -110,7 +111,7 @@ def test_what_is_done_is_not_run_again_and_what_failed_only_when_asked(place: Pl
 def test_all_layouts_see_the_same_rollouts_and_a_larger_batch_begins_with_the_smaller(place: Place) -> None:
     measure(study("dp=1", "dp=2", "batch=16"), place)
     folders = sorted((place.output / "rollouts").iterdir())
-    assert [folder.name for folder in folders] == ["batch16-most12", "batch8-most12"]
+    assert [folder.name.rpartition("-")[0] for folder in folders] == ["batch16-most12", "batch8-most12"]
     large, small = (read_records(folder / "rollouts" / "step-1.jsonl") for folder in folders)
     assert large[:8] == small
     assert {len(r.response_token_ids) for r in large} > {12} and not all(r.finished for r in large)
@@ -125,17 +126,50 @@ def test_all_layouts_see_the_same_rollouts_and_a_larger_batch_begins_with_the_sm
     ],
 )
 def test_the_folder_of_another_study_is_refused(place: Place, change: dict[str, Any], told: str) -> None:
-    settle(study("dp=1"), place.output)
+    measure(study("dp=1"), place)
     with pytest.raises(UserError, match=told):
-        settle(study("dp=1", **change), place.output)
-    settle(study("dp=2"), place.output)
+        measure(study("dp=1", **change), place)
+    measure(study("dp=2"), place)
+
+
+def test_what_is_refused_has_changed_nothing(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lengths=9,1"):
+        measure(study("dp=1", lengths="9,1"), place)
+    assert not place.output.exists()
+    measure(study("dp=1"), place)
+    before = (place.output / "study.yaml").read_bytes()
+    with pytest.raises(UserError, match="takes 8 ranks"):
+        measure(study("dp=8"), replace(place, most_ranks=4))
+    assert (place.output / "study.yaml").read_bytes() == before
+
+
+def test_where_nothing_was_measured_a_corrected_study_goes_on(place: Place) -> None:
+    """With rollouts of its own: those of the study that was wrong have other lengths."""
+    assert measure(study("pp=2"), place)["pp2"]["reason"]
+    settings = ["training.global_batch_size=4", "training.micro_batch_size=2", "rollouts.max_new_tokens=12"]
+    (failed,) = measure(study("pp=2", settings=settings, lengths="3,6"), place).values()
+    assert failed["settings"]["training.global_batch_size"] == 4
+    assert len(measure(study("dp=1", settings=settings, lengths="2,4"), place)) == 2
+    folders = [
+        {len(r.response_token_ids) for step in range(4) for r in read_records(f / f"rollouts/step-{step}.jsonl")}
+        for f in (place.output / "rollouts").glob("batch4-*")
+    ]
+    assert len(folders) == 2 and min(map(max, folders)) <= 5 < max(map(max, folders))  # tokens of the longest
+
+
+def test_nothing_is_measured_beside_predictions(place: Place) -> None:
+    measure(study("dp=1"), place)
+    path = place.output / "records" / "dp1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kind": "predicted", "predicted": {}}))
+    with pytest.raises(UserError, match=r"dp1.json: is a prediction"):
+        measure(study("dp=1"), place)
 
 
 def test_a_folder_of_others_is_refused_and_left_as_it_is(place: Place) -> None:
     place.output.mkdir()
     (place.output / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is there already and holds no study"):
-        settle(study("dp=1"), place.output)
+        measure(study("dp=1"), place)
     assert [path.name for path in place.output.iterdir()] == ["notes.txt"]
 
 
@@ -158,7 +192,7 @@ def test_a_model_that_was_made_from_another_is_not_taken_for_this_ones(place: Pl
     with pytest.raises(UserError, match=r"layers8.json: was measured with other settings \(teacher.made_from"):
         measure(asked, place)
     (place.output / "records" / "layers8.json").unlink()
-    with pytest.raises(UserError, match="teacher-layers8: was made from examples/tiny/teacher, not from examples/tin"):
+    with pytest.raises(UserError, match=r"teacher-layers8: was made from .*tiny/teacher.*, not from .*tiny/student"):
         measure(asked, place)
 
 

@@ -13,9 +13,9 @@ from megatron_sead.planning.candidates import Cluster, read_pair
 from megatron_sead.planning.fit import Machine
 from megatron_sead.planning.rates import load_rates
 from megatron_sead.scaling.choosing import chosen
-from megatron_sead.scaling.conducting import settle
+from megatron_sead.scaling.folder import write_study
 from megatron_sead.scaling.predicting import predict_study
-from megatron_sead.scaling.records import numbers_of, read_records
+from megatron_sead.scaling.records import numbers_of, read_records, write_records
 from megatron_sead.scaling.report import write_report
 from megatron_sead.scaling.study import Study, base_config, parse_run, parse_wish, whole_config
 
@@ -51,8 +51,9 @@ def test_a_layout_beside_a_wish_is_refused() -> None:
 def test_predictions_are_labelled_and_what_does_not_fit_is_told(tmp_path: Path) -> None:
     asked = study("batch=96 tp=8 dp=4", "batch=96 tp=8 dp=8", "batch=96 dp=32")
     base = whole_config(asked)
-    settle(asked, tmp_path / "out")
-    predict_study(asked, read_pair(base, asked.lengths), Cluster(1, Machine(), load_rates()), tmp_path / "out")
+    write_study(asked, tmp_path / "out")
+    made = predict_study(asked, read_pair(base, asked.lengths), Cluster(1, Machine(), load_rates()))
+    write_records(tmp_path / "out", made)
     said, found = write_report(tmp_path / "out", plots=False), read_records(tmp_path / "out")
     assert "is predicted to be fastest of 2 layouts" in said
     assert "**These are predictions, not measurements**" in (tmp_path / "out" / "scaling.md").read_text()
