@@ -157,10 +157,11 @@ def report(
 ) -> None:
     """Write the tables and plots again, from the records alone."""
     with one_line_errors():
+        from megatron_sead.scaling.folder import STUDY
         from megatron_sead.scaling.report import write_report
 
-        if not (output / "study.yaml").is_file():
-            raise UserError(f"{output}: holds no study (study.yaml)")
+        if not (output / STUDY).is_file():
+            raise UserError(f"{output}: holds no study ({STUDY})")
         print(write_report(output, plots=plots))
 
 

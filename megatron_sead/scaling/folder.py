@@ -1,4 +1,4 @@
-"""A study's folder: whose it is, and the study in it."""
+"""A study's folder: whose it is, and the study in it. Files that nobody has changed since are written anew."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from pathlib import Path
 
 from megatron_sead.config.settings_file import dump_settings, flatten, load_settings
 from megatron_sead.errors import UserError
-from megatron_sead.files.durable import replace_text
+from megatron_sead.files.replaceable import replace_files, require_replaceable
 from megatron_sead.scaling.records import read_records
-from megatron_sead.scaling.study import Study
+from megatron_sead.scaling.study import Experiments, Study
 
 STUDY = "study.yaml"
+TABLES = ("scaling.json", "scaling.md")
+PICTURES = tuple(f"{name}.svg" for name in (*Experiments.TITLES, "memory", "parity"))
 
 
 def require_place(study: Study, output: Path) -> None:
@@ -18,8 +20,9 @@ def require_place(study: Study, output: Path) -> None:
     measured takes any study: what was wrong with its own is corrected under the same name.
 
     Raises:
-        UserError: it holds another study, or something else.
+        UserError: it holds another study, something else, or files of these names that are not ours.
     """
+    require_replaceable(output, (STUDY, *TABLES, *PICTURES))
     recorded = output / STUDY
     if not recorded.exists():
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -36,4 +39,4 @@ def require_place(study: Study, output: Path) -> None:
 def write_study(study: Study, output: Path) -> None:
     """Make the folder, if need be, and put the study there."""
     output.mkdir(parents=True, exist_ok=True)
-    replace_text(output / STUDY, dump_settings(study))
+    replace_files(output, {STUDY: dump_settings(study).encode()})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -19,29 +18,28 @@ COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#bab0ac", "#e45756", "#7
 GIB, MIB = 2**30, 2**20
 
 
-def draw_all(experiments: dict[str, list[Numbers]], folder: Path) -> dict[str, str]:
-    """Write an SVG for each experiment, one of memory and one of parity. Returns their names, by what they show."""
-    found: dict[str, str] = {}
+def draw_all(experiments: dict[str, list[Numbers]]) -> dict[str, bytes]:
+    """An SVG for each experiment, one of memory and one of parity, by their files' names."""
+    found: dict[str, bytes] = {}
     every = {run.name: run for runs in experiments.values() for run in runs if run.reason is None}
     for experiment, runs in experiments.items():
         whole = [run for run in runs if run.reason is None]
         if whole:
             draw = _scaling if experiment in ("strong", "weak") else _growth
-            found[experiment] = _save(draw(whole, experiment), folder / f"{experiment}.svg")
+            found[f"{experiment}.svg"] = _svg(draw(whole, experiment))
     if held := [run for run in every.values() if run.memory]:
-        found["memory"] = _save(_memory(held), folder / "memory.svg")
+        found["memory.svg"] = _svg(_memory(held))
     groups = same_workload(list(every.values()))
     if groups:
-        found["parity"] = _save(_parity(max(groups, key=len)), folder / "parity.svg")
+        found["parity.svg"] = _svg(_parity(max(groups, key=len)))
     return found
 
 
-def _save(figure: Figure, path: Path) -> str:
+def _svg(figure: Figure) -> bytes:
     matplotlib.rcParams["svg.hashsalt"] = "scaling"  # the same picture is the same file
     drawn = BytesIO()
     figure.savefig(drawn, format="svg", metadata={"Date": None})
-    path.write_bytes(drawn.getvalue())
-    return path.name
+    return drawn.getvalue()
 
 
 def _figure(columns: int, width: float = 5.0, height: float = 3.8) -> tuple[Figure, list[Axes]]:

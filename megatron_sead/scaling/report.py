@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sead.config.settings_file import load_settings
-from megatron_sead.files.durable import replace_text
+from megatron_sead.files.replaceable import replace_files
 from megatron_sead.scaling.conclusion import conclusion
+from megatron_sead.scaling.folder import STUDY, TABLES
 from megatron_sead.scaling.records import (
     Numbers,
     efficiency,
@@ -30,20 +31,21 @@ def write_report(folder: Path, *, plots: bool = True) -> str:
     """``scaling.json``, ``scaling.md`` and plots, in a study's directory. Returns the conclusion.
 
     Raises:
-        UserError: the study or a record is damaged.
+        UserError: the study or a record is damaged, or a file that would be replaced is not as it was written.
     """
-    study = load_settings(Study, folder / "study.yaml", [])
+    study = load_settings(Study, folder / STUDY, [])
     raw = read_records(folder)
     runs = {name: numbers_of(record) for name, record in raw.items()}
     experiments = experiments_of(study, runs)
-    drawn: dict[str, str] = {}
+    pictures: dict[str, bytes] = {}
     if plots:
         from megatron_sead.scaling.plots import draw_all
 
-        drawn = draw_all(experiments, folder)
+        pictures = draw_all(experiments)
     said = conclusion(experiments.get("strong", []), _cores(raw))
-    replace_text(folder / "scaling.json", json.dumps(as_json(experiments, said), indent=1) + "\n")
-    replace_text(folder / "scaling.md", markdown(experiments, raw, said, drawn))
+    drawn = {name.removesuffix(".svg"): name for name in pictures}
+    texts = (json.dumps(as_json(experiments, said), indent=1) + "\n", markdown(experiments, raw, said, drawn))
+    replace_files(folder, dict(zip(TABLES, (text.encode() for text in texts), strict=True)) | pictures)
     return said
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_sead.config.checks import OWNER_FILE
-from megatron_sead.config.settings_file import settings_from
+from megatron_sead.config.settings_file import dump_settings, settings_from
 from megatron_sead.errors import UserError
 from megatron_sead.launch.ownership import sole_owner
 from megatron_sead.planning.fit import Machine
@@ -171,6 +171,22 @@ def test_a_folder_of_others_is_refused_and_left_as_it_is(place: Place) -> None:
     with pytest.raises(UserError, match="is there already and holds no study"):
         measure(study("dp=1"), place)
     assert [path.name for path in place.output.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["study.yaml", "scaling.md", "scaling.json", "strong.svg"])
+def test_no_file_of_others_is_replaced(place: Place, name: str) -> None:
+    """Not even one of a name that a study has: by its content it is somebody else's."""
+    asked = study("dp=1")
+    measure(asked, place)
+    write_report(place.output)
+    path = place.output / name
+    path.write_text(text := f"# mine\n{dump_settings(asked)}")
+    with pytest.raises(UserError, match=rf"{name}: was not written by this command, or was changed since"):
+        measure(asked, place)
+    if name != "study.yaml":
+        with pytest.raises(UserError, match=name):
+            write_report(place.output)
+    assert path.read_text() == text
 
 
 def test_a_record_of_other_settings_is_not_passed_off_as_this_run(place: Place, tmp_path: Path) -> None:
