@@ -115,6 +115,19 @@ def _require_new(output: Path) -> None:
         raise UserError(f"--output {output}: exists already; choose another, or move it away")
 
 
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """
+    Raises:
+        UserError: the disk refuses.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or output
+        raise UserError(f"--output {output}: cannot be written ({place}): {error.strerror or error}") from None
+
+
 @app.command()
 def predict(
     study: Annotated[Path, STUDY],
@@ -145,9 +158,10 @@ def predict(
         asked = chosen(asked, base, pair, cluster)
         _require_new(output)
         found = predict_study(asked, pair, cluster)
-        write_study(asked, output)
-        write_records(output, found)
-        print(write_report(output))
+        with _writing(output):
+            write_study(asked, output)
+            write_records(output, found)
+            print(write_report(output))
 
 
 @app.command()
@@ -162,7 +176,8 @@ def report(
 
         if not (output / STUDY).is_file():
             raise UserError(f"{output}: holds no study ({STUDY})")
-        print(write_report(output, plots=plots))
+        with _writing(output):
+            print(write_report(output, plots=plots))
 
 
 @app.command()
@@ -181,5 +196,7 @@ def rollouts(
 
         _require_new(output)
         asked = load_config(config, overrides or [])
-        write_rollouts(output, asked, steps, drawing(lengths, asked.rollouts.max_new_tokens), seed)
+        draw = drawing(lengths, asked.rollouts.max_new_tokens)
+        with _writing(output):
+            write_rollouts(output, asked, steps, draw, seed)
         print(f"{output}: rollouts of {steps} steps")

@@ -17,6 +17,7 @@ from typing import Any
 from megatron_sead.config.checks import MAY_CHANGE_ON_RESUME
 from megatron_sead.errors import UserError
 from megatron_sead.files.durable import replace_text
+from megatron_sead.scaling.raw import require_record
 from megatron_sead.scaling.study import parse_run
 
 FOLDER = "records"
@@ -92,9 +93,12 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            found[str(record["name"])] = record
-        except (OSError, ValueError, TypeError, LookupError) as error:
-            raise UserError(f"{path}: holds no record of a run ({type(error).__name__}: {error})") from None
+            require_record(record)
+            if record["name"] != path.stem:
+                raise ValueError(f"name: {record['name']!r}, and the file has another")
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: is not readable as the record of a run: {error}") from None
+        found[path.stem] = record
     return found
 
 

@@ -17,6 +17,7 @@ from megatron_sead.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TINY = "examples/scaling/tiny.yaml"
+CONFIG_FILE = "examples/configs/sead_tiny.yaml"
 CONFIG = Path("/runs/dp1/study-config.yaml")
 
 
@@ -93,6 +94,9 @@ def test_slurm_outside_of_an_allocation_is_refused(monkeypatch: pytest.MonkeyPat
             "error: stepz: unknown setting",
         ),
         (["report", "{}"], "holds no study (study.yaml)"),
+        (["run", "--study", TINY, "--output", f"{TINY}/x"], f"--output {ROOT / TINY}/x: cannot be written"),
+        (["predict", "--study", TINY, "--output", f"{TINY}/x"], f"--output {TINY}/x: cannot be written"),
+        (["rollouts", "--config", CONFIG_FILE, "--output", "/proc/x", "--lengths", "9,20"], "--output /proc/x: cannot"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], told: str) -> None:

@@ -48,6 +48,10 @@ for rank in range(ranks):
 """
 
 
+PREDICTED = {"seconds": 1.0, "tokens": 9.0, "tokens_per_second": 9.0, "phases": {}, "bubble": 0.0, "micro_batches": 1}
+PREDICTED |= {"binds": "products", "shares": {}}
+
+
 @pytest.fixture(autouse=True)
 def _in_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -160,7 +164,7 @@ def test_where_nothing_was_measured_a_corrected_study_goes_on(place: Place) -> N
 def test_nothing_is_measured_beside_predictions(place: Place) -> None:
     measure(study("dp=1"), place)
     path = place.output / "records" / "dp1.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"kind": "predicted", "predicted": {}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"kind": "predicted", "predicted": PREDICTED}))
     with pytest.raises(UserError, match=r"dp1.json: is a prediction"):
         measure(study("dp=1"), place)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_sead.errors import UserError
 from megatron_sead.scaling.conclusion import conclusion
 from megatron_sead.scaling.records import (
     Numbers,
@@ -14,7 +17,9 @@ from megatron_sead.scaling.records import (
     efficiency,
     furthest,
     numbers_of,
+    read_records,
     same_workload,
+    write_records,
 )
 from megatron_sead.scaling.report import markdown
 
@@ -99,6 +104,43 @@ def test_memory_and_traffic_are_those_of_the_rank_that_has_most() -> None:
     assert own.cpu_seconds == 2 * 1.25
     made["processes"][0]["allocated_peak"] = 7000
     assert numbers_of(made).memory == 7000
+
+
+def test_a_whole_record_is_read(tmp_path: Path) -> None:
+    write_records(tmp_path, [record(), record("dp4", 4, reason="it broke", steps=None, processes=None)])
+    assert set(read_records(tmp_path)) == {"dp2", "dp4"}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"settings": ...}, "settings: Field required"),
+        ({"layout": {}}, "layout: tp: Field required"),
+        ({"steps": ...}, "steps: Field required"),
+        ({"steps": []}, "steps: 0, of which none counts after warm_up=1"),
+        ({"steps": record()["steps"][:1]}, "steps: 1, of which none counts after warm_up=1"),
+        ({"steps": [record()["steps"][0] | {"seconds": None}]}, "steps: 0: seconds: Input should be a valid number"),
+        ({"steps": [record()["steps"][0] | {"response_tokens": 0}]}, "response_tokens: Input should be greater than"),
+        ({"warm_up": 5}, "steps: 5, of which none counts after warm_up=5"),
+        ({"warm_up": "x"}, "warm_up: Input should be a valid integer"),
+        ({"processes": []}, "processes: 0, of 2 ranks"),
+        ({"recorded": []}, "must hold a number for each of 4 steps"),
+        ({"text": "foo"}, "'foo': must be NAME=VALUE"),
+        ({"name": "dp3"}, "name: 'dp3', and the file has another"),
+        ({"kind": "predicted"}, "predicted: Field required"),
+    ],
+)
+def test_a_damaged_record_is_told_in_one_line_that_names_the_file(
+    tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    damaged = {key: value for key, value in (record() | change).items() if value is not ...}
+    path = tmp_path / "records" / "dp2.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(damaged))
+    with pytest.raises(UserError) as error:
+        read_records(tmp_path)
+    assert str(error.value).startswith(f"{path}: ") and told in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_the_bubble_is_that_of_the_schedule() -> None:
