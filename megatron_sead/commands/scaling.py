@@ -17,6 +17,7 @@ from megatron_sead.commands.machine import GPU_MEMORY, HOST_MEMORY, machine_of
 from megatron_sead.config.checks import OWNER_FILE
 from megatron_sead.config.settings_file import load_settings
 from megatron_sead.errors import UserError
+from megatron_sead.wording import counted
 
 if TYPE_CHECKING:
     from megatron_sead.config.run import RunConfig
@@ -98,8 +99,11 @@ def _conduct_and_report(study: Study, place: Place, retry: bool) -> None:
 
     require_place(study, place.output)
     with sole_owner(place.output / OWNER_FILE, f"--output {place.output}"):
-        conduct(study, place, retry=retry)
+        found = conduct(study, place, retry=retry)
         print(write_report(place.output))
+    failed = [record for record in found if record.get("reason") is not None]
+    if failed:
+        print(f"{len(failed)} of {counted(len(found), 'run')} failed; --retry measures again what failed")
 
 
 def _known(study: Study, base: RunConfig, machine: Machine, rates: Path | None = None) -> tuple[Pair, Cluster]:

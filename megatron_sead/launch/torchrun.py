@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.run import get_args_parser, parse_args, run
 
 from megatron_sead.errors import UserError
+from megatron_sead.launch import CONTINUES
 from megatron_sead.launch.meeting import tell_who_is_waited_for
 from megatron_sead.launch.streams import forgive_streams
 
@@ -91,4 +92,4 @@ def _account_of(rank: int, failure: ProcessFailure) -> str:
     number = -failure.exitcode
     name = signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
     cause = ": by hand, or by the system for want of memory" if number == signal.SIGKILL else ""
-    return f"{process} was ended by {name}{cause}; the same command continues from the last checkpoint"
+    return f"{process} was ended by {name}{cause}{CONTINUES}"

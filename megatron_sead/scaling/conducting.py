@@ -53,8 +53,8 @@ def asked_runs(study: Study) -> dict[str, RunOfStudy]:
     return {run.name: run for run in runs}
 
 
-def conduct(study: Study, place: Place, *, retry: bool = False) -> None:
-    """Measure what is not measured yet.
+def conduct(study: Study, place: Place, *, retry: bool = False) -> list[dict[str, Any]]:
+    """Measure what is not measured yet. Returns the records of all runs that have one.
 
     Args:
         retry: measure again what has failed.
@@ -87,7 +87,8 @@ def conduct(study: Study, place: Place, *, retry: bool = False) -> None:
             place.say(f"{head}: takes {run.ranks(base)} ranks; left for a larger allocation")
             continue
         if name in done and (done[name].get("reason") is None or not retry):
-            place.say(f"{head}: {_told(done[name])} (measured before)")
+            before = "measured before" if done[name].get("reason") is None else "before; not tried again"
+            place.say(f"{head}: {_told(done[name])} ({before})")
             continue
         if place.writes:
             refuse_if_owned(configs[name].output / OWNER_FILE, f"output={configs[name].output}")
@@ -95,6 +96,8 @@ def conduct(study: Study, place: Place, *, retry: bool = False) -> None:
         if record is not None:
             records.write_records(place.output, [record])
             place.say(f"{head}: {_told(record)}")
+            done[name] = record
+    return [done[name] for name in runs if name in done]
 
 
 def _told(record: dict[str, Any]) -> str:

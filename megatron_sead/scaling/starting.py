@@ -9,6 +9,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+from megatron_sead.launch import CONTINUES
 from megatron_sead.launch.processes import END_WITH_PARENT
 
 PATIENCE = 30.0  # seconds in which a run that is told to end does so
@@ -66,8 +67,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def reason_in(log: str, code: int) -> str:
-    """One line: what the run told of its failure; else its last line."""
+    """One line: what the run told of its failure; else its last line. A study's runs have no checkpoints, whatever the
+    launcher says."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
-    return (told or named or lines or [f"ended with exit code {code}"])[-1 if not told else 0][:500]
+    return (told or named or lines or [f"ended with exit code {code}"])[-1 if not told else 0].removesuffix(CONTINUES)[
+        :500
+    ]

@@ -13,6 +13,7 @@ import pytest
 from megatron_sead.config.checks import OWNER_FILE
 from megatron_sead.config.settings_file import dump_settings, settings_from
 from megatron_sead.errors import UserError
+from megatron_sead.launch import CONTINUES
 from megatron_sead.launch.ownership import sole_owner
 from megatron_sead.planning.fit import Machine
 from megatron_sead.rollouts.records import read_records
@@ -102,7 +103,10 @@ def test_a_run_that_fails_is_told_in_a_line_and_the_rest_goes_on(place: Place) -
 
 def test_what_is_done_is_not_run_again_and_what_failed_only_when_asked(place: Place) -> None:
     measure(study("dp=1", "pp=2"), place)
-    before = (place.output / "records" / "dp1.json").read_bytes()
+    before, said = (place.output / "records" / "dp1.json").read_bytes(), list[str]()
+    measure(study("dp=1", "pp=2"), replace(place, say=said.append))
+    assert said[0].endswith("tokens a second (measured before)")
+    assert said[1] == "[2/2] pp=2: failed: stages are out of order (before; not tried again)"
     launches: Any = place.launch
     assert launches.started == [0, 1]
     measure(study("dp=2", "pp=2", "dp=1"), place)
@@ -263,6 +267,7 @@ def test_a_run_that_takes_too_long_is_ended_and_told(place: Place) -> None:
         ("a\nerror: first\nerror: second\nmore", "first"),
         ("Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: CUDA out of memory\nbye", None),
         ("only words", "only words"),
+        (f"error: rank 1 was ended by SIGKILL{CONTINUES}", "rank 1 was ended by SIGKILL"),
         ("", "ended with exit code 9"),
     ],
 )
