@@ -25,7 +25,8 @@ def chosen(study: Study, base: RunConfig, pair: Pair, cluster: Cluster) -> Study
         base: whose settings a run varies; with engine replay the plan chooses no engine.
         cluster: its number of ranks is replaced by each wish's.
 
-    Where no layout of so many ranks fits, the wish is left out, with a note on stdout.
+    Where no layout of so many ranks fits, or other settings do not go together, the wish is left out, with a note on
+    stdout.
     """
     lists = {
         name: [chosen_text for text in texts for chosen_text in _chosen(text, base, pair, cluster)]
@@ -40,9 +41,9 @@ def _chosen(text: str, base: RunConfig, pair: Pair, cluster: Cluster) -> list[st
         return [text]
     said = parse_run(wish.rest)
     kept = {key: value for key, value in said.settings.items() if not key.startswith("parallel.")}
-    config = replace(said, settings=kept).config(base)
     world = replace(cluster, world=wish.ranks)
     try:
+        config = replace(said, settings=kept).config(base)
         found = search(config, pair, world, best_only=wish.best == 1)
     except UserError as error:
         print(f"note: {text}: {str(error).splitlines()[0]}")

@@ -63,41 +63,66 @@ def conduct(study: Study, place: Place, *, retry: bool = False) -> list[dict[str
         UserError: a mistake in the study, before anything runs; a record is of other settings; or ranks that somebody
             else started are at a run.
     """
-    base, runs = base_config(study), asked_runs(study)
+    base = base_config(study)
     read_lengths(study.lengths, base.rollouts.max_new_tokens, None)
-    for run in runs.values():
-        ranks = run.ranks(base)
-        if place.most_ranks is not None and place.most_ranks < ranks <= (place.now or ranks):
-            raise UserError(f"{run.text!r}: takes {ranks} ranks, and there are {place.most_ranks}")
-    done = records.read_records(place.output)
-    configs = {name: _config_of(run, base, study, place.output) for name, run in runs.items()}
-    for name, run in runs.items():
-        here = _settings(run, configs[name], base, place.output)
-        if name in done and done[name].get("reason") is not None and _changed(done[name], here):
-            del done[name]  # a failure of settings that were corrected since
-        elif name in done:
-            _require_same(done[name], here, place.output)
-        for role in ROLES if run.models else ():
-            require_made_from(getattr(base, role).path, getattr(configs[name], role).path, _seed_of(role, study))
+    asked = {name: _asked(run, base, study, place.output) for name, run in asked_runs(study).items()}
+    for run in (own.run for own in asked.values()):
+        if place.most_ranks is not None and place.most_ranks < run.ranks <= (place.now or run.ranks):
+            raise UserError(f"{run.text!r}: takes {run.ranks} ranks, and there are {place.most_ranks}")
+    done = _known(asked, base, study, place.output)
     if place.writes:
         write_study(study, place.output)
-    for number, (name, run) in enumerate(runs.items()):
-        head = f"[{number + 1}/{len(runs)}] {run.text}"
-        if place.now is not None and name not in done and run.ranks(base) > place.now:
-            place.say(f"{head}: takes {run.ranks(base)} ranks; left for a larger allocation")
+    for number, (name, own) in enumerate(asked.items()):
+        head = f"[{number + 1}/{len(asked)}] {own.run.text}"
+        if place.now is not None and name not in done and own.run.ranks > place.now:
+            place.say(f"{head}: takes {own.run.ranks} ranks; left for a larger allocation")
             continue
         if name in done and (done[name].get("reason") is None or not retry):
             before = "measured before" if done[name].get("reason") is None else "before; not tried again"
             place.say(f"{head}: {_told(done[name])} ({before})")
             continue
         if place.writes:
-            refuse_if_owned(configs[name].output / OWNER_FILE, f"output={configs[name].output}")
-        record = _measure(run, configs[name], study, place, number)
+            refuse_if_owned(own.config.output / OWNER_FILE, f"output={own.config.output}")
+        record = _measure(own, study, place, number)
         if record is not None:
             records.write_records(place.output, [record])
             place.say(f"{head}: {_told(record)}")
             done[name] = record
-    return [done[name] for name in runs if name in done]
+    return [done[name] for name in asked if name in done]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A run, and what it comes to in this folder."""
+
+    run: RunOfStudy
+    config: RunConfig  # the study's, where the run is refused
+    settings: dict[str, Any]  # for its record
+    refused: str | None  # why its settings do not go together
+
+
+def _asked(run: RunOfStudy, base: RunConfig, study: Study, output: Path) -> _Asked:
+    if reason := run.refused(base):
+        return _Asked(run, base, flatten(base.model_dump(mode="json")) | run.settings, reason)
+    config = _config_of(run, base, study, output)
+    return _Asked(run, config, _settings(run, config, base, output), None)
+
+
+def _known(asked: dict[str, _Asked], base: RunConfig, study: Study, output: Path) -> dict[str, dict[str, Any]]:
+    """Records of runs as they are asked for; failures of settings that were corrected since are forgotten.
+
+    Raises:
+        UserError: a record, or a model that was made, is of something else.
+    """
+    done = records.read_records(output)
+    for name, own in asked.items():
+        if name in done and done[name].get("reason") is not None and _changed(done[name], own.settings):
+            del done[name]
+        elif name in done:
+            _require_same(done[name], own.settings, output)
+        for role in ROLES if own.run.models and not own.refused else ():
+            require_made_from(getattr(base, role).path, getattr(own.config, role).path, _seed_of(role, study))
+    return done
 
 
 def _told(record: dict[str, Any]) -> str:
@@ -168,25 +193,20 @@ def _settings(run: RunOfStudy, config: RunConfig, base: RunConfig, output: Path)
 def layout_of(run: RunOfStudy, config: RunConfig) -> dict[str, Any]:
     """Its sizes, by their words."""
     parallel = config.parallel
-    return {
-        "tp": parallel.tensor_model_parallel_size,
-        "pp": parallel.pipeline_model_parallel_size,
-        "vpp": parallel.virtual_pipeline_model_parallel_size,
-        "cp": parallel.context_parallel_size,
-        "dp": run.dp,
-        "sp": parallel.sequence_parallel,
-    }
+    return run.sizes | {"vpp": parallel.virtual_pipeline_model_parallel_size, "sp": parallel.sequence_parallel}
 
 
-def _measure(run: RunOfStudy, config: RunConfig, study: Study, place: Place, number: int) -> dict[str, Any] | None:
+def _measure(own: _Asked, study: Study, place: Place, number: int) -> dict[str, Any] | None:
     """The record; None where this node has no part in it."""
-    ranks, layout = run.ranks(config), layout_of(run, config)
-    record: dict[str, Any] = {"name": run.name, "text": run.text, "kind": "measured", "ranks": ranks, "layout": layout}
-    settings = _settings(run, config, base_config(study), place.output)
-    record |= {"settings": settings, "warm_up": study.warm_up, "watched": WATCHED_STEPS}
+    run, config, ranks = own.run, own.config, own.run.ranks
+    record: dict[str, Any] = {"name": run.name, "text": run.text, "kind": "measured", "ranks": ranks}
+    record |= {"layout": layout_of(run, config), "settings": own.settings}
+    record |= {"warm_up": study.warm_up, "watched": WATCHED_STEPS}
     record |= {"date": date.today().isoformat(), "machine": machine(), "code": code_fingerprint()}
     record |= {"versions": {name: version(name) for name in ("torch", "megatron-core")}}
     try:
+        if own.refused:
+            raise UserError(own.refused)
         if place.writes:
             _write_inputs(run, config, study)
         plan = make_plan(config, ranks, place.machine.gpu_bytes)

@@ -27,13 +27,17 @@ def predict_study(study: Study, pair: Pair, cluster: Cluster) -> list[dict[str, 
 
 def _record(run: RunOfStudy, study: Study, pair: Pair, cluster: Cluster) -> dict[str, Any]:
     base = whole_config(study)
-    config, ranks = run.config(base), run.ranks(base)
+    refused, ranks = run.refused(base), run.ranks
+    config = base if refused else run.config(base)
     settings = {k: v for k, v in flatten(config.model_dump(mode="json")).items() if k != "output"}
+    settings |= run.settings if refused else {}
     record: dict[str, Any] = {"name": run.name, "text": run.text, "kind": "predicted", "ranks": ranks}
     record |= {"layout": layout_of(run, config), "settings": settings, "date": date.today().isoformat()}
     record |= {"source": SOURCE, "rates": cluster.rates.model_dump()}
     record["student"] = {"vocabulary": pair.student.vocabulary, "layers": pair.student.layers}
     try:
+        if refused:
+            raise UserError(refused)
         plan = make_plan(config, ranks, cluster.machine.gpu_bytes)
         require_fit(config, plan, cluster.machine)
         told = predicted(config, pair, replace(cluster, world=ranks))

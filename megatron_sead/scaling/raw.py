@@ -61,7 +61,7 @@ class _Record(_Part):
         except UserError as error:
             raise ValueError(str(error)) from None
         batch = self.settings.get("training.global_batch_size", 0)
-        if not isinstance(batch, int):
+        if self.reason is None and not isinstance(batch, int):
             raise ValueError(f"settings: training.global_batch_size={batch!r}: must be a whole number")
         return self
 

@@ -118,15 +118,15 @@ def numbers_of(record: dict[str, Any]) -> Numbers:
         record["ranks"],
         record["layout"],
         reason=record.get("reason"),
-        settings=record.get("settings", {}),
+        settings=record["settings"],
         notes=list(record.get("notes", [])),
-        batch=int(record.get("settings", {}).get("training.global_batch_size", 0)),
         planned_memory=record.get("plan", {}).get("peak_bytes", 0),
         vocabulary=record.get("student", {}).get("vocabulary", 0),
         layers=record.get("student", {}).get("layers", 0),
     )
     if own.reason is not None:
         return own
+    own.batch = record["settings"].get("training.global_batch_size", 0)
     if own.kind == "predicted":
         for name, value in record["predicted"].items():
             setattr(own, name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -118,16 +119,23 @@ class RunOfStudy:
             return plain
         return f"{plain}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
 
-    def ranks(self, base: RunConfig) -> int:
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Whose product is the number of ranks."""
+        return {word: int(self.settings[key]) for word, key in SIZES.items()} | {"dp": self.dp}
+
+    @property
+    def ranks(self) -> int:
         """Of the run, over all nodes."""
-        config = self.config(base)
-        parallel = config.parallel
-        return (
-            self.dp
-            * parallel.tensor_model_parallel_size
-            * parallel.pipeline_model_parallel_size
-            * parallel.context_parallel_size
-        )
+        return math.prod(self.sizes.values())
+
+    def refused(self, base: RunConfig) -> str | None:
+        """Why its settings and the base's do not go together, in one line; None: they do."""
+        try:
+            self.config(base)
+        except UserError as error:
+            return "; ".join(str(error).splitlines())
+        return None
 
     def config(self, base: RunConfig) -> RunConfig:
         """The base with this run's settings.
@@ -158,7 +166,7 @@ def parse_run(text: str) -> RunOfStudy:
             raise UserError(f"{text!r}: {_unknown(key)}")
         if key in values or SHORT.get(key) in values or key in (SHORT.get(short) for short in values):
             raise UserError(f"{text!r}: {key}: is given twice")
-        if key in (*SIZES, "dp", "vpp", "batch", "micro", "tokens", "length", *MODEL_WORDS):
+        if key in (*SIZES, *SIZES.values(), "dp", "vpp", "batch", "micro", "tokens", "length", *MODEL_WORDS):
             _require_whole(text, key, value)
         values[key] = value
     dp = int(values.get("dp", "1"))

@@ -101,6 +101,15 @@ def test_a_run_that_fails_is_told_in_a_line_and_the_rest_goes_on(place: Place) -
     assert [line["name"] for line in again if line["reason"] is None] == ["dp2"]
 
 
+def test_a_run_whose_settings_do_not_go_together_fails_alone(place: Place) -> None:
+    found = measure(study("batch=9", "tp=2 sp=maybe", "tp=2 layers=8 training.micro_batch_size=3", "dp=1"), place)
+    assert found["batch9"]["reason"].startswith("training.global_batch_size=9: must be divisible by")
+    assert found["tp2-spmaybe"]["reason"].startswith("parallel.sequence_parallel='maybe': must be")
+    assert [name for name, record in found.items() if record.get("reason") is None] == ["dp1"]
+    measure(study("batch=9", "dp=1"), place)
+    assert write_report(place.output).startswith("1 rank is fastest of 1 layout")
+
+
 def test_what_is_done_is_not_run_again_and_what_failed_only_when_asked(place: Place) -> None:
     measure(study("dp=1", "pp=2"), place)
     before, said = (place.output / "records" / "dp1.json").read_bytes(), list[str]()

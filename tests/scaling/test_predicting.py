@@ -39,7 +39,7 @@ def test_a_wish_becomes_layouts_of_so_many_ranks_that_fit() -> None:
     made = chosen(asked, base, read_pair(base, asked.lengths), Cluster(1, Machine(), load_rates()))
     *found, given = map(parse_run, made.runs.strong)
     assert (len(found), given.text) == (2, "tp=8 dp=2 batch=96")
-    assert [run.ranks(base) for run in found] == [16, 16] and found[0] != found[1]
+    assert [run.ranks for run in found] == [16, 16] and found[0] != found[1]
     assert not any(key.startswith("rollouts.") for run in found for key in run.settings)  # they are replayed
 
 
@@ -49,7 +49,7 @@ def test_a_layout_beside_a_wish_is_refused() -> None:
 
 
 def test_predictions_are_labelled_and_what_does_not_fit_is_told(tmp_path: Path) -> None:
-    asked = study("batch=96 tp=8 dp=4", "batch=96 tp=8 dp=8", "batch=96 dp=32")
+    asked = study("batch=96 tp=8 dp=4", "batch=96 tp=8 dp=8", "batch=96 dp=32", "tp=8 sp=maybe")
     base = whole_config(asked)
     write_study(asked, tmp_path / "out")
     made = predict_study(asked, read_pair(base, asked.lengths), Cluster(1, Machine(), load_rates()))
@@ -58,6 +58,7 @@ def test_predictions_are_labelled_and_what_does_not_fit_is_told(tmp_path: Path) 
     assert "is predicted to be fastest of 2 layouts" in said
     assert "**These are predictions, not measurements**" in (tmp_path / "out" / "scaling.md").read_text()
     assert "of a GPU's" in found["dp32-batch96"]["reason"]
+    assert found["tp8-spmaybe"]["reason"].startswith("parallel.sequence_parallel='maybe': must be")
     four, eight = (numbers_of(found[name]) for name in ("tp8-dp4-batch96", "tp8-dp8-batch96"))
     assert sum(four.phases.values()) == pytest.approx(four.seconds) and four.seconds > eight.seconds
     assert four.tokens == pytest.approx(96 * 1892, rel=0.01)  # the mean of 2,000 after the cut at 16,384

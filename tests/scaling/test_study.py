@@ -36,7 +36,7 @@ def test_a_run_is_the_same_in_whatever_order_it_is_written() -> None:
 
 
 def test_ranks_are_the_product_of_all_sizes() -> None:
-    assert parse_run("tp=2 pp=2 dp=3 batch=96").ranks(base_config(study())) == 12
+    assert parse_run("tp=2 pp=2 dp=3 batch=96").ranks == 12
 
 
 def test_runs_that_differ_in_a_full_key_have_names_of_their_own() -> None:
@@ -58,6 +58,7 @@ def test_runs_that_differ_in_a_full_key_have_names_of_their_own() -> None:
         ("tp=2 tp=4", "tp: is given twice"),
         ("tp=2 parallel.tensor_model_parallel_size=4", "is given twice"),
         ("parallel.tensor_model_parallel_size=4 tp=2", "is given twice"),
+        ("parallel.context_parallel_size=x", "context_parallel_size=x: must be a whole number"),
         ("batch=1e3", "batch=1e3: must be a whole number"),
     ],
 )
