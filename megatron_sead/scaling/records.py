@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from megatron_sead.config.checks import MAY_CHANGE_ON_RESUME
@@ -29,6 +28,7 @@ LAYOUT = ("tp", "pp", "vpp", "cp", "dp", "sp")
 class Step:
     """One step whose time counts."""
 
+    number: int
     seconds: float  # from the end of the step before to its own
     tokens: int  # of responses, each once
     phases: dict[str, float]  # seconds; their sum is `seconds`
@@ -132,12 +132,13 @@ def numbers_of(record: dict[str, Any]) -> Numbers:
             setattr(own, name, value)
         return own
     counted = counted_steps(record["steps"], record["warm_up"], record["watched"])
-    own.seconds, own.phases, own.tokens = typical(counted)
+    step = typical(counted)
+    own.seconds, own.phases, own.tokens = step.seconds, step.phases, step.tokens
     own.fastest, own.slowest = min(s.seconds for s in counted), max(s.seconds for s in counted)
-    own.tokens_per_second = median(step.tokens / step.seconds for step in counted)
+    own.tokens_per_second = step.tokens / step.seconds
     own.loss = [step.get("loss") for step in record["steps"]]
     own.grad_norm = [step.get("grad_norm") for step in record["steps"]]
-    _of_ranks(own, record)
+    _of_ranks(own, record, step.number)
     return own
 
 
@@ -151,28 +152,28 @@ def counted_steps(steps: Sequence[dict[str, Any]], warm_up: int, watched: int) -
         seconds = after["seconds"] - before["seconds"]
         phases = {name: after.get(f"{name}_seconds", 0.0) for name in PHASES[:-1]}
         phases["other"] = seconds - sum(phases.values())
-        found.append(Step(seconds, after["response_tokens"], phases))
+        found.append(Step(after["step"], seconds, after["response_tokens"], phases))
     return found
 
 
-def typical(steps: Sequence[Step]) -> tuple[float, dict[str, float], int]:
-    """Seconds, phases and tokens of the step whose seconds a token are the (lower) median, so that phases add up."""
-    chosen = sorted(steps, key=lambda step: step.seconds / step.tokens)[(len(steps) - 1) // 2]
-    return chosen.seconds, chosen.phases, chosen.tokens
+def typical(steps: Sequence[Step]) -> Step:
+    """The step whose seconds a token are the median, of an even number the lower of both: all that is told of a step is
+    of this one, so that phases add up and tokens by seconds are the tokens a second."""
+    return sorted(steps, key=lambda step: step.seconds / step.tokens)[(len(steps) - 1) // 2]
 
 
-def _of_ranks(own: Numbers, record: dict[str, Any]) -> None:
+def _of_ranks(own: Numbers, record: dict[str, Any], step: int) -> None:
     ranks, timed = record["processes"], slice(record["warm_up"], len(record["steps"]) - record["watched"])
     own.memory = max(rank.get("allocated_peak") or sum(rank["tensors_peak"].values()) for rank in ranks)
     own.resident = max(rank["resident_peak"] for rank in ranks)
-    own.micro_batches = median(ranks[0]["micro_batches"][timed])
+    own.micro_batches = ranks[0]["micro_batches"][step]
     own.bubble = bubble(own.layout["pp"], own.layout.get("vpp") or 1, own.micro_batches)
     if "gpu" not in ranks[0]:
-        own.cpu_seconds = median(map(sum, zip(*(rank["cpu_seconds"][timed] for rank in ranks), strict=True)))
+        own.cpu_seconds = sum(rank["cpu_seconds"][step] for rank in ranks)
     shared = own.layout["tp"] * own.layout["pp"]  # ranks that see the same tokens; others have their own
     padded = sum(sum(rank["padded_tokens"][timed]) for rank in ranks) / shared
     recorded = record["recorded"][timed]
-    own.all_tokens = median(tokens["all"] for tokens in recorded)
+    own.all_tokens = record["recorded"][step]["all"]
     own.padding = 1 - sum(tokens["all"] for tokens in recorded) / padded
     for rank in ranks:
         sent: defaultdict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))

@@ -209,8 +209,9 @@ def _cores(raw: dict[str, Any]) -> int | None:
 HOW_TO_READ = """## How to read it
 
 - A step lasts from the end of the one before to its own end. The first ones are warm-up and do not count, nor does the
-  last one, in which operations are watched. Seconds and phases are of the step whose seconds a token are the median;
-  the spread is of all that count.
+  last one, in which operations are watched. Tokens, seconds, phases, processor seconds and the bubble are of one step:
+  that whose seconds a token are the median, of an even number of steps the lower of both. The spread, and padding, are
+  of all that count.
 - Tokens are those of responses, each once, whatever the layout; padding and prompts are not among them. A run that
   counts others than its rollouts hold is refused.
 - "A rank" divides by the ranks that ran. Efficiency: tokens a second and rank, over those of the best run of the fewest

@@ -82,6 +82,13 @@ def test_a_step_lasts_from_the_end_of_the_one_before_and_its_phases_add_up_to_it
     assert own.phases["other"] == pytest.approx(2.5 - 1.75)
 
 
+def test_a_row_is_of_one_step_also_of_an_even_number() -> None:
+    made = record(seconds=(9.0, 2.0, 4.0, 40.0))
+    own = numbers_of(made)
+    assert (own.seconds, own.tokens_per_second, own.cpu_seconds) == (2.0, 100 / 2.0, 2 * 1.0)
+    assert (own.fastest, own.slowest, sum(own.phases.values())) == (2.0, 4.0, pytest.approx(2.0))
+
+
 def test_tokens_are_counted_once_whatever_the_ranks_and_padding_is_told_apart() -> None:
     own = numbers_of(record())
     assert (own.tokens, own.all_tokens, own.per_rank) == (100, 240, own.tokens_per_second / 2)
