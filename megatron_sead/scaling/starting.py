@@ -20,8 +20,8 @@ class RunFailed(Exception):
 
 
 def set_aside(folder: Path) -> None:
-    """What an earlier attempt at a run left gets another name: its files would be taken for the new one's. Nothing is
-    deleted, for others may have put something there."""
+    """What an earlier attempt at a run left gets another name: its files would be taken for the new one's, and the
+    run refuses a folder that was moved since. Nothing is deleted, for others may have put something there."""
     if folder.exists():
         names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
         folder.rename(next(place for place in names if not place.exists()))

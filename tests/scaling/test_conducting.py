@@ -233,11 +233,16 @@ def test_a_study_that_is_moved_goes_on(place: Place, tmp_path: Path) -> None:
     """Its own models are named from its folder on, and no record names a place of the machine."""
     asked = study("tp=1 layers=8")
     (record,) = measure(asked, place).values()
+    (place.output / "runs" / "layers8" / "left.mark").touch()
     assert record["settings"]["student.path"] == "models/student-layers8"
     assert record["settings"]["student.made_from"] == "examples/tiny/student"
     moved = replace(place, output=tmp_path / "moved", launch=lambda *_: pytest.fail("it is measured already"))
     place.output.rename(moved.output)
     measure(asked, moved)
+    (moved.output / "records" / "layers8.json").unlink()
+    launches = Launches(tmp_path)
+    assert "reason" not in measure(asked, replace(moved, launch=launches))["layers8"] and launches.started == [0]
+    assert not list((moved.output / "runs" / "layers8").glob("*.mark"))  # of the attempt in the old place
 
 
 def test_more_ranks_than_there_are_are_refused_before_anything_runs(place: Place) -> None:
