@@ -102,6 +102,10 @@ def _conduct_and_report(study: Study, place: Place, retry: bool) -> None:
         found = conduct(study, place, retry=retry)
         print(write_report(place.output))
     failed = [record for record in found if record.get("reason") is not None]
+    if failed and len(failed) == len(found):
+        told = "it" if len(found) == 1 else f"all {len(found)} runs"
+        print(f"error: nothing was measured: {told} failed; --retry measures again what failed", file=sys.stderr)
+        sys.exit(1)
     if failed:
         print(f"{len(failed)} of {counted(len(found), 'run')} failed; --retry measures again what failed")
 
@@ -110,7 +114,9 @@ def _known(study: Study, base: RunConfig, machine: Machine, rates: Path | None =
     """Models, and a machine of which each run says how many ranks it takes."""
     from megatron_sead.planning.candidates import Cluster, read_pair
     from megatron_sead.planning.rates import load_rates
+    from megatron_sead.scaling.study import require_lengths
 
+    require_lengths(study, base)
     return read_pair(base, study.lengths), Cluster(1, machine, load_rates(rates, device=base.device))
 
 

@@ -20,7 +20,6 @@ from megatron_sead.errors import UserError
 from megatron_sead.files.durable import replace_text
 from megatron_sead.launch.ownership import refuse_if_owned
 from megatron_sead.planning.fit import Machine, require_fit
-from megatron_sead.planning.lengths import read_lengths
 from megatron_sead.planning.plan import make_plan
 from megatron_sead.reporting.machine import machine
 from megatron_sead.scaling import records
@@ -28,7 +27,7 @@ from megatron_sead.scaling.folder import write_study
 from megatron_sead.scaling.models import require_made_from, write_random_model
 from megatron_sead.scaling.rank import FOLDER as RANKS
 from megatron_sead.scaling.starting import RunFailed, run_ranks, set_aside
-from megatron_sead.scaling.study import WATCHED_STEPS, RunOfStudy, Study, base_config, parse_run
+from megatron_sead.scaling.study import WATCHED_STEPS, RunOfStudy, Study, base_config, parse_run, require_lengths
 
 Launch = Callable[[Path, int, int], list[str] | None]  # config, ranks, number of the run -> command; None: not here
 ROLES = ("student", "teacher")
@@ -64,7 +63,7 @@ def conduct(study: Study, place: Place, *, retry: bool = False) -> list[dict[str
             else started are at a run.
     """
     base = base_config(study)
-    read_lengths(study.lengths, base.rollouts.max_new_tokens, None)
+    require_lengths(study, base)
     asked = {name: _asked(run, base, study, place.output) for name, run in asked_runs(study).items()}
     for run in (own.run for own in asked.values()):
         if place.most_ranks is not None and place.most_ranks < run.ranks <= (place.now or run.ranks):

@@ -42,11 +42,20 @@ def write_report(folder: Path, *, plots: bool = True) -> str:
         from megatron_sead.scaling.plots import draw_all
 
         pictures = draw_all(experiments)
-    said = conclusion(experiments.get("strong", []), _cores(raw))
+    said = _said(experiments, raw)
     drawn = {name.removesuffix(".svg"): name for name in pictures}
     texts = (json.dumps(as_json(experiments, said), indent=1) + "\n", markdown(experiments, raw, said, drawn))
     replace_files(folder, dict(zip(TABLES, (text.encode() for text in texts), strict=True)) | pictures)
     return said
+
+
+def _said(experiments: dict[str, list[Numbers]], raw: dict[str, Any]) -> str:
+    if "strong" in experiments:
+        return conclusion(experiments["strong"], _cores(raw))
+    whole = {run.name for runs in experiments.values() for run in runs if run.reason is None}
+    return (
+        f"Numbers of {counted(len(whole), 'run')}; layouts are compared in strong scaling, of which the study has none."
+    )
 
 
 def experiments_of(study: Study, runs: dict[str, Numbers]) -> dict[str, list[Numbers]]:

@@ -15,7 +15,8 @@ from megatron_sead.config.rollouts import ReplayRollouts
 from megatron_sead.config.run import RunConfig
 from megatron_sead.config.settings import LocalPath, Settings
 from megatron_sead.config.settings_file import dotted_keys, read_yaml, settings_from
-from megatron_sead.errors import UserError
+from megatron_sead.errors import ArgumentError, UserError
+from megatron_sead.planning.lengths import read_lengths
 
 P = "parallel."
 SIZES = {  # words of a run that multiply to its ranks; dp is what is left
@@ -230,6 +231,17 @@ def _unknown(key: str) -> str:
 def _require_whole(text: str, key: str, value: str) -> None:
     if not re.fullmatch(r"[1-9]\d{0,8}", value, re.ASCII):
         raise UserError(f"{text!r}: {key}={value}: must be a whole number of at least 1")
+
+
+def require_lengths(study: Study, base: RunConfig) -> None:
+    """
+    Raises:
+        UserError: its `lengths` are none. As a setting, for no command that takes a study has an option of that name.
+    """
+    try:
+        read_lengths(study.lengths, base.rollouts.max_new_tokens, None)
+    except ArgumentError as error:
+        raise UserError(str(error)) from None
 
 
 def whole_config(study: Study) -> RunConfig:

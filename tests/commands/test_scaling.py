@@ -94,6 +94,8 @@ def test_slurm_outside_of_an_allocation_is_refused(monkeypatch: pytest.MonkeyPat
             "error: stepz: unknown setting",
         ),
         (["report", "{}"], "holds no study (study.yaml)"),
+        (["run", "--study", TINY, "--output", "{}", "lengths=60,24"], "error: lengths=60,24: must be a mean"),
+        (["predict", "--study", TINY, "--output", "{}", "lengths=60,24"], "error: lengths=60,24: must be a mean"),
         (["run", "--study", TINY, "--output", f"{TINY}/x"], f"--output {ROOT / TINY}/x: cannot be written"),
         (["predict", "--study", TINY, "--output", f"{TINY}/x"], f"--output {TINY}/x: cannot be written"),
         (["rollouts", "--config", CONFIG_FILE, "--output", "/proc/x", "--lengths", "9,20"], "--output /proc/x: cannot"),
@@ -110,6 +112,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[s
     )
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
     assert not Path(place).exists()
+
+
+def test_a_study_in_which_nothing_could_be_measured_has_failed(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(f"config: {CONFIG_FILE}\nlengths: 24,60\nruns: {{strong: [batch=33 tp=2, sp=maybe tp=2]}}\n")
+    command = [sys.executable, "tools/scaling.py", "run", "--study", str(study), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    told = "error: nothing was measured: all 2 runs failed; --retry measures again what failed\n"
+    assert (done.returncode, done.stderr) == (1, told)
+    assert "[1/2] tp=2 batch=33: failed: training.global_batch_size=33: must be" in done.stdout
 
 
 def processes_of(output: Path) -> list[psutil.Process]:

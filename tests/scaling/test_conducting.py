@@ -110,6 +110,12 @@ def test_a_run_whose_settings_do_not_go_together_fails_alone(place: Place) -> No
     assert write_report(place.output).startswith("1 rank is fastest of 1 layout")
 
 
+def test_a_study_without_strong_scaling_is_not_said_to_be_unmeasured(place: Place) -> None:
+    measure(study(runs={"weak": ["dp=1", "dp=2 batch=16"]}), place)
+    said = write_report(place.output)
+    assert said == "Numbers of 2 runs; layouts are compared in strong scaling, of which the study has none."
+
+
 def test_what_is_done_is_not_run_again_and_what_failed_only_when_asked(place: Place) -> None:
     measure(study("dp=1", "pp=2"), place)
     before, said = (place.output / "records" / "dp1.json").read_bytes(), list[str]()
