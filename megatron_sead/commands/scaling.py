@@ -103,7 +103,7 @@ def _conduct_and_report(study: Study, place: Place, retry: bool) -> None:
         print(write_report(place.output))
     failed = [record for record in found if record.get("reason") is not None]
     if failed and len(failed) == len(found):
-        told = "it" if len(found) == 1 else f"all {len(found)} runs"
+        told = "the only run" if len(found) == 1 else f"all {len(found)} runs"
         print(f"error: nothing was measured: {told} failed; --retry measures again what failed", file=sys.stderr)
         sys.exit(1)
     if failed:

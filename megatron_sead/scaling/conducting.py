@@ -115,7 +115,7 @@ def _known(asked: dict[str, _Asked], base: RunConfig, study: Study, output: Path
     """
     done = records.read_records(output)
     for name, own in asked.items():
-        if name in done and done[name].get("reason") is not None and _changed(done[name], own.settings):
+        if name in done and _is_failure_of_other_settings(done[name], own.settings):
             del done[name]
         elif name in done:
             _require_same(done[name], own.settings, output)
@@ -166,6 +166,11 @@ def _changed(record: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """Names of settings that are others than when the record was made."""
     there = record["settings"]
     return [key for key in here | there if there.get(key) != here.get(key)]
+
+
+def _is_failure_of_other_settings(record: dict[str, Any], here: dict[str, Any]) -> bool:
+    failed = record["kind"] == "measured" and record.get("reason") is not None
+    return failed and bool(_changed(record, here))
 
 
 def _require_same(record: dict[str, Any], here: dict[str, Any], output: Path) -> None:
@@ -241,7 +246,7 @@ def _write_inputs(run: RunOfStudy, config: RunConfig, study: Study) -> None:
         write_rollouts(config.rollouts.recorded, config, study.all_steps, draw, study.seed)
     tokens_of(config.rollouts.recorded, study.all_steps - 1)
     set_aside(config.output)
-    config.output.mkdir(parents=True)
+    config.output.mkdir(parents=True, exist_ok=True)
     replace_text(config.output / "study-config.yaml", dump_config(config))
 
 
