@@ -17,6 +17,7 @@ from megatron_sead.commands.machine import GPU_MEMORY, HOST_MEMORY, machine_of
 from megatron_sead.config.checks import OWNER_FILE
 from megatron_sead.config.settings_file import load_settings
 from megatron_sead.errors import UserError
+from megatron_sead.files.durable import refused_by_the_disk
 from megatron_sead.wording import counted
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def _conduct_and_report(study: Study, place: Place, retry: bool) -> None:
     from megatron_sead.scaling.report import write_report
 
     require_place(study, place.output)
-    with sole_owner(place.output / OWNER_FILE, f"--output {place.output}"):
+    name = f"--output {place.output}"
+    with refused_by_the_disk(lambda told: UserError(f"{name}: {told}")), sole_owner(place.output / OWNER_FILE, name):
         found = conduct(study, place, retry=retry)
         print(write_report(place.output))
     failed = [record for record in found if record.get("reason") is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,11 @@ def test_a_study_in_which_nothing_could_be_measured_has_failed(tmp_path: Path) -
     told = "error: nothing was measured: all 2 runs failed; --retry measures again what failed\n"
     assert (done.returncode, done.stderr) == (1, told)
     assert "[1/2] tp=2 batch=33: failed: training.global_batch_size=33: must be" in done.stdout
+    shutil.rmtree(tmp_path / "out" / "records")
+    (tmp_path / "out" / "records").touch()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.startswith(f"error: --output {tmp_path}/out: cannot be written ({tmp_path}/out/records)")
 
 
 def processes_of(output: Path) -> list[psutil.Process]:

@@ -180,10 +180,12 @@ def test_where_nothing_was_measured_a_corrected_study_goes_on(place: Place) -> N
     assert len(folders) == 2 and min(map(max, folders)) <= 5 < max(map(max, folders))  # tokens of the longest
 
 
-def test_nothing_is_measured_beside_predictions(place: Place) -> None:
+@pytest.mark.parametrize("reason", [None, "does not fit"])
+def test_nothing_is_measured_beside_predictions(place: Place, reason: str | None) -> None:
     measure(study("dp=1"), place)
     path = place.output / "records" / "dp1.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"kind": "predicted", "predicted": PREDICTED}))
+    made = json.loads(path.read_text()) | {"kind": "predicted", "predicted": PREDICTED, "reason": reason}
+    path.write_text(json.dumps(made | {"settings": made["settings"] | {"training.lr": 7}}))
     with pytest.raises(UserError, match=r"dp1.json: is a prediction"):
         measure(study("dp=1"), place)
 
