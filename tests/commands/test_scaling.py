@@ -153,6 +153,10 @@ def test_ranks_end_with_the_study_that_started_them(tmp_path: Path, number: sign
         finally:
             study.send_signal(number)
         _, told = study.communicate(timeout=45)
-    wait_until(lambda: not processes_of(output), 10)
+    try:
+        wait_until(lambda: not processes_of(output), 10)
+    finally:
+        for left in processes_of(output):
+            left.kill()
     assert number == signal.SIGKILL or (study.returncode == 130 and told.startswith("stopped; the same command"))
     assert not list(output.glob("records/*"))
