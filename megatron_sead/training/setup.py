@@ -141,6 +141,9 @@ def _telling_all_mistakes(config: RunConfig, world_size: int) -> Iterator[None]:
             check_inputs(config)
         if set(others) <= set(first):
             raise
+        # A layout that does not divide a model is told by both, and the plan names the model's setting
+        planned = {line.partition(": ")[0] for line in others if line.startswith("parallel.")}
+        first = [line for line in first if line.partition(": ")[0] not in planned]
         raise UserError("\n".join(dict.fromkeys([*first, *others]))) from error
 
 

@@ -11,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_sead.config.run import load_config
+from megatron_sead.errors import UserError
+from megatron_sead.training.setup import _telling_all_mistakes
 from tests.distributed.ranks import RankPools
 from tests.training.launching import ROOT, train_tiny
 
@@ -112,6 +115,17 @@ def test_all_that_is_wrong_with_files_is_told_at_once(pools: RankPools, tmp_path
         "not a whole safetensors",
     ):
         assert told.rpartition("UserError: ")[2].count(mistake) == 1
+
+
+def test_a_layout_that_does_not_divide_a_model_is_told_once() -> None:
+    layout = ["parallel.pipeline_model_parallel_size=2", "parallel.first_stage_layers=4"]
+    models = [f"{role}.path={TINY / role}" for role in ("student", "teacher")]
+    config = load_config(ROOT / "examples/configs/sead_tiny.yaml", [*layout, *models])
+    with pytest.raises(UserError) as caught, _telling_all_mistakes(config, 4):
+        raise UserError("parallel.first_stage_layers=4: leaves 0 of the 4 layers of a file\nanother mistake")
+    first, second = str(caught.value).splitlines()
+    assert first == "another mistake"
+    assert second.startswith("parallel.first_stage_layers=4: leaves 0 of the 4 layers of student.path=")
 
 
 def test_wrong_held_out_prompts(pools: RankPools, tmp_path: Path) -> None:
