@@ -193,6 +193,8 @@ def test_the_conclusion_says_when_ranks_share_cores_and_when_stages_wait() -> No
 
 def test_the_report_tells_what_failed_and_which_records_do_not_belong_together() -> None:
     made = {"a": record("a"), "b": record("b", 4, code="other"), "c": record("c", 8, reason="it broke")}
+    made["b"]["steps"][3]["grad_norm"] = 1.25
     text = markdown({"strong": [numbers_of(r) for r in made.values()]}, made, "Said.", {})
     assert "- `dp=8`: it broke" in text and "**Records of different code stand beside each other.**" in text
+    assert "| dp=4 | dp=2 | 0.0e+00 | 2.0e-01 | 0.0e+00 | 0.0e+00 |" in text  # the first step's are the last two
     assert "| dp=2 | 2 | 100 | 2.5 (2 to 3) | 40 | 20.0 | 100% |" in text
