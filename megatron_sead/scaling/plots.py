@@ -15,6 +15,7 @@ from megatron_sead.scaling.study import Experiments
 
 INK, IDEAL = "#222222", "#999999"
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#bab0ac", "#e45756", "#72b7b2", "#eeca3b")
+MARKERS, LINES = ("o", "s", "^", "D"), ("-", "--", ":", "-.")  # where colours come again
 GIB, MIB = 2**30, 2**20
 
 
@@ -52,20 +53,21 @@ def _figure(columns: int, width: float = 5.0, height: float = 3.8) -> tuple[Figu
 
 def _scaling(runs: Sequence[Numbers], experiment: str) -> Figure:
     """Tokens a second by ranks with the ideal line, and efficiency."""
-    figure, (speed, ratio) = _figure(2)
+    figure, (speed, ratio) = _figure(2, width=6)
     best = best_by_ranks(runs)
     ranks = [run.ranks for run in best]
     base, ratios = best[0], efficiency(runs)
     speed.plot(ranks, [base.per_rank * n for n in ranks], "--", color=IDEAL, label="ideal")
     speed.plot(ranks, [run.tokens_per_second for run in best], color=COLOURS[0], label="fastest layout")
     for number, run in enumerate(runs):
-        mark: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": f"{run.shape}"}
-        speed.plot([run.ranks], [run.tokens_per_second], "o", **mark)
-        ratio.plot([run.ranks], [100 * ratios[run.name]], "o", **mark)
+        again, colour = divmod(number, len(COLOURS))
+        mark: dict[str, Any] = {"color": COLOURS[colour], "marker": MARKERS[again % len(MARKERS)], "ls": "none"}
+        speed.plot([run.ranks], [run.tokens_per_second], **mark, label=run.shape)
+        ratio.plot([run.ranks], [100 * ratios[run.name]], **mark)
     ratio.axhline(100, linestyle="--", color=IDEAL)
     for ax in (speed, ratio):
         ax.set_xscale("log", base=2)
-        ax.set_xticks(sorted(set(ranks)), [f"{n:,}" for n in sorted(set(ranks))], minor=False)
+        ax.set_xticks(sorted(set(ranks)), [f"{n:,}" for n in sorted(set(ranks))], minor=False, fontsize=8)
         ax.set_xlabel("ranks")
     speed.set_yscale("log")
     speed.set_ylabel("response tokens / s")
@@ -73,7 +75,7 @@ def _scaling(runs: Sequence[Numbers], experiment: str) -> Figure:
     ratio.set_ylim(bottom=0)
     speed.set_title(_title(runs, Experiments.TITLES[experiment]), fontsize=10, loc="left")
     if len(runs) <= 12:
-        speed.legend(fontsize=7, frameon=False)
+        figure.legend(fontsize=7, frameon=False, loc="outside right upper")
     return figure
 
 
@@ -125,6 +127,7 @@ def _parity(runs: Sequence[Numbers]) -> Figure:
     for number, run in enumerate(runs):
         style: dict[str, Any] = {
             "color": COLOURS[number % len(COLOURS)],
+            "ls": LINES[number // len(COLOURS) % len(LINES)],
             "label": run.shape,
             "lw": 3.0 - 2.0 * number / len(runs),
         }
