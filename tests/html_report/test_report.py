@@ -224,6 +224,7 @@ def test_a_long_run_is_small_and_keeps_its_spikes(tmp_path: Path) -> None:
     assert time.process_time() - began < 20 and len(html) < 5 * MEGABYTES
     phases = Seen(html).data("figures")["seconds"]["traces"]
     assert len(phases) == 4 and len({tuple(trace["x"]) for trace in phases}) == 1  # or the stack would jump
+    assert (phases[0]["x"][0], phases[0]["x"][-1]) == (0, 9999)
     (norm,) = [t for t in Seen(html).data("figures")["loss"]["traces"] if t["name"] == "gradient norm"]
     assert len(norm["x"]) <= 1000 and norm["x"][norm["y"].index(1000)] == 4567
 
