@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -127,17 +127,8 @@ def _require_new(output: Path) -> None:
         raise UserError(f"--output {output}: exists already; choose another, or move it away")
 
 
-@contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    """
-    Raises:
-        UserError: the disk refuses.
-    """
-    try:
-        yield
-    except OSError as error:
-        place = error.filename or output
-        raise UserError(f"--output {output}: cannot be written ({place}): {error.strerror or error}") from None
+def _writing(output: Path) -> AbstractContextManager[None]:
+    return refused_by_the_disk(lambda told: UserError(f"--output {output}: {told}"), writes_alone=True)
 
 
 @app.command()
@@ -183,11 +174,11 @@ def report(
 ) -> None:
     """Write the tables and plots again, from the records alone."""
     with one_line_errors():
-        from megatron_sead.scaling.folder import STUDY
+        from megatron_sead.scaling import folder
         from megatron_sead.scaling.report import write_report
 
-        if not (output / STUDY).is_file():
-            raise UserError(f"{output}: holds no study ({STUDY})")
+        if not (output / folder.STUDY).is_file():
+            raise UserError(f"{output}: holds no study ({folder.STUDY})")
         with _writing(output):
             print(write_report(output, plots=plots))
 

@@ -19,11 +19,12 @@ _DISK_REFUSES |= {errno.EEXIST, errno.ENAMETOOLONG}
 
 
 @contextmanager
-def refused_by_the_disk(told: Callable[[str], UserError]) -> Iterator[None]:
+def refused_by_the_disk(told: Callable[[str], UserError], *, writes_alone: bool = False) -> Iterator[None]:
     """A full or unwritable disk is no fault of the program.
 
     Args:
         told: makes the error from "cannot be written (FILE): No space left on device".
+        writes_alone: the body does nothing else, so that whatever the system refuses is told.
 
     Raises:
         UserError: the disk refuses what the body writes.
@@ -31,7 +32,7 @@ def refused_by_the_disk(told: Callable[[str], UserError]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_REFUSES:
+        if not writes_alone and error.errno not in _DISK_REFUSES:
             raise
         place = "" if error.filename is None else f" ({error.filename})"
         raise told(f"cannot be written{place}: {error.strerror}") from error

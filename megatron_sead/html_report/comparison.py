@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from megatron_sead.html_report.summary import duration, rates
 from megatron_sead.html_report.tables import Table, value_told
 
 Groups = dict[str, list[Run]]
+T = TypeVar("T")
 Curve = tuple[np.ndarray, np.ndarray]  # where, and what
 COLOURS = ("#0f7fc4", "#d95f02", "#129b72", "#c45c98", "#8a6d00", "#7a5fd0", "#5b6470", "#b3261e")
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -133,7 +134,7 @@ def _problems(run: Run) -> str | None:
 
 def _left_out(groups: Groups, measured: Groups, paired: bool) -> Iterator[str]:
     """What the accuracies do not hold."""
-    without = [run.name for name, group in groups.items() for run in group if run not in measured[name]]
+    without = [run.name for group in groups.values() for run in group if run.accuracy("after") is None]
     if without:
         yield f"Not finished, or not evaluated, and in no accuracy after training: {', '.join(without)}."
     if not paired and any(measured.values()):
@@ -157,10 +158,15 @@ def _by_seed(group: Sequence[Run]) -> dict[str, list[Run]]:
     return found
 
 
-def _of_seeds(group: Sequence[Run], value: Callable[[Run], float | None]) -> list[float]:
-    """One number a seed: the mean of its runs. Of seeds of which it is not known there is none."""
+def _known_by_seed(group: Sequence[Run], value: Callable[[Run], T | None]) -> list[list[T]]:
+    """Of each seed what is known of its runs. Of seeds of which nothing is known there is no list."""
     known = [[v for run in runs if (v := value(run)) is not None] for runs in _by_seed(group).values()]
-    return [fmean(values) for values in known if values]
+    return [values for values in known if values]
+
+
+def _of_seeds(group: Sequence[Run], value: Callable[[Run], float | None]) -> list[float]:
+    """One number a seed: the mean of its runs."""
+    return [fmean(values) for values in _known_by_seed(group, value)]
 
 
 def _matrix(group: list[Run], kind: str) -> np.ndarray | None:
@@ -168,14 +174,11 @@ def _matrix(group: list[Run], kind: str) -> np.ndarray | None:
 
     Runs of the same seed are one row, their mean: as many rows of their own they would narrow what seeds change.
     """
-    rows = list[list[list[float]]]()
-    for runs in _by_seed(group).values():
-        known = [values for run in runs if (values := rates(run, "after", kind)) is not None]
-        if len(known) != len(runs):
-            return None
-        rows.append(known)
-    alike = len({len(values) for known in rows for values in known}) == 1
-    return np.array([np.mean(known, axis=0) for known in rows]) if alike else None
+    rows = _known_by_seed(group, lambda run: rates(run, "after", kind))
+    lengths = [len(values) for known in rows for values in known]
+    if len(lengths) != len(group) or len(set(lengths)) != 1:
+        return None
+    return np.array([np.mean(known, axis=0) for known in rows])
 
 
 def _accuracy(group: list[Run], kind: str, paired: bool) -> str:
@@ -271,8 +274,7 @@ def _curve(groups: Groups, column: str, title: str, caption: str, unit: str) -> 
     for budget in BUDGETS:
         traces: list[Trace] = []
         for number, (name, group) in enumerate(groups.items()):
-            of_seeds = [[_known(run, column, budget) for run in runs] for runs in _by_seed(group).values()]
-            curves = [known for runs in of_seeds if (known := [curve for curve in runs if curve is not None])]
+            curves = _known_by_seed(group, partial(_known, column=column, budget=budget))
             if curves:
                 traces += _band(name, curves, number)
         if traces:

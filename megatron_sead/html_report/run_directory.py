@@ -20,11 +20,10 @@ from megatron_sead.config.checks import OWNER_FILE
 from megatron_sead.config.settings_file import flatten
 from megatron_sead.errors import UserError
 from megatron_sead.reporting.starts import STARTS
-from megatron_sead.reporting.token_records import read_token_record, recorded_steps, token_record_path
+from megatron_sead.reporting.token_records import LARGEST, read_token_record, recorded_steps, token_record_path
 from megatron_sead.wording import counted
 
 Number = float | None
-LARGEST = 1e100
 MOST_STEPS = 10**9
 FILES = ("config.yaml", "metrics.jsonl", "summary.json", STARTS)  # one of them makes a directory one of a run
 

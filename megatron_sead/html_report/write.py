@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sead.errors import UserError
-from megatron_sead.files.durable import replace_text
+from megatron_sead.files.durable import refused_by_the_disk, replace_text
 from megatron_sead.html_report.page import MARKER, report
 from megatron_sead.html_report.run_directory import Run, read_run
 
@@ -30,24 +29,17 @@ def write_report(directories: Sequence[Path], output: Path) -> None:
     for number, place in enumerate(places):
         if place in places[:number]:
             raise UserError(f"{directories[number]}: is given twice; a run is compared with others")
-    with _refused(output):
+    try:
         require_ours(output)
         runs = [read_run(directory) for directory in directories]
+    except OSError as error:  # as of a folder that others own
+        raise UserError(f"{error.filename or output}: {error.strerror}") from error
     _tell_apart(runs)
     text = report(runs)
-    with _refused(output):
+    with refused_by_the_disk(lambda told: UserError(f"{output}: {told}"), writes_alone=True):
         output.parent.mkdir(parents=True, exist_ok=True)
         # Half of a character that a model wrote becomes its number, which browsers show as a replacement
         replace_text(output, text, errors="xmlcharrefreplace")
-
-
-@contextmanager
-def _refused(output: Path) -> Iterator[None]:
-    """What the system refuses, as a folder that others own, is no fault of the program."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or output}: {error.strerror}") from error
 
 
 def _tell_apart(runs: list[Run]) -> None:

@@ -26,7 +26,7 @@ COLUMNS = (*STATISTICS, "student_log_prob", "teacher_log_prob", "engine_log_prob
 LIKELIEST = ("student_likeliest", "teacher_likeliest")  # a token: [id, probability by the student, by the teacher] each
 MOST_POINTS = 1000  # of all_tokens
 BYTES_A_TOKEN = 360  # of a rollout, at most but for long texts
-LARGEST = 1e100  # value: what is larger or not finite was not written here
+LARGEST = 1e100  # number: what is larger or not finite no run has written
 BYTES_A_STEP = 120_000  # of all_tokens and what else stands there once
 
 

@@ -71,6 +71,9 @@ def test_what_the_disk_refuses_is_a_users_error_and_what_the_program_does_wrong_
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(FileNotFoundError), refused_by_the_disk(told):
         (tmp_path / "none").read_text()
+    missing = pytest.raises(UserError, match=r"^output=o: cannot be written \(\S+none/file\): No such file")
+    with missing, refused_by_the_disk(told, writes_alone=True):
+        (tmp_path / "none" / "file").write_text("text")
 
 
 def told(reason: str) -> UserError:

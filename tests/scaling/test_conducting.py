@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -214,9 +215,13 @@ def test_no_file_of_others_is_replaced(place: Place, name: str) -> None:
     assert path.read_text() == text
 
 
-def test_a_record_of_other_settings_is_not_passed_off_as_this_run(place: Place, tmp_path: Path) -> None:
-    base = tmp_path / "base.yaml"
-    base.write_text((ROOT / "examples/configs/sead_tiny.yaml").read_text())
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A configuration to change between two studies."""
+    return Path(shutil.copyfile(ROOT / "examples/configs/sead_tiny.yaml", tmp_path / "base.yaml"))
+
+
+def test_a_record_of_other_settings_is_not_passed_off_as_this_run(place: Place, base: Path) -> None:
     asked = study("dp=1", config=str(base))
     measure(asked, place)
     base.write_text(base.read_text().replace("clip_grad: 1.0", "clip_grad: 2.0"))
@@ -224,9 +229,7 @@ def test_a_record_of_other_settings_is_not_passed_off_as_this_run(place: Place, 
         measure(asked, place)
 
 
-def test_a_model_that_was_made_from_another_is_not_taken_for_this_ones(place: Place, tmp_path: Path) -> None:
-    base = tmp_path / "base.yaml"
-    base.write_text((ROOT / "examples/configs/sead_tiny.yaml").read_text())
+def test_a_model_that_was_made_from_another_is_not_taken_for_this_ones(place: Place, base: Path) -> None:
     asked = study("layers=8", config=str(base))
     measure(asked, place)
     base.write_text(base.read_text().replace("examples/tiny/teacher", "examples/tiny/student"))

@@ -9,14 +9,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megatron_sead.errors import UserError
 from megatron_sead.files.durable import replace_text
 from megatron_sead.files.outputs import require_free
 from megatron_sead.html_report.comparison import methods
 from megatron_sead.html_report.run_directory import Run, read_run
 from megatron_sead.html_report.summary import rates as rates_of_prompts
 from megatron_sead.html_report.tables import Table, as_markdown
-from method_study.running import Chosen, best
+from method_study.running import Chosen, best, require_folder
 from method_study.study import Study, counted
 
 RESULTS, TABLES = "results.json", "tables.md"
@@ -64,8 +63,7 @@ def require_place(folder: Path, study: Study) -> None:
         UserError: it has some, or is no folder.
     """
     results, tables = folder / RESULTS, folder / TABLES
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; must be a directory, or not exist yet")
+    require_folder(folder)
     with suppress(OSError, ValueError, KeyError, TypeError):
         if json.loads(results.read_text(encoding="utf-8"))["study"] == study.model_dump(mode="json"):
             return  # written again, if they come out the same

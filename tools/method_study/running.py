@@ -23,14 +23,19 @@ Say = Callable[[str], None]
 Chosen = dict[str, dict[float, float]]  # by method and learning rate: accuracy on the selection's problems
 
 
+def require_folder(place: Path) -> None:
+    """Raises UserError where it is something else."""
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{place}: is a file; must be a directory, or not exist yet")
+
+
 def require_possible(study: Study, work: Path) -> None:
     """Every method's and reading's settings, before hours are spent on others'.
 
     Raises:
         UserError: they are no run's.
     """
-    if work.exists() and not work.is_dir():
-        raise UserError(f"{work}: is a file; must be a directory, or not exist yet")
+    require_folder(work)
     for horizon in study.horizons:
         for name in study.names_at(horizon):
             load_config(
